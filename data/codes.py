@@ -1,0 +1,61 @@
+"""Shards of image codes: what `mmwudao tokenize` writes and the generator trains on."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from numpy.typing import NDArray
+
+from data.sample import DataError, Sample
+from data.shards import read_manifest
+
+
+@dataclass
+class CodedSample:
+    """A picture's codes, uint16 or int32 [h, w], and the sample they were made from (without its pixels)."""
+
+    sample: Sample
+    codes: NDArray[numpy.integer]
+
+    def to_members(self) -> dict[str, bytes]:
+        buffer = io.BytesIO()
+        numpy.save(buffer, self.codes, allow_pickle=False)
+        return {"npy": buffer.getvalue(), "json": self.sample.to_members()["json"]}
+
+
+def read_codes(folder: Path, split: str) -> Iterator[CodedSample]:
+    """Every coded sample of a split, in order. Raises `DataError` for a damaged shard or another format."""
+    manifest = read_manifest(folder)
+    if "tokenizer" not in manifest.sources:
+        raise DataError(f"{folder} holds pictures, not codes; run `mmwudao tokenize` on it first")
+    if split not in manifest.splits:
+        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
+    for shard in manifest.splits[split]:
+        try:
+            with tarfile.open(Path(folder) / shard.file) as tar:
+                yield from _read_shard(tar)
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"{Path(folder) / shard.file} is damaged or missing: {error}") from error
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """The content hash of the image tokenizer that made these codes."""
+    return str(read_manifest(folder).sources.get("tokenizer", ""))
+
+
+def _read_shard(tar: tarfile.TarFile) -> Iterator[CodedSample]:
+    members: dict[str, bytes] = {}
+    for entry in tar:
+        file = tar.extractfile(entry)
+        assert file is not None, entry.name
+        key, _, extension = entry.name.partition(".")
+        members[extension] = file.read()
+        if members.keys() >= {"json", "npy"}:  # ours are written together
+            codes = numpy.load(io.BytesIO(members["npy"]), allow_pickle=False)
+            yield CodedSample(Sample.from_members(key, {"png": b"", "json": members["json"]}), codes)
+            members = {}

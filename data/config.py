@@ -1,0 +1,82 @@
+"""Typed configuration: nested dataclasses, a YAML file, then `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration names an unknown key or gives a value of the wrong type; the message names the key."""
+
+
+def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.Sequence[str] = ()) -> T:
+    """An instance of the dataclass `cls` from a YAML file and `section.key=value` overrides (values in YAML).
+
+    Raises `ConfigError` for a missing file, broken YAML, an unknown key or a value of the wrong type.
+    """
+    import yaml
+
+    record: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(f"no configuration file at {path}")
+        try:
+            record = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(record, dict):
+            raise ConfigError(f"{path} must hold `key: value` pairs")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"an override reads key=value, not {override!r}")
+        try:
+            _set(record, key.split("."), yaml.safe_load(value), key)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {value!r} is not YAML") from error
+    return from_dict(cls, record)
+
+
+def from_dict(cls: type[T], record: dict[str, Any]) -> T:
+    """Validate plain nested dictionaries against the dataclass `cls`. Raises `ConfigError`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_keys(cls, record, "")
+    try:
+        # pydantic checks the types (and Literal choices); lax mode alone would read 3.0 as 3 and "yes" as True
+        return TypeAdapter(cls).validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{key}: {first['msg']}, not {first['input']!r}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries of a dataclass instance, ready for JSON or YAML."""
+    return dataclasses.asdict(config)
+
+
+def _set(record: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for part in path[:-1]:
+        record = record.setdefault(part, {})
+        if not isinstance(record, dict):
+            raise ConfigError(f"{key}: {part!r} is a value, not a section")
+    record[path[-1]] = value
+
+
+def _check_keys(cls: Any, record: Any, prefix: str) -> None:
+    if not isinstance(record, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'}: a section of keys was expected, not {record!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key, value in record.items():
+        if key not in names:
+            raise ConfigError(f"unknown key {prefix}{key}; known here: {', '.join(names)}")
+        if dataclasses.is_dataclass(hints[key]):
+            _check_keys(hints[key], value, f"{prefix}{key}.")

@@ -1,0 +1,95 @@
+"""Encoded pictures to RGB: whatever Pillow opens of the common formats, with one clear error for what it cannot."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.sample import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 2**26  # 67 megapixels: 200 MB once decoded
+# not all of Pillow's plug-ins: some start other programs (EPS) or are seldom exercised
+FORMATS = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg", "MPO": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+
+
+class CorruptImage(DataError):
+    """The bytes are no picture of a known format, or it does not decode to its end."""
+
+
+class ImageTooLarge(DataError):
+    """The picture has more pixels than the cap."""
+
+
+def open_image(source: bytes | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `source` (encoded bytes, or a path) to RGB, 8 bits a channel.
+
+    Turned upright by its EXIF orientation, transparency laid on white, 16-bit grey scaled to 8 bits, the first frame
+    of an animation. The cap `max_pixels` (width x height) is checked on the header, before decoding.
+    Raises `CorruptImage` or `ImageTooLarge` (both `DataError`).
+    """
+    try:
+        with _opened(source) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageTooLarge(f"a picture of {image.width}x{image.height} pixels; the cap is {max_pixels} pixels")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders meet damage with almost any exception type
+        raise CorruptImage(f"a picture that does not decode ({_one_line(error)})") from error
+
+
+def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
+    """Width and height in pixels as stored, and the usual file extension, without decoding.
+
+    Raises `CorruptImage` or, beyond Pillow's own limit, `ImageTooLarge`.
+    """
+    with _opened(source) as image:
+        return image.width, image.height, FORMATS[image.format or ""]
+
+
+def to_square(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` pixels and crop the centre: `size` x `size`."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB picture as float32 [3, H, W] in [0, 1]."""
+    import torch
+
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W, 3]
+    return pixels.permute(2, 0, 1).contiguous().float() / 255
+
+
+def _opened(source: bytes | Path | str) -> Image.Image:
+    """The picture with its header read. Raises `CorruptImage` or `ImageTooLarge`."""
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
+    except UnidentifiedImageError as error:
+        raise CorruptImage(f"not a picture (the formats read are {', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"a picture beyond Pillow's limit of {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
+    except Exception as error:  # as above: a damaged header
+        raise CorruptImage(f"a picture that does not open ({_one_line(error)})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise CorruptImage("a picture of floating-point pixels; convert it to 8 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow alone would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,20 @@
+"""A picture family is named in the caption's own language, so a prompt can name it too."""
+
+from __future__ import annotations
+
+LANGUAGES = ("zh", "en", "fr", "de", "cs", "ja", "ko")
+
+STYLE_PHRASES = {
+    "zh": "{caption}, {family} 风格",
+    "en": "{caption}, {family} style",
+    "fr": "{caption}, style {family}",
+    "de": "{caption}, {family} Stil",
+    "cs": "{caption}, styl {family}",
+    "ja": "{caption}, {family} スタイル",
+    "ko": "{caption}, {family} 스타일",
+}
+
+
+def with_style(caption: str, family: str, language: str = "en") -> str:
+    """`caption` with the family named in `language` (English for a language without a phrase of ours)."""
+    return STYLE_PHRASES.get(language, STYLE_PHRASES["en"]).format(caption=caption, family=family)
