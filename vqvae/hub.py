@@ -1,0 +1,100 @@
+"""Model parts on disk: `config.json` + `model.safetensors` in a folder, or a hub id, checked on loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+T = TypeVar("T", bound=PyTorchModelHubMixin)
+
+
+class ModelError(ValueError):
+    """A model folder is missing, incomplete, damaged or does not fit; the message is one line."""
+
+
+def content_hash(module: nn.Module) -> str:
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of a module's tensors, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
+    """A part from a folder or a hub id, in eval mode, in the dtype it is stored in. Raises `ModelError`."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
+        except Exception as error:  # the hub client raises many unrelated kinds; all mean the same to the user
+            reason = str(error).strip().splitlines()
+            raise ModelError(
+                f"{source} is neither a folder nor a model that can be fetched ({reason[0] if reason else error!r})"
+            ) from error
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is not complete: {name} is missing")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            # get_slice reads the header alone
+            dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / 'model.safetensors'} is truncated or damaged ({error})") from error
+    try:
+        module: Any = cls.from_pretrained(folder, strict=False)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder} does not hold a {cls.__name__}: {str(error).splitlines()[0]}") from error
+    _check_complete(module, folder, cls.__name__)
+    return module.to(torch.bfloat16 if "BF16" in dtypes else torch.float32).eval()
+
+
+def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Save a copy of `module` with its floating tensors in `dtype`, atomically; returns the content hash of the copy."""
+    import copy
+
+    stored: Any = copy.deepcopy(module).to(device="cpu", dtype=dtype).eval()
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        stored.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # the model card belongs to the whole model
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return content_hash(stored)
+
+
+def _check_complete(module: nn.Module, folder: Path, name: str) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+    expected = set(module.state_dict())
+    if stored != expected:
+        missing, unexpected = sorted(expected - stored), sorted(stored - expected)
+        raise ModelError(
+            f"{folder} does not hold this {name}: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+        )

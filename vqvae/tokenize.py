@@ -1,0 +1,122 @@
+"""Pictures to codes and back, one by one or whole shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.codes import CodedSample
+from data.images import open_image, to_square, to_tensor
+from data.reading import SkipLog, open_shards
+from data.sample import DataError, Sample
+from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
+from vqvae.hub import content_hash
+from vqvae.model import VQVAE
+
+
+@dataclass
+class TokenizedImage:
+    """Codes [h, w] of one picture, its reconstruction, and the PSNR between them in dB."""
+
+    codes: Tensor
+    restored: Image.Image
+    psnr: float
+
+
+def tokenize_image(model: VQVAE, path: Path, image_size: int | None = None) -> TokenizedImage:
+    """Encode and decode one picture: at `image_size` px square, or at its own size cut down to a multiple of the stride.
+
+    Raises `DataError` for a file that is no readable picture.
+    """
+    image = open_image(path)
+    if image_size is not None:
+        image = to_square(image, image_size)
+    else:
+        stride = model.config.stride
+        width, height = image.width // stride * stride, image.height // stride * stride
+        if not width or not height:
+            raise DataError(f"{path} is {image.width}x{image.height} pixels; at least {stride}x{stride} are needed")
+        image = image.crop((0, 0, width, height))
+    pixels = to_tensor(image).unsqueeze(0)
+    codes = model.encode(pixels)
+    restored = model.decode(codes)
+    error = float((restored - pixels).square().mean())
+    return TokenizedImage(codes[0], tensor_to_image(restored[0]), -10 * float(numpy.log10(max(error, 1e-10))))
+
+
+def tensor_to_image(pixels: Tensor) -> Image.Image:
+    """A PIL picture of `pixels` [3, H, W] in [0, 1]."""
+    array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def tokenize_shards(
+    model: VQVAE,
+    shards: Path,
+    out: Path,
+    *,
+    image_size: int,
+    batch_size: int = 64,
+    samples_per_shard: int = 10_000,
+    device: str = "cpu",
+    progress: bool = True,
+    strict: bool = False,
+) -> Manifest:
+    """Write shards of codes for every split of the folder `shards` into the new folder `out`.
+
+    The manifest names the tokenizer by content hash. Unreadable pictures are skipped, counted in the manifest and
+    named in the log; `strict` raises `DataError` at the first.
+    """
+    from tqdm import tqdm
+
+    shards, out = Path(shards), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not empty; choose another folder")
+    source = read_manifest(shards)
+    name = content_hash(model)
+    model = model.to(device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    log = SkipLog()
+    try:
+        splits = {}
+        for split in source.splits:
+            if not source.splits[split]:
+                continue
+            pictures = iter(open_shards(shards, split, strict=strict, log=log))
+            with ShardWriter(building, split, samples_per_shard) as writer:
+                bar = tqdm(total=source.samples(split), desc=split, disable=not progress)
+                for batch in _batched(pictures, batch_size):
+                    pixels = torch.stack([to_tensor(to_square(image, image_size)) for _, image in batch])
+                    codes = model.encode(pixels.to(device)).cpu().numpy()
+                    codes = codes.astype(numpy.uint16 if model.config.codebook_size <= 65536 else numpy.int32)
+                    for (sample, _), grid in zip(batch, codes, strict=True):
+                        writer.write_members(sample.id, CodedSample(sample, grid).to_members())
+                    bar.update(len(batch))
+                bar.close()
+            splits[split] = writer.shards
+        manifest = Manifest(source.name, image_size, splits, {**source.sources, "tokenizer": name}, dict(log.counts))
+        write_manifest(building, manifest)
+        building.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(building, out)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _batched(pictures: Iterator[tuple[Sample, Image.Image]], size: int) -> Iterator[list[tuple[Sample, Image.Image]]]:
+    while batch := list(islice(pictures, size)):
+        yield batch
