@@ -1,0 +1,1 @@
+"""The image generator: how rows are laid out, the transformer, sampling, and its training."""

@@ -1,0 +1,324 @@
+"""Sampling pictures: prefill, then one code at a time with a KV cache.
+
+Image k is the same picture, bit for bit, whatever else is in the batch (on one device, dtype and thread count):
+* all its random numbers come from its own CPU generator, drawn before the first step, and a code is found by
+  inverting the cumulative distribution, so no library's sampling order matters;
+* floating-point products may add up in another order when a matrix has another shape, so the model only ever sees
+  blocks of `BLOCK_ROWS` rows, with every prompt padded to the model's `max_text` on the left. Unused rows are filled.
+  A block for few images is smaller where a trial on this CPU finds the same bits in it (`block_rows`).
+
+Shapes: n images, R rows of a block, P prompt slots, N image codes, S = h * w codes of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
+from generation.model import KVCache, Transformer, TransformerConfig
+
+BLOCK_ROWS = 16  # a guided image takes two of them
+SMALL_BLOCKS = (4, 8)
+
+OnToken = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a code is drawn from its logits: guidance, then temperature, then top-k, then top-p.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 0 are off; `guidance` 1 is off, above 1 follows the prompt more.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k must be a whole number, 0 (off) or more, not {self.top_k}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must lie between 0 (off) and 1, not {self.top_p}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"guidance must be 0 or more (1 is off), not {self.guidance}")
+
+
+def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Logits [R, N] over the temperature, minus infinity where top-k or top-p leave a code out.
+
+    Codes tied with the last one kept are kept too, so the result does not depend on the order of a sort.
+    """
+    logits = logits / options.temperature
+    if 0 < options.top_k < logits.shape[-1]:
+        smallest = logits.topk(options.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if 0 < options.top_p < 1:
+        ordered = logits.sort(dim=-1, descending=True).values
+        mass = ordered.softmax(-1)
+        kept = mass.cumsum(-1) - mass < options.top_p  # the mass before a code; the first is always kept
+        smallest = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    return logits
+
+
+def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    """Codes [R] from logits [R, N] and uniform numbers [R] in [0, 1): the first whose cumulative mass exceeds them."""
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    mass = filter_logits(logits, options).softmax(-1).to(uniforms.dtype).cumsum(-1)
+    total = mass[:, -1:]
+    # below the total even after rounding, or a code of no mass at the end of the row could be found
+    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, threshold, right=True).squeeze(-1)
+
+
+def draw_uniforms(seed: int, count: int) -> Tensor:
+    """The `count` random numbers of the image with this seed, float64 in [0, 1), on the CPU."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: logits [2 R, N], prompted rows then unprompted ones, to [R, N].
+
+    Ho and Salimans 2022 (arXiv:2207.12598), equation 6, with guidance = 1 + w, on logits.
+    """
+    prompted, unprompted = logits.chunk(2)
+    return unprompted + guidance * (prompted - unprompted)
+
+
+def prefill(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """Fill the cache with `tokens` [R, T]; float32 logits [R, N] of the first code after them."""
+    hidden = model(tokens, positions, cache)
+    return model.logits(hidden[:, -1], image_only=True).float()
+
+
+def decode_one_token(model: Transformer, codes: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """Float32 logits [R, N] of the code after `codes` [R], which stand at `positions` [R] or [R, 2]."""
+    hidden = model(codes.unsqueeze(1), positions.unsqueeze(1), cache)
+    return model.logits(hidden[:, 0], image_only=True).float()
+
+
+def count_steps(
+    n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0
+) -> int:
+    """How many times `generate_codes` calls `on_token` for `n` images of which `prefix` codes are given."""
+    return math.ceil(n / _images_in_block(options)) * (grid[0] * grid[1] - prefix)
+
+
+@torch.inference_mode()
+def generate_codes(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    options: SamplingOptions | None = None,
+    *,
+    grid: tuple[int, int] = (16, 16),
+    prefix_codes: Tensor | None = None,
+    on_token: OnToken | None = None,
+) -> Tensor:
+    """Codes [n, h, w] int64, one picture a prompt (raw text pieces) and seed, on the model's device.
+
+    `prefix_codes` [n, k] gives the first k codes of every picture in raster order. `on_token(step, codes)` is called
+    after every step, from 1 to `count_steps`, with the codes [n, h, w] so far, -1 where none is drawn yet; the tensor
+    is the one being filled, so copy what you keep. Raises `ValueError` for arguments that do not fit together.
+    """
+    options = options or SamplingOptions()
+    prefix = _check(model.config, prompts, seeds, grid, prefix_codes)
+    size = _images_in_block(options)
+    device = model.embed.weight.device
+    codes = torch.full((len(prompts), grid[0] * grid[1]), -1, device=device)
+    codes[:, : prefix.shape[1]] = prefix.to(device)
+    steps = 0
+
+    def report() -> None:
+        nonlocal steps
+        steps += 1
+        if on_token is not None:
+            on_token(steps, codes.view(-1, *grid))
+
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(prompts), size):
+            last = min(first + size, len(prompts))
+            rows = block_rows(model, (last - first) * BLOCK_ROWS // size, grid)
+            fill = [first] * (rows * size // BLOCK_ROWS - (last - first))
+            images = [*range(first, last), *fill]
+            _generate_block(model, [prompts[i] for i in images], [seeds[i] for i in images], options, grid,
+                            codes[first:last], prefix.shape[1], report)  # fmt: skip
+    finally:
+        model.train(training)
+    return codes.view(-1, *grid)
+
+
+def block_rows(model: Transformer, needed: int, grid: tuple[int, int]) -> int:
+    """The rows of a block for `needed` of them: `BLOCK_ROWS`, or fewer if this CPU then computes the same bits.
+
+    A trial tells: does every row of a small block, and of a full one, get the logits of a full block's first row? It
+    covers the prompt, the first step and the last, and runs once for each model shape, dtype and thread count.
+    """
+    if model.embed.weight.device.type != "cpu":
+        return BLOCK_ROWS  # a step of few rows is no faster there
+    for rows in SMALL_BLOCKS:
+        if needed <= rows:
+            shape = replace(model.config, tokenizer_hash="", text_hash="")
+            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, BLOCK_ROWS, grid)
+            if key not in _trials:
+                full, small = _trial(model, BLOCK_ROWS, grid), _trial(model, rows, grid)
+                _trials[key] = bool((full == full[:1]).all() and (small == full[:1]).all())
+            if _trials[key]:
+                return rows
+    return BLOCK_ROWS
+
+
+_trials: dict[tuple[object, ...], bool] = {}
+
+
+def _trial(model: Transformer, rows: int, grid: tuple[int, int]) -> Tensor:
+    """Logits [rows, 3 N] of `rows` times the same row: after the prompt, after one code, after the last but one."""
+    config = model.config
+    text = [i % config.num_text_pieces for i in range(config.max_text)]
+    tokens, hidden, positions = _left_padded(config, [text] * rows, grid)
+    cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
+    slots, last = tokens.shape[1], hidden.shape[1] - 1
+    code = torch.zeros(rows, dtype=torch.int64)
+    logits = [prefill(model, tokens, positions[:, :slots], cache)]
+    for slot in (slots, last):
+        if slot <= last:  # a grid of one code takes no step
+            cache.used = slot
+            logits.append(decode_one_token(model, code, positions[:, slot], cache))
+    return torch.cat(logits, dim=1)
+
+
+def _generate_block(
+    model: Transformer,
+    prompts: list[Sequence[int]],
+    seeds: list[int],
+    options: SamplingOptions,
+    grid: tuple[int, int],
+    codes: Tensor,
+    given: int,
+    report: Callable[[], None],
+) -> None:
+    """Fill `codes` [m, S] from the column `given` on, with the first m of the block's prompts and seeds."""
+    config, device = model.config, codes.device
+    steps = grid[0] * grid[1]
+    guided = options.guidance != 1
+    rows = [*prompts, *([[]] * len(prompts) if guided else [])]
+    tokens, hidden, positions = _left_padded(config, rows, grid)
+    tokens, positions = tokens.to(device), positions.to(device)
+    # on a CPU attention to one query is faster in float32, and the cache then saves converting it at every step
+    dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
+    cache = KVCache(config, hidden, dtype=dtype, device=device)
+    uniforms = torch.stack([draw_uniforms(seed, steps) for seed in seeds])
+    uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    slots = tokens.shape[1]
+    count = codes.shape[0]
+    block = codes[[*range(count), *([0] * (len(prompts) - count))], :given]  # unused rows repeat the first image
+    prompt = torch.cat([tokens, block.repeat(2 if guided else 1, 1)], dim=1)
+    logits = prefill(model, prompt, positions[:, : slots + given], cache)
+    for step in range(given, steps):
+        if guided:
+            logits = guide(logits, options.guidance)
+        token = sample(logits, uniforms[:, step], options)
+        codes[:, step] = token[:count]
+        report()
+        if step + 1 < steps:
+            token = token.repeat(2) if guided else token
+            logits = decode_one_token(model, token, positions[:, slots + step], cache)
+
+
+def _left_padded(
+    config: TransformerConfig, prompts: Sequence[Sequence[int]], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompt tokens [R, P], padding of the cache [R, P + S - 1] (True: nothing there), positions [R, P + S(, 2)].
+
+    The padding is on the left, so that [BOI1] and every code have the same slot in all rows. Positions count from the
+    row's own first token, as in training.
+    """
+    vocab, slots = config.vocabulary, config.max_text + COMMANDS_IN_ROW - 1
+    steps = grid[0] * grid[1]
+    tokens = torch.full((len(prompts), slots), vocab.command("[PAD]"))
+    hidden = torch.zeros(len(prompts), slots + steps - 1, dtype=torch.bool)
+    axes = () if config.position_kind == "sequence" else (2,)
+    positions = torch.zeros(len(prompts), slots + steps, *axes, dtype=torch.int64)
+    for i, text in enumerate(prompts):
+        row = prompt_row(vocab, text, grid, config.max_text)
+        padding = slots - len(row)
+        tokens[i, padding:] = torch.tensor(row)
+        hidden[i, :padding] = True
+        num_text = len(row) + 1 - COMMANDS_IN_ROW
+        positions[i, padding:] = row_positions(num_text, grid, config.max_text, config.position_kind)[:-1]
+    return tokens, hidden, positions
+
+
+@torch.inference_mode()
+def naive_generate_codes(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    options: SamplingOptions | None = None,
+    *,
+    grid: tuple[int, int] = (16, 16),
+    prefix_codes: Tensor | None = None,
+) -> Tensor:
+    """What `generate_codes` must agree with: no cache, no padding, no batch; the whole row again for every code."""
+    options = options or SamplingOptions()
+    prefix = _check(model.config, prompts, seeds, grid, prefix_codes)
+    config, device = model.config, model.embed.weight.device
+    pictures = []
+    for i, (text, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        codes = prefix[i].tolist()
+        uniforms = draw_uniforms(seed, grid[0] * grid[1]).to(device)
+        while len(codes) < grid[0] * grid[1]:
+            logits = _naive_logits(model, text, codes, grid)
+            if options.guidance != 1:
+                logits = guide(torch.cat([logits, _naive_logits(model, [], codes, grid)]), options.guidance)
+            codes.append(int(sample(logits, uniforms[len(codes)].view(1), options)))
+        pictures.append(torch.tensor(codes, device=device).view(grid))
+    return torch.stack(pictures)
+
+
+def _naive_logits(model: Transformer, text: Sequence[int], codes: list[int], grid: tuple[int, int]) -> Tensor:
+    config, device = model.config, model.embed.weight.device
+    prompt = prompt_row(config.vocabulary, text, grid, config.max_text)
+    row = torch.tensor([prompt + codes], device=device)
+    num_text = len(prompt) + 1 - COMMANDS_IN_ROW
+    positions = row_positions(num_text, grid, config.max_text, config.position_kind)[: row.shape[1]]
+    hidden = model(row, positions.unsqueeze(0).to(device))
+    return model.logits(hidden[:, -1], image_only=True).float()
+
+
+def _images_in_block(options: SamplingOptions) -> int:
+    return BLOCK_ROWS if options.guidance == 1 else BLOCK_ROWS // 2
+
+
+def _check(
+    config: TransformerConfig,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    grid: tuple[int, int],
+    prefix_codes: Tensor | None,
+) -> Tensor:
+    """The prefix [n, k], with k = 0 if none is given; `ValueError` for anything that does not fit."""
+    steps = grid[0] * grid[1]
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(f"one seed a prompt is needed, and at least one: {len(prompts)} prompts, {len(seeds)} seeds")
+    if min(grid) < 1 or grid[0] > config.grid[0] or grid[1] > config.grid[1]:
+        raise ValueError(f"this model draws up to {config.grid[0]}x{config.grid[1]} codes, not {grid[0]}x{grid[1]}")
+    if prefix_codes is None:
+        return torch.empty(len(prompts), 0, dtype=torch.int64)
+    if prefix_codes.ndim != 2 or prefix_codes.shape[0] != len(prompts) or prefix_codes.shape[1] > steps:
+        raise ValueError(f"prefix_codes must be [{len(prompts)}, 0..{steps}], not {list(prefix_codes.shape)}")
+    if prefix_codes.numel() and not (0 <= prefix_codes.min() and prefix_codes.max() < config.num_image_codes):
+        raise ValueError(f"prefix_codes must lie in 0..{config.num_image_codes - 1}")
+    return prefix_codes.to(torch.int64)

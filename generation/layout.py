@@ -1,0 +1,177 @@
+"""One vocabulary, and how a caption and a picture become a row of it.
+
+`[ROI1] text [SIZE] [BOI1] codes [EOI1]`, as CogView's (Ding et al. 2021, arXiv:2105.13290, section 2.1).
+Shapes: B rows in a batch, T tokens in a row, h x w codes in a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PositionKind = Literal["sequence", "grid"]
+
+COMMANDS = (
+    *("[PAD]", "[BOI1]", "[BOI2]", "[BOI3]", "[EOI1]", "[EOI2]", "[EOI3]", "[ROI1]", "[ROI2]", "[ROI3]"),
+    *("[SEP]", "[MASK]", "[CLS]", "[ENC]", "[TINY]", "[SMALL]", "[BASE]", "[BIG]"),
+    *(f"[POS{i}]" for i in range(9)),
+)
+SIZES = {"[TINY]": 8, "[SMALL]": 16, "[BASE]": 32, "[BIG]": 64}  # codes along the longer side
+COMMANDS_IN_ROW = 4  # [ROI1] [SIZE] [BOI1] [EOI1]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Image codes 0..N-1, text pieces N..N+T-1, then the 27 commands; rounded up to a multiple of 128."""
+
+    num_image_codes: int
+    num_text_pieces: int
+
+    @property
+    def image_range(self) -> range:
+        """Ids of the image codes."""
+        return range(self.num_image_codes)
+
+    @property
+    def text_range(self) -> range:
+        """Ids of the text pieces."""
+        return range(self.num_image_codes, self.num_image_codes + self.num_text_pieces)
+
+    @property
+    def command_range(self) -> range:
+        """Ids of the commands."""
+        return range(self.text_range.stop, self.size)
+
+    @property
+    def size(self) -> int:
+        """Ids with a meaning."""
+        return self.num_image_codes + self.num_text_pieces + len(COMMANDS)
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.size // 128) * 128
+
+    def command(self, name: str) -> int:
+        """The id of a command such as `[BOI1]`; `ValueError` for any other word."""
+        if name not in COMMANDS:
+            raise ValueError(f"{name!r} is not a command; the commands are {' '.join(COMMANDS)}")
+        return self.text_range.stop + COMMANDS.index(name)
+
+    def size_command(self, grid: tuple[int, int]) -> int:
+        """The id of the smallest named size that holds `grid` (h, w); `ValueError` if [BIG] does not."""
+        for name, side in SIZES.items():
+            if 0 < min(grid) and max(grid) <= side:
+                return self.command(name)
+        raise ValueError(f"a grid of {grid[0]}x{grid[1]} codes has no size command: use 1x1 to 64x64")
+
+    def text(self, ids: Iterable[int]) -> list[int]:
+        """Raw text pieces (0..T-1) as ids of this vocabulary; `ValueError` for one outside."""
+        pieces = list(ids)
+        if pieces and not (0 <= min(pieces) and max(pieces) < self.num_text_pieces):
+            raise ValueError(f"text pieces must lie in 0..{self.num_text_pieces - 1}: is this the right tokenizer?")
+        return [self.num_image_codes + piece for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row, inputs and targets already shifted against each other.
+
+    `tokens` [T], `targets` [T] (the token after each), `positions` [T] or [T, 2], `image_mask` [T] (the target is
+    an image code).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    image_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows with [PAD] at the end: `tokens`, `targets`, `image_mask`, `weights` [B, T], `positions` [B, T] or [B, T, 2].
+
+    `weights` (float32) is 1 where the target is an image code, the text weight at text and commands, 0 at padding.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    image_mask: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.image_mask.to(device, non_blocking=True),
+            self.weights.to(device, non_blocking=True),
+        )
+
+
+def row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: PositionKind) -> Tensor:
+    """Positions of a whole row with `num_text` text pieces: [T] ("sequence") or [T, 2] ("grid"), T = num_text+h*w+4.
+
+    "sequence" counts 0, 1, 2, ... as CogView does. "grid" puts text and commands on the diagonal, (t, t), and code
+    (r, c) at (M + r, M + c) with M = max_text + 4, beyond any text: a picture's positions do not depend on how long
+    its caption is, so they can be learned. [EOI1] follows the last code, at (M + h, M + w).
+    """
+    height, width = grid
+    before = num_text + COMMANDS_IN_ROW - 1  # everything up to and with [BOI1]
+    if kind == "sequence":
+        return torch.arange(before + height * width + 1)
+    origin = max_text + COMMANDS_IN_ROW
+    diagonal = torch.arange(before).unsqueeze(1).expand(before, 2)
+    cells = origin + torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
+    end = torch.tensor([[origin + height, origin + width]])
+    return torch.cat([diagonal, cells, end])
+
+
+def prompt_row(vocab: Vocabulary, text_ids: Sequence[int], grid: tuple[int, int], max_text: int) -> list[int]:
+    """`[ROI1] text [SIZE] [BOI1]`: what is given before the codes. Text beyond `max_text` pieces is cut.
+
+    `text_ids` are raw text pieces; none at all is the unconditional prompt of classifier-free guidance.
+    """
+    start = [vocab.command("[ROI1]"), *vocab.text(text_ids[:max_text])]
+    return [*start, vocab.size_command(grid), vocab.command("[BOI1]")]
+
+
+def training_row(
+    vocab: Vocabulary, text_ids: Sequence[int], codes: Tensor, max_text: int, kind: PositionKind = "grid"
+) -> Row:
+    """The row of raw text pieces and `codes` [h, w] (raster order). Text beyond `max_text` pieces is cut."""
+    if codes.ndim != 2:
+        raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
+    grid = (codes.shape[0], codes.shape[1])
+    prompt = prompt_row(vocab, text_ids, grid, max_text)
+    codes = codes.reshape(-1).to(torch.int64)
+    row = torch.cat([torch.tensor(prompt), codes, torch.tensor([vocab.command("[EOI1]")])])
+    positions = row_positions(len(prompt) + 1 - COMMANDS_IN_ROW, grid, max_text, kind)
+    targets = row[1:]
+    return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes)
+
+
+def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> Batch:
+    """Stack `rows`, padded at the end with [PAD] to the longest of them."""
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    size, length = len(rows), max(len(row.tokens) for row in rows)
+    tokens = torch.full((size, length), vocab.command("[PAD]"))
+    targets = tokens.clone()
+    positions = torch.zeros(size, length, *rows[0].positions.shape[1:], dtype=torch.int64)
+    image_mask = torch.zeros(size, length, dtype=torch.bool)
+    weights = torch.zeros(size, length)
+    for i, row in enumerate(rows):
+        end = len(row.tokens)
+        tokens[i, :end] = row.tokens
+        targets[i, :end] = row.targets
+        positions[i, :end] = row.positions
+        image_mask[i, :end] = row.image_mask
+        weights[i, :end] = torch.where(row.image_mask, 1.0, text_weight)
+    return Batch(tokens, positions, targets, image_mask, weights)

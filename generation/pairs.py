@@ -1,0 +1,97 @@
+"""Training pairs: the codes of pictures, and a caption drawn anew each time a picture is used."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.codes import read_codes
+from data.sample import Caption, DataError, Sample
+from data.styles import with_style
+
+
+@dataclass
+class CaptionConfig:
+    """How a caption is drawn: a language, then name, keywords (in random order) or both, then perhaps the style."""
+
+    name: float = 0.6  # probability of the name alone
+    keywords: float = 0.2  # of a random part of the keywords alone; the rest is the name and some keywords
+    style: float = 0.5  # of naming the family, where there is one
+    dropout: float = 0.1  # of no caption at all, for classifier-free guidance (Ho and Salimans 2022)
+
+    def __post_init__(self) -> None:
+        if not all(0 <= p <= 1 for p in (self.name, self.keywords, self.style, self.dropout)):
+            raise ValueError("caption probabilities lie in 0..1")
+        if self.name + self.keywords > 1:
+            raise ValueError("captions.name + captions.keywords must not exceed 1")
+
+
+def draw_caption(sample: Sample, config: CaptionConfig, rng: random.Random) -> str:
+    """A caption of `sample` as `config` says; the empty string for caption dropout."""
+    if rng.random() < config.dropout:
+        return ""
+    language = rng.choice(sorted(sample.captions))
+    text = _text(sample.captions[language], config, rng)
+    if sample.family and rng.random() < config.style:
+        text = with_style(text, sample.family, language)
+    return text
+
+
+def _text(caption: Caption, config: CaptionConfig, rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < config.name or not caption.keywords:
+        return caption.name
+    words = rng.sample(caption.keywords, rng.randint(1, min(4, len(caption.keywords))))
+    if draw >= config.name + config.keywords:
+        words.insert(0, caption.name)
+    return ", ".join(words)
+
+
+class CodedPairs:
+    """Every coded picture of a split, in memory: a million pictures of 256 codes take half a gigabyte.
+
+    `codes` is uint16 or int32 [P, h, w].
+    """
+
+    def __init__(self, folder: Path, split: str, exclude_families: Sequence[str] = ()) -> None:
+        kept = [c for c in read_codes(folder, split) if c.sample.family not in exclude_families]
+        if not kept:
+            raise DataError(f"split {split!r} of {folder} holds no pictures of the chosen families")
+        if len({c.codes.shape for c in kept}) > 1:
+            raise DataError(f"the pictures of {folder} differ in size; tokenize them at one size")
+        self.samples = [c.sample for c in kept]
+        self.codes = torch.stack([torch.from_numpy(c.codes) for c in kept])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in codes."""
+        return self.codes.shape[1], self.codes.shape[2]
+
+    def sampling_weights(self, balance: float) -> Tensor:
+        """Float64 [P]: (pictures of the same base concept and family) ** -balance, so 0 draws pictures evenly.
+
+        Skin tones and genders multiply some concepts by up to 112; at 1, all of them together count as one picture.
+        """
+        keys = [(s.base_concept or s.id, s.family) for s in self.samples]
+        counts = Counter(keys)
+        return torch.tensor([counts[key] ** -balance for key in keys], dtype=torch.float64)
+
+    def histogram(self, num_codes: int) -> Tensor:
+        """How often each code occurs, int64 [num_codes]."""
+        return torch.bincount(self.codes.flatten().long(), minlength=num_codes)
+
+
+def unigram_bits(train: CodedPairs, test: CodedPairs, num_codes: int) -> float:
+    """Bits per image token of `test` under the code frequencies of `train` (add-one smoothed): the baseline."""
+    counts = (train.histogram(num_codes) + 1).double()
+    cost = -(counts / counts.sum()).log2()
+    return float(cost[test.codes.flatten().long()].mean())

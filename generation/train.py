@@ -1,0 +1,200 @@
+"""Train the generator: `mmwudao train generator CONFIG`.
+
+Reads shards of codes (`mmwudao tokenize`), trains the transformer with the shared loop, and logs the bits per image
+token on held-out splits and sheets of sample pictures. Under torchrun, every process takes its part of each batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.codes import tokenizer_hash
+from data.config import ConfigError, load_config
+from data.text import TextTokenizer
+from generation.decoding import SamplingOptions, generate_codes
+from generation.layout import Batch, collate, training_row
+from generation.model import Transformer, TransformerConfig
+from generation.pairs import CaptionConfig, CodedPairs, draw_caption, unigram_bits
+from vqvae.hub import content_hash, load_part, save_part
+from vqvae.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
+from vqvae.model import VQVAE
+
+
+@dataclass
+class GeneratorDataConfig:
+    """Which codes and captions."""
+
+    codes: str = "codes"  # folder written by `mmwudao tokenize`
+    text_model: str = "text.model"  # SentencePiece
+    tokenizer: str = ""  # folder of the image tokenizer, for sample sheets; empty = no sheets
+    train: str = "train"
+    test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
+    exclude_families: list[str] = field(default_factory=list)
+    balance: float = 0.5  # see CodedPairs.sampling_weights
+    test_pictures: int = 256  # of each test split
+
+
+@dataclass
+class GeneratorTrainConfig:
+    """Everything that `mmwudao train generator` reads from its YAML file.
+
+    Of `model`, the vocabulary sizes, the grid and the hashes are filled in from the data.
+    """
+
+    data: GeneratorDataConfig = field(default_factory=GeneratorDataConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    text_weight: float = 0.2  # of a text token's loss, next to 1 of an image token's
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_every: int = 2000  # steps between sample sheets
+
+
+def main(config: Path | None, overrides: list[str], resume: bool = False) -> Path:
+    """Train as `config` says; returns the folder of the saved generator (`out`/generator)."""
+    return train(load_config(GeneratorTrainConfig, config, overrides), resume)
+
+
+class LossModule(nn.Module):
+    """The model with its loss as `forward`, which is what DDP and torch.compile wrap."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        total = batch.weights.sum()
+        if distributed():
+            # DDP averages gradients: dividing by the mean weight of all processes gives those of one large batch
+            dist.all_reduce(total)
+            total = total / world_size()
+        return self.model.loss(batch, total)
+
+
+def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
+    """Train the generator and save its averaged weights. `ValueError` for settings that do not fit the data."""
+    torch.manual_seed(config.loop.seed)
+    device = setup_device(config.loop.device)
+    text = TextTokenizer(Path(config.data.text_model))
+    folder = Path(config.data.codes)
+    pairs = CodedPairs(folder, config.data.train, config.data.exclude_families)
+    tests = {split: CodedPairs(folder, split, config.data.exclude_families) for split in config.data.test}
+    tokenizer = _sheet_tokenizer(config.data, tokenizer_hash(folder))
+    model_config = replace(
+        config.model,
+        num_image_codes=tokenizer.config.codebook_size if tokenizer else config.model.num_image_codes,
+        num_text_pieces=text.vocab_size,
+        grid=pairs.grid,
+        tokenizer_hash=tokenizer_hash(folder),
+        text_hash=text.content_hash,
+    )
+    if int(pairs.codes.max()) >= model_config.num_image_codes:
+        raise ConfigError(f"model.num_image_codes={model_config.num_image_codes}, but {folder} holds larger codes")
+    model = Transformer(model_config)
+    batches = PairBatches(pairs, text, model_config, config)
+    test_batches = {split: held_out_batches(test, text, model_config, config) for split, test in tests.items()}
+    baselines = {split: unigram_bits(pairs, test, model_config.num_image_codes) for split, test in tests.items()}
+
+    def loss_of(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return wrapped(batch.to(device))
+
+    def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(averaged, LossModule)
+        figures = {}
+        for split, held_out in test_batches.items():
+            bits = [averaged.model.loss(batch.to(device)) for batch in held_out]
+            figures[f"{split}/image_bits"] = float(torch.stack([b["image_bits"] for b in bits]).mean())
+            figures[f"{split}/text_bits"] = float(torch.stack([b["text_bits"] for b in bits]).mean())
+            figures[f"{split}/unigram_bits"] = baselines[split]
+        if rank() == 0 and tokenizer is not None and config.sample_prompts and step % config.sample_every == 0:
+            _write_sheet(averaged.model, tokenizer, text, config, step)
+        return figures
+
+    loop = Loop(config.loop, LossModule(model), batches, loss_of, evaluate, device)
+    trained = loop.run(resume)
+    assert isinstance(trained, LossModule)
+    out = Path(config.loop.out) / "generator"
+    if rank() == 0:
+        save_part(trained.model, out)
+    if distributed():
+        dist.destroy_process_group()
+    return out
+
+
+class PairBatches:
+    """Random training batches; (seed, step) decides the draw, whatever the number of processes."""
+
+    def __init__(
+        self, pairs: CodedPairs, text: TextTokenizer, model: TransformerConfig, config: GeneratorTrainConfig
+    ) -> None:
+        self.pairs, self.text, self.model, self.config = pairs, text, model, config
+        self.weights = pairs.sampling_weights(config.data.balance)
+        parts = config.loop.accumulate * world_size()
+        if config.loop.batch_size % parts:
+            raise ConfigError(
+                f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
+            )
+
+    def __call__(self, step: int) -> Iterator[tuple[Batch, list[str]]]:
+        loop = self.config.loop
+        seed = loop.seed * 1_000_003 + step
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(self.weights, loop.batch_size, replacement=True, generator=generator).tolist()
+        # one caption per place in the batch, so that each process draws the same one
+        rows = list(enumerate(drawn))
+        size = loop.batch_size // loop.accumulate
+        for start in range(0, loop.batch_size, size):
+            part = rows[start : start + size][rank() :: world_size()]
+            built = []
+            for place, index in part:
+                caption = draw_caption(self.pairs.samples[index], self.config.captions, random.Random(f"{seed} {place}"))
+                built.append(_row(self.pairs, index, caption, self.text, self.model))
+            batch = collate(self.model.vocabulary, built, self.config.text_weight)
+            yield batch, [self.pairs.samples[index].id for _, index in part]
+
+
+def held_out_batches(
+    pairs: CodedPairs, text: TextTokenizer, model: TransformerConfig, config: GeneratorTrainConfig
+) -> list[Batch]:
+    """Fixed batches of `test_pictures` pictures spread over the split, each with its name in a fixed language."""
+    count = min(len(pairs), config.data.test_pictures)
+    captions = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
+    rows = []
+    for k in range(count):
+        index = k * len(pairs) // count
+        sample = pairs.samples[index]
+        caption = draw_caption(sample, captions, random.Random(sample.id))
+        rows.append(_row(pairs, index, caption, text, model))
+    return [collate(model.vocabulary, rows[i : i + 32], config.text_weight) for i in range(0, count, 32)]
+
+
+def _row(pairs: CodedPairs, index: int, caption: str, text: TextTokenizer, model: TransformerConfig) -> Any:
+    ids = text.encode(caption) if caption else []
+    return training_row(model.vocabulary, ids, pairs.codes[index], model.max_text, model.position_kind)
+
+
+def _sheet_tokenizer(data: GeneratorDataConfig, expected: str) -> VQVAE | None:
+    if not data.tokenizer:
+        return None
+    tokenizer = load_part(VQVAE, data.tokenizer)
+    if content_hash(tokenizer) != expected:
+        raise ConfigError(f"data.tokenizer={data.tokenizer} is not the tokenizer that made the codes in {data.codes}")
+    return tokenizer
+
+
+def _write_sheet(model: Transformer, tokenizer: VQVAE, text: TextTokenizer, config: GeneratorTrainConfig, step: int) -> None:
+    from torchvision.utils import save_image
+
+    prompts = [text.encode(prompt) for prompt in config.sample_prompts]
+    codes = generate_codes(model, prompts, list(range(len(prompts))), SamplingOptions(guidance=2.0, top_k=100))
+    path = Path(config.loop.out) / "sheets" / f"{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(tokenizer.decode(codes.cpu()), path, nrow=8)
