@@ -72,7 +72,7 @@ def _set(record: dict[str, Any], path: list[str], value: Any, key: str) -> None:
 
 def _check_keys(cls: Any, record: Any, prefix: str) -> None:
     if not isinstance(record, dict):
-        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'}: a section of keys was expected, not {record!r}")
+        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'}: expected a section of keys, not {record!r}")
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     for key, value in record.items():

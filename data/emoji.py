@@ -1,8 +1,8 @@
 """The emoji set: pictures of ten families, captioned in seven languages, as webdataset shards.
 
 Pictures: SVG icons of `@iconify/json`. Names and keywords: Unicode CLDR annotations. All come from the npm registry
-at pinned versions, and the shards of two builds are byte-identical. A SentencePiece model (`text.model`) is trained on the
-captions of the training split.
+at pinned versions, and the shards of two builds are byte-identical. A SentencePiece model (`text.model`) is trained on
+the captions of the training split.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def read_source(cache: Path, families: tuple[str, ...] = FAMILIES) -> EmojiSourc
         for language in LANGUAGES
     }
     concepts = read_concepts(annotations)
-    icon_sets = {f: icons for f, icons in zip(FAMILIES, _icon_sets(icon_file), strict=True)}
+    icon_sets = dict(zip(FAMILIES, _icon_sets(icon_file), strict=True))
     matches = match_icons(icon_sets, concepts)
     pictures = [
         Picture(

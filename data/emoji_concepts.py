@@ -70,12 +70,15 @@ def read_concepts(annotations: Mapping[str, Iterable[Mapping[str, Any]]]) -> dic
         for table in annotations[language]:
             for emoji, entry in table.items():
                 if entry.get("tts"):
-                    captions.setdefault(emoji, {})[language] = Caption(entry["tts"][0], tuple(entry.get("default", ())))
+                    caption = Caption(entry["tts"][0], tuple(entry.get("default", ())))
+                    captions.setdefault(emoji, {})[language] = caption
     concepts = (Concept(emoji, named) for emoji, named in captions.items() if len(named) == len(LANGUAGES))
     return {concept.id: concept for concept in concepts}
 
 
-def match_icons(icon_sets: Mapping[str, Mapping[str, Any]], concepts: Mapping[str, Concept]) -> dict[str, dict[str, str]]:
+def match_icons(
+    icon_sets: Mapping[str, Mapping[str, Any]], concepts: Mapping[str, Concept]
+) -> dict[str, dict[str, str]]:
     """family -> {icon name: concept id}; one icon for each (family, concept).
 
     In order of trust: the set's own `chars` map; the English name as a slug; the `chars` map of another set that

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**26  # 67 megapixels: 200 MB once decoded
 # not all of Pillow's plug-ins: some start other programs (EPS) or are seldom exercised
-FORMATS = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg", "MPO": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+FORMATS = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
 class CorruptImage(DataError):
@@ -51,7 +51,7 @@ def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
     Raises `CorruptImage` or, beyond Pillow's own limit, `ImageTooLarge`.
     """
     with _opened(source) as image:
-        return image.width, image.height, FORMATS[image.format or ""]
+        return image.width, image.height, FORMATS.get(image.format or "", "jpg")  # MPO: JPEG with more frames
 
 
 def to_square(image: Image.Image, size: int) -> Image.Image:

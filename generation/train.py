@@ -99,6 +99,9 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     if int(pairs.codes.max()) >= model_config.num_image_codes:
         raise ConfigError(f"model.num_image_codes={model_config.num_image_codes}, but {folder} holds larger codes")
     model = Transformer(model_config)
+    if config.loop.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)  # rows differ in length from batch to batch
     batches = PairBatches(pairs, text, model_config, config)
     test_batches = {split: held_out_batches(test, text, model_config, config) for split, test in tests.items()}
     baselines = {split: unigram_bits(pairs, test, model_config.num_image_codes) for split, test in tests.items()}

@@ -55,7 +55,7 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             # get_slice reads the header alone
-            dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / 'model.safetensors'} is truncated or damaged ({error})") from error
     try:

@@ -38,12 +38,14 @@ class LoopConfig:
     learning_rate: float = 1e-3
     warmup: int = 100  # steps
     final_ratio: float = 0.05  # of the learning rate, at the last step
+    # muon: orthogonalised momentum (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else
+    optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0  # gradient norm; 0 = no clipping
     ema: float = 0.0  # decay per step; 0 = no average
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    compile: bool = False
+    compile: bool = False  # torch.compile the repeated blocks; pays after a minute or two on a CPU
     seed: int = 0
     log_every: int = 50
     eval_every: int = 500
@@ -125,15 +127,12 @@ class Loop:
         self.device = device
         self.model = model.to(device)
         self.wrapped: nn.Module = self.model
-        if config.compile:
-            self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if distributed():
             self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
         self.average = None
         if config.ema:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        self.optimizer = torch.optim.AdamW(_decay_groups(model, config.weight_decay), lr=config.learning_rate,
-                                           betas=config.betas, fused=True)  # fmt: skip
+        self.optimizers = _optimizers(model, config)
         self.progress = Progress()
         self.out = Path(config.out)
 
@@ -169,7 +168,7 @@ class Loop:
             if step % config.log_every == 0 or end:
                 taken = step - last_log[0]
                 means = {f"train/{name}": value / taken for name, value in sums.items()}
-                means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+                means["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
                 means["samples_per_second"] = taken * config.batch_size / (self.progress.seconds - last_log[1])
                 self._log(writer, means)
                 sums, last_log = {}, (step, self.progress.seconds)
@@ -184,8 +183,9 @@ class Loop:
     def _step(self, step: int) -> dict[str, float]:
         config = self.config
         factor = learning_rate_factor(self._fraction(), step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
         self.wrapped.train()
         sums: dict[str, Tensor] = {}
         ids: list[str] = []
@@ -211,8 +211,9 @@ class Loop:
                 f"loss {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: not finite; weights "
                 f"left as they were; samples: {', '.join(ids)}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self._update_average(step)
         return values
@@ -263,7 +264,7 @@ class Loop:
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": torch.get_rng_state(),
         }
         temporary = self._checkpoint.with_suffix(".tmp")
@@ -277,17 +278,37 @@ class Loop:
             if state["average"] is None:
                 raise TrainingError(f"{self._checkpoint} holds no average of the weights; resume with ema=0")
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise TrainingError(f"{self._checkpoint} was written with another loop.optimizer; resume with that one")
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
         torch.set_rng_state(state["random"])
         self.progress = Progress(**state["progress"])
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norm weights are not decayed, as usual."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the model's `blocks` and AdamW for the rest.
+
+    Biases and norm weights are not decayed, as usual. Muon's step is scaled to the size of AdamW's ("match_rms_adamw",
+    Liu et al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate serves both.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    muon = [name for name in trained if config.optimizer == "muon" and "blocks." in name and trained[name].ndim == 2]
+    matrices = [p for name, p in trained.items() if name not in muon and p.ndim > 1]
+    vectors = [p for p in trained.values() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    )
+    if not muon:
+        return [adamw]
+    matrix_optimizer = torch.optim.Muon(
+        [trained[name] for name in muon],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [adamw, matrix_optimizer]
 
 
 def _writer(out: Path) -> Any:

@@ -23,7 +23,7 @@ class VQVAEConfig:
 
     channels: list[int] = field(default_factory=lambda: [48, 96, 192])
     residual_blocks: int = 2  # on each side, at the resolution of the codes; CogView has none
-    code_dim: int = 64
+    code_dim: int = 16
     codebook_size: int = 1024
     lookup: Literal["cosine", "euclidean"] = "euclidean"
     restart_below: float = 0.3  # uses per batch, see EMAQuantizer

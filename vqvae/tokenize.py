@@ -84,7 +84,8 @@ def tokenize_shards(
         raise DataError(f"{out} exists and is not empty; choose another folder")
     source = read_manifest(shards)
     name = content_hash(model)
-    model = model.to(device)
+    # the nearest code is looked for in float32, whatever the weights are stored in
+    model = model.to(device=device, dtype=torch.float32)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     log = SkipLog()

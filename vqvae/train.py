@@ -73,6 +73,9 @@ def train(config: TokenizerTrainConfig, resume: bool = False) -> Path:
     test = torch.stack(list(_limited(read_pictures(config.data, config.data.test), config.data.test_pictures)))
     batches = (InMemoryBatches if config.data.in_memory else StreamedBatches)(config)
     model = VQVAE(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.loop.compile:
+        for side in (model.encoder, model.decoder):
+            side.compile()
 
     def loss_of(wrapped: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         restored: Reconstruction = wrapped(pixels.to(device).float() / 255)

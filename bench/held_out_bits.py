@@ -1,0 +1,54 @@
+"""Bits per image token of a model on held-out splits, beside the unigram baseline.
+
+    mmwudao tokenize shards/emoji -o codes/emoji
+    python bench/held_out_bits.py --codes codes/emoji [--model emoji]
+
+Every picture of the split is used once, with its name and style in a language chosen by its id. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from generation.pairs import CodedPairs, unigram_bits
+from generation.train import GeneratorDataConfig, GeneratorTrainConfig, held_out_batches
+from mmwudao.pipeline import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--codes", type=Path, required=True)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--pictures", type=int, default=10**9, help="of each split")
+    arguments = parser.parse_args()
+    pipe = load(arguments.model, device="cpu", dtype="auto")
+    model, styles = pipe.generator, set(pipe.config.styles)
+    train = CodedPairs(arguments.codes, "train")
+    others = sorted({sample.family for sample in train.samples if sample.family} - styles)
+    train = CodedPairs(arguments.codes, "train", others)
+    config = GeneratorTrainConfig(data=GeneratorDataConfig(test_pictures=arguments.pictures))
+    record: dict[str, dict[str, float]] = {}
+    for split in ("test-family", "test-concept"):
+        pairs = CodedPairs(arguments.codes, split, others)
+        sums, count = {"image_bits": 0.0, "text_bits": 0.0}, 0
+        with torch.inference_mode():
+            for batch in held_out_batches(pairs, pipe.text, model.config, config):
+                losses = model.loss(batch)
+                count += len(batch.tokens)
+                for name in sums:
+                    sums[name] += float(losses[name]) * len(batch.tokens)
+        record[split] = {name: round(total / count, 4) for name, total in sums.items()}
+        record[split]["unigram_bits"] = round(unigram_bits(train, pairs, model.config.num_image_codes), 4)
+        record[split]["pictures"] = count
+    print(f"{'split':14} {'pictures':>8} {'model':>8} {'unigram':>8}  (bits per image token)")
+    for split, row in record.items():
+        print(f"{split:14} {row['pictures']:8.0f} {row['image_bits']:8.3f} {row['unigram_bits']:8.3f}")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Pictures on disk: the recipe inside a PNG, the sheet of several pictures, and writing all of them or none."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageChops, PngImagePlugin
+
+from mmwudao import __version__
+
+SOFTWARE = "mmwudao"
+# Every field a picture can be drawn again from, with its type. `style` alone may be absent.
+RECIPE_FIELDS: dict[str, type] = {
+    "prompt": str,
+    "style": str,
+    "text": str,  # what the model read: the prompt with the style's phrase
+    "seed": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "guidance": float,
+    "model": str,
+    "model_hash": str,
+    "tokenizer_hash": str,
+    "device": str,
+    "dtype": str,
+    "version": str,
+}
+OPTIONAL_FIELDS = frozenset({"style"})
+MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """PNG bytes with the recipe in `image.info`, if it holds one, as one iTXt (UTF-8) chunk a field."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("Software", f"{SOFTWARE} {__version__}")
+    for name in RECIPE_FIELDS:
+        if image.info.get(name) is not None:
+            chunks.add_itxt(name, str(image.info[name]))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def read_recipe(path: Path | str) -> dict[str, Any]:
+    """The recipe inside a PNG that `generate` wrote: the fields of `RECIPE_FIELDS` that it holds.
+
+    Raises `ValueError` when the file is missing, is no PNG, or holds no recipe of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no picture at {path}")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for a broken file
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    missing = [name for name in RECIPE_FIELDS if name not in text and name not in OPTIONAL_FIELDS]
+    if not text.get("Software", "").startswith(SOFTWARE) or missing:
+        raise ValueError(f"{path} holds no recipe: it is not one of the pictures `mmwudao generate` writes")
+    try:
+        return {name: kind(text[name]) for name, kind in RECIPE_FIELDS.items() if name in text}
+    except ValueError as error:
+        raise ValueError(f"{path} holds a damaged recipe: {error}") from error
+
+
+def differing_pixels(path: Path | str, image: Image.Image) -> int:
+    """How many pixels of the picture at `path` differ from `image`; all of them when the sizes differ."""
+    with Image.open(path) as stored:
+        original = stored.convert("RGB")
+    if original.size != image.size:
+        return image.width * image.height
+    red, green, blue = ImageChops.difference(original, image).split()
+    largest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    return image.width * image.height - largest.histogram()[0]
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """One sheet of pictures, row by row, on white. Without `columns`, about as many as rows.
+
+    Raises `ValueError` for no picture or fewer than one column.
+    """
+    if not images:
+        raise ValueError("a sheet needs at least one picture")
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
+    if columns < 1:
+        raise ValueError(f"a sheet needs at least one column, not {columns}")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def file_stem(prompt: str, seed: int) -> str:
+    """A file name, without its extension, that shows the prompt and the seed: letters, marks and digits only."""
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in prompt)
+    words = "-".join(kept.split()).encode()[:MAX_STEM_BYTES].decode(errors="ignore").strip("-")
+    try:
+        os.fsencode(words)
+    except UnicodeEncodeError:  # the file system's encoding (an old locale) has no such letters
+        words = ""
+    return f"{words or 'picture'}-{seed}"
+
+
+def unused_path(folder: Path, stem: str, extension: str = ".png", taken: frozenset[Path] = frozenset()) -> Path:
+    """`folder/stem.png`, or `stem-2.png`, `stem-3.png`, ... when that exists or is `taken`."""
+    path, number = folder / f"{stem}{extension}", 1
+    while path.exists() or path in taken:
+        number += 1
+        path = folder / f"{stem}-{number}{extension}"
+    return path
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write all files or none: under temporary names first, renamed when every byte lies on the disk."""
+    temporaries = {path: path.with_name(f".{os.getpid()}-{k}.tmp") for k, path in enumerate(files)}
+    try:
+        for path, temporary in temporaries.items():
+            temporary.write_bytes(files[path])
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,335 @@
+"""Text to pictures: load a model directory, draw, and draw a remembered picture again."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.styles import with_style
+from data.text import TextTokenizer
+from generation.decoding import SamplingOptions, count_steps, generate_codes
+from generation.model import Transformer
+from mmwudao import __version__
+from mmwudao.model_dir import (
+    ModelConfig,
+    check_hash,
+    check_pairing,
+    copy_model,
+    find_model,
+    load_quietly,
+    read_model_config,
+)
+from vqvae.hub import ModelError, content_hash
+from vqvae.model import VQVAE
+
+MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
+MAX_PICTURES = 1000  # a call
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a call is: `done` of `total` steps, `rows` of codes, and a way to look at the pictures so far.
+
+    A step draws one code in each picture of a block; blocks of pictures are drawn one after the other.
+    """
+
+    done: int
+    total: int
+    rows: int
+    preview: Callable[[], list[Image.Image]]
+
+
+def load(model: str | Path = "emoji", device: str = "auto", dtype: str = "auto") -> Pipeline:
+    """Load a model by shipped name, folder, or hub id.
+
+    `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
+    tokenizer is small and stays in float32). Every part is checked against the hashes in `config.json`.
+
+    Raises `ValueError` for an unknown or absent device or dtype, `ModelError` (a `ValueError`) for a model that is
+    missing, incomplete or not what its config.json says.
+    """
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    folder, config, tokenizer, generator, text = _load_parts(model)
+    tokenizer.to(device=chosen_device, dtype=torch.float32)
+    generator.to(device=chosen_device, dtype=chosen_dtype)
+    return Pipeline(str(model), folder, config, tokenizer, generator, text)
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """What `mmwudao info` prints: the parts of a model with sizes in bytes, parameter counts, dtypes and hashes.
+
+    Raises `ModelError` as `load` does.
+    """
+    folder, config, tokenizer, generator, text = _load_parts(model)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, module in (("tokenizer", tokenizer), ("generator", generator)):
+        tensors = list(module.state_dict().values())
+        parts[name] = {
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "dtype": str(tensors[0].dtype).removeprefix("torch."),
+        }
+    parts["text"] = {"pieces": text.vocab_size, "dtype": "sentencepiece"}
+    for name, part in config.parts.items():
+        parts[name] |= {"hash": part.hash, "bytes": _size(folder / part.path)}
+    return {
+        "name": config.name,
+        "folder": str(folder),
+        "image_size": config.image_size,
+        "styles": config.styles,
+        "languages": config.languages,
+        "default_sampling": asdict(config.default_sampling),
+        "model_hash": config.model_hash,
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "parts": parts,
+    }
+
+
+def _load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer, TextTokenizer]:
+    """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
+    folder = find_model(model)
+    config = read_model_config(folder)
+    tokenizer = load_quietly(VQVAE, folder / config.parts["tokenizer"].path)
+    generator = load_quietly(Transformer, folder / config.parts["generator"].path)
+    text = TextTokenizer(folder / config.parts["text"].path)
+    hashes = {
+        "tokenizer": content_hash(tokenizer),
+        "generator": content_hash(generator),
+        "text": text.content_hash,
+    }
+    for part, found in hashes.items():
+        check_hash(folder, part, found, config.parts[part].hash)
+    check_pairing(generator.config.tokenizer_hash, generator.config.text_hash, hashes)
+    if config.image_size % tokenizer.config.stride:
+        raise ModelError(f"{folder}: image_size must be a multiple of {tokenizer.config.stride}")
+    return folder, config, tokenizer, generator, text
+
+
+class Pipeline:
+    """A loaded model. `source` is what `load` was asked for, `folder` where it was found."""
+
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        config: ModelConfig,
+        tokenizer: VQVAE,
+        generator: Transformer,
+        text: TextTokenizer,
+    ) -> None:
+        self.source, self.folder, self.config = source, folder, config
+        self.tokenizer, self.generator, self.text = tokenizer, generator, text
+        side = config.image_size // tokenizer.config.stride
+        self.grid = (side, side)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """The name of the transformer's number format, as `load` takes it."""
+        return str(next(self.generator.parameters()).dtype).removeprefix("torch.")
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        n: int = 1,
+        seed: int | None = None,
+        style: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw `n` pictures of each prompt, prompt by prompt; `.info` of each is the recipe to draw it again.
+
+        Picture k of the call is drawn with `seed + k`; without `seed`, one is drawn and recorded. What is None is
+        taken from the model's defaults. `on_progress` is called after every step.
+
+        Raises `ValueError` for an empty or overlong prompt, `n` below 1, an unknown style, or bad sampling options.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("no prompt: say what to draw")
+        for one in prompts:
+            check_prompt(one)
+        if n < 1 or n * len(prompts) > MAX_PICTURES:
+            raise ValueError(f"n must be at least 1, and one call draws at most {MAX_PICTURES} pictures: n is {n}")
+        if style is not None and style not in self.config.styles:
+            raise ValueError(f"unknown style {style!r}; this model knows: {', '.join(self.config.styles) or 'none'}")
+        total = n * len(prompts)
+        if seed is None:
+            seed = secrets.randbelow(2**31)
+        if not 0 <= seed < 2**63 - total:
+            raise ValueError(f"the seed must lie in 0..{2**63 - total - 1}, not {seed}")
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        options = replace(self.config.default_sampling, **{k: v for k, v in given.items() if v is not None})
+        texts = [with_style(one, style, guess_language(one)) if style else one for one in prompts]
+        seeds = list(range(seed, seed + total))
+        images = self._draw([text for text in texts for _ in range(n)], seeds, options, on_progress)
+        for k, image in enumerate(images):
+            image.info = self._recipe(prompts[k // n], style, texts[k // n], seeds[k], options)
+        return images
+
+    def redraw(self, recipe: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Image.Image:
+        """The picture of a recipe (see `pictures.read_recipe`) again: the same pixels on the same device and dtype.
+
+        Raises `ModelError` when the recipe is another model's.
+        """
+        if recipe["model_hash"] != self.config.model_hash:
+            raise ModelError(
+                f"the picture was drawn by another model: its hash is {recipe['model_hash'][:12]}, "
+                f"that of {self.source} is {self.config.model_hash[:12]}"
+            )
+        options = SamplingOptions(**{name: recipe[name] for name in asdict(self.config.default_sampling)})
+        (image,) = self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)
+        image.info = self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
+        return image
+
+    def save(self, folder: Path | str) -> Path:
+        """Copy the model to the new directory `folder`. Raises `ModelError` when it is in use."""
+        return copy_model(self.folder, folder)
+
+    def _draw(
+        self,
+        texts: list[str],
+        seeds: list[int],
+        options: SamplingOptions,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> list[Image.Image]:
+        rows = [self._encode(text) for text in texts]
+        total = count_steps(len(rows), options, self.grid)
+
+        def report(step: int, codes: Tensor) -> None:
+            if on_progress is not None:
+                on_progress(Progress(step, total, step // self.grid[1], lambda: self._decode_partial(codes)))
+
+        codes = generate_codes(self.generator, rows, seeds, options, grid=self.grid, on_token=report)
+        # one at a time: a batch's convolutions may round differently from a single picture's
+        return [self._decode(one) for one in codes]
+
+    def _encode(self, text: str) -> list[int]:
+        pieces = self.text.encode(text)
+        longest = self.generator.config.max_text
+        if len(pieces) > longest:
+            read = self.text.decode(pieces[:longest])
+            log.warning("the model reads %d pieces of text at most; it stops after %r", longest, read[-40:])
+        return pieces[:longest]
+
+    def _decode(self, codes: Tensor) -> Image.Image:
+        """Codes [h, w] to a picture."""
+        pixels = (self.tokenizer.decode(codes[None])[0] * 255).round().to("cpu", torch.uint8)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    def _decode_partial(self, codes: Tensor) -> list[Image.Image]:
+        """Codes so far [n, h, w], -1 where none is drawn, to pictures that are white below the last whole row."""
+        pictures = []
+        for one in codes:
+            picture = Image.new("RGB", (self.config.image_size,) * 2, "white")
+            rows = int((one >= 0).all(dim=1).sum())
+            if rows:
+                picture.paste(self._decode(one[:rows]), (0, 0))
+            pictures.append(picture)
+        return pictures
+
+    def _recipe(
+        self, prompt: str, style: str | None, text: str, seed: int, options: SamplingOptions
+    ) -> dict[str, Any]:
+        recipe: dict[str, Any] = {"prompt": prompt, "style": style, "text": text, "seed": seed, **asdict(options)}
+        recipe |= {
+            "model": self.source,
+            "model_hash": self.config.model_hash,
+            "tokenizer_hash": self.config.parts["tokenizer"].hash,
+            "device": self.device.type,
+            "dtype": self.dtype,
+            "version": __version__,
+        }
+        return recipe
+
+
+def check_prompt(prompt: str) -> None:
+    """`ValueError` for a prompt that is empty, longer than `MAX_PROMPT` characters, or not text."""
+    if not prompt.strip():
+        raise ValueError("an empty prompt: say what to draw")
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"a prompt of {len(prompt)} characters: at most {MAX_PROMPT} can be read")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid Unicode text (at character {error.start + 1})") from error
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device of a name in `DEVICES`. Raises `ValueError` for another name or one this machine lacks."""
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; choose from {', '.join(DEVICES)}")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, here in present.items() if here)
+    if not present[device]:
+        raise ValueError(f"PyTorch finds no {device} device on this machine: use --device auto or cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name in `DTYPES`; "auto" is bfloat16 where the hardware multiplies it natively.
+
+    Raises `ValueError` for another name.
+    """
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise ValueError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and cpu_multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has AMX or AVX512-BF16; elsewhere PyTorch emulates bfloat16, which is slower than float32."""
+    # torch.ops.mkldnn._is_mkldnn_bf16_supported() will not do: it is true for plain AVX512 too
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def guess_language(text: str) -> str:
+    """The language whose phrase names a style in `text`: by script, then by letters and articles; else English."""
+    for language, pattern in _LANGUAGE_SIGNS:
+        if pattern.search(text):
+            return language
+    return "en"
+
+
+_LANGUAGE_SIGNS = [
+    (language, re.compile(pattern, re.IGNORECASE))
+    for language, pattern in (
+        ("ko", r"[\u1100-\u11ff\uac00-\ud7af]"),
+        ("ja", r"[\u3040-\u30ff]"),  # kana; Chinese characters alone are read as Chinese
+        ("zh", r"[\u3400-\u9fff]"),
+        ("cs", r"[ěřůčďťňšž]"),
+        ("de", r"[äöüß]|\b(?:ein|eine|der|die|das|mit|und)\b"),
+        ("fr", r"[éèêëàâçîïôûùœ]|\b(?:un|une|le|la|les|du|des|avec|et)\b"),
+    )
+]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from generation.layout import COMMANDS, Vocabulary, collate, prompt_row, row_positions, training_row
+
+VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
+
+
+def test_vocabulary_is_codes_then_text_then_commands():
+    assert (VOCAB.size, VOCAB.padded_size) == (191, 256)
+    assert VOCAB.image_range == range(0, 64)
+    assert VOCAB.text_range == range(64, 164)
+    assert VOCAB.command_range == range(164, 191)
+    assert [VOCAB.command(name) for name in COMMANDS] == list(VOCAB.command_range)
+    assert VOCAB.text([0, 99]) == [64, 163]
+
+
+def test_published_cogview_ids():
+    published = Vocabulary(num_image_codes=8192, num_text_pieces=50000)
+    assert (published.size, published.padded_size) == (58219, 58240)
+    names = ["[PAD]", "[BOI1]", "[EOI1]", "[ROI1]", "[BASE]", "[POS0]"]
+    assert [published.command(name) for name in names] == [58192, 58193, 58196, 58199, 58208, 58210]
+
+
+@pytest.mark.parametrize(
+    ("grid", "name"),
+    [((8, 8), "[TINY]"), ((4, 6), "[TINY]"), ((12, 12), "[SMALL]"), ((16, 8), "[SMALL]"), ((32, 32), "[BASE]"),
+     ((64, 64), "[BIG]")],
+)  # fmt: skip
+def test_size_command_is_the_smallest_that_holds_the_grid(grid, name):
+    assert VOCAB.size_command(grid) == VOCAB.command(name)
+
+
+@pytest.mark.parametrize("grid", [(65, 8), (0, 8)])
+def test_a_grid_without_a_size_is_refused(grid):
+    with pytest.raises(ValueError, match="no size command"):
+        VOCAB.size_command(grid)
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    for pieces in ([100], [-1]):
+        with pytest.raises(ValueError, match=r"0\.\.99"):
+            VOCAB.text(pieces)
+    with pytest.raises(ValueError, match="not a command"):
+        VOCAB.command("[NEXT]")
+
+
+def test_training_row_spells_the_sequence():
+    codes = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    row = training_row(VOCAB, [7, 8], codes, max_text=5)
+    names = {name: VOCAB.command(name) for name in ("[ROI1]", "[TINY]", "[BOI1]", "[EOI1]")}
+    whole = [names["[ROI1]"], 71, 72, names["[TINY]"], names["[BOI1]"], 1, 2, 3, 4, 5, 6, names["[EOI1]"]]
+    assert row.tokens.tolist() == whole[:-1]
+    assert row.targets.tolist() == whole[1:]
+    assert row.image_mask.tolist() == [False] * 4 + [True] * 6 + [False]
+    assert len(row.positions) == len(row.tokens)
+
+
+def test_prompt_is_the_start_of_the_training_row_and_long_text_is_cut():
+    text = list(range(20))
+    row = training_row(VOCAB, text, torch.zeros(8, 8), max_text=5)
+    prompt = prompt_row(VOCAB, text, (8, 8), max_text=5)
+    assert prompt == row.tokens[:8].tolist()
+    assert len(prompt) == 5 + 3
+    assert prompt_row(VOCAB, [], (8, 8), max_text=5) == [prompt[0], *prompt[-2:]]
+
+
+def test_sequence_positions_count():
+    assert row_positions(3, (2, 2), max_text=9, kind="sequence").tolist() == list(range(3 + 4 + 4))
+
+
+def test_grid_positions_of_codes_do_not_depend_on_the_text():
+    origin = 9 + 4
+    for num_text in (0, 9):
+        positions = row_positions(num_text, (2, 3), max_text=9, kind="grid")
+        before = num_text + 3
+        assert positions[:before].tolist() == [[t, t] for t in range(before)]
+        cells = [[origin + r, origin + c] for r in range(2) for c in range(3)]
+        assert positions[before:].tolist() == [*cells, [origin + 2, origin + 3]]
+        assert before <= origin  # text never reaches the picture's positions
+
+
+@pytest.mark.parametrize("kind", ["sequence", "grid"])
+def test_collate_pads_at_the_end_and_weighs_the_targets(kind):
+    codes = torch.arange(4).view(2, 2)
+    short = training_row(VOCAB, [1], codes, 5, kind)
+    long = training_row(VOCAB, [1, 2, 3], codes, 5, kind)
+    batch = collate(VOCAB, [short, long], text_weight=0.25)
+    assert batch.tokens.shape == batch.targets.shape == batch.weights.shape == (2, 10)
+    assert batch.positions.shape == ((2, 10) if kind == "sequence" else (2, 10, 2))
+    pad = VOCAB.command("[PAD]")
+    assert batch.tokens[0, 8:].tolist() == batch.targets[0, 8:].tolist() == [pad, pad]
+    assert torch.equal(batch.tokens[0, :8], short.tokens)
+    assert torch.equal(batch.positions[1], long.positions)
+    # text, [SIZE], [BOI1] | four codes | [EOI1] | padding
+    assert batch.weights[0].tolist() == [0.25] * 3 + [1.0] * 4 + [0.25] + [0.0] * 2
+    assert batch.image_mask[0].tolist() == [False] * 3 + [True] * 4 + [False] * 3
+    assert (batch.targets[batch.image_mask] < 64).all()
+    assert (batch.targets[~batch.image_mask] >= 64).all()
+
+
+def test_unusable_rows_are_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        collate(VOCAB, [])
+    with pytest.raises(ValueError, match=r"\[h, w\]"):
+        training_row(VOCAB, [1], torch.zeros(64), 5)
