@@ -36,11 +36,16 @@ def read_codes(folder: Path, split: str) -> Iterator[CodedSample]:
     if split not in manifest.splits:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
     for shard in manifest.splits[split]:
+        path, count = Path(folder) / shard.file, 0
         try:
-            with tarfile.open(Path(folder) / shard.file) as tar:
-                yield from _read_shard(tar)
+            with tarfile.open(path, "r:") as tar:  # not compressed, so that errors speak of tar alone
+                for coded in _read_shard(tar):
+                    count += 1
+                    yield coded
         except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{Path(folder) / shard.file} is damaged or missing: {error}") from error
+            raise DataError(f"{path} is damaged or missing: {error}") from error
+        if count != shard.samples:  # `tarfile` takes a cut inside a header for the end
+            raise DataError(f"{path} is damaged: it holds {count} samples, not the {shard.samples} of the manifest")
 
 
 def tokenizer_hash(folder: Path) -> str:
@@ -56,6 +61,9 @@ def _read_shard(tar: tarfile.TarFile) -> Iterator[CodedSample]:
         key, _, extension = entry.name.partition(".")
         members[extension] = file.read()
         if members.keys() >= {"json", "npy"}:  # ours are written together
-            codes = numpy.load(io.BytesIO(members["npy"]), allow_pickle=False)
+            try:
+                codes = numpy.load(io.BytesIO(members["npy"]), allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise DataError(f"sample {key}: its .npy is no array of codes") from error
             yield CodedSample(Sample.from_members(key, {"png": b"", "json": members["json"]}), codes)
             members = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +29,8 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
         if not path.is_file():
             raise ConfigError(f"no configuration file at {path}")
         try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+            record = _parse_yaml(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{path} must hold `key: value` pairs")
@@ -37,7 +39,7 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
         if not equals or not key:
             raise ConfigError(f"an override reads key=value, not {override!r}")
         try:
-            _set(record, key.split("."), yaml.safe_load(value), key)
+            _set(record, key.split("."), _parse_yaml(value), key)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {value!r} is not YAML") from error
     return from_dict(cls, record)
@@ -49,17 +51,33 @@ def from_dict(cls: type[T], record: dict[str, Any]) -> T:
 
     _check_keys(cls, record, "")
     try:
-        # pydantic checks the types (and Literal choices); lax mode alone would read 3.0 as 3 and "yes" as True
-        return TypeAdapter(cls).validate_python(record)
+        # strict: lax mode reads "3" and 3.0 as 3, and True as 1; through JSON, where strict mode still takes a list for
+        # a tuple
+        return TypeAdapter(cls).validate_json(json.dumps(record, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"]) or "the configuration"
+        if first["type"] == "value_error":  # from a __post_init__, which says what was wrong
+            raise ConfigError(f"{key}: {first['ctx']['error']}") from error
         raise ConfigError(f"{key}: {first['msg']}, not {first['input']!r}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dictionaries of a dataclass instance, ready for JSON or YAML."""
     return dataclasses.asdict(config)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    # YAML 1.1, which PyYAML reads, takes 1e-3 for a string; YAML 1.2 and everybody else for a number
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return yaml.load(text, Loader)
 
 
 def _set(record: dict[str, Any], path: list[str], value: Any, key: str) -> None:

@@ -97,6 +97,8 @@ def build_emoji(
         raise DataError(f"the image format is 'webp' or 'png', not {image_format!r}")
     if not 8 <= size <= 2048:
         raise DataError(f"the size is 8 to 2048 pixels, not {size}")
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit is at least 1 picture, not {limit}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not empty; choose another folder")
     source = read_source(cache or default_cache(), families)

@@ -20,7 +20,12 @@ _GENDERED = {
     "👫👬👭": "👫", "👲🧕👳": "👳", "🤵👰": "🤵", "🤰🫃🫄": "🫄",
 }  # fmt: skip
 _TO_PERSON = {ord(member): person for members, person in _GENDERED.items() for member in members}
-_HOLDING_HANDS = "🧑\u200d🤝\u200d🧑"
+# what two people of different skin tones are written as, and what two of one tone are; Santa has three spellings
+_SAME = {
+    "🧑\u200d🤝\u200d🧑": "👫", "🧑\u200d🐰\u200d🧑": "👯", "🧑\u200d\U0001faef\u200d🧑": "🤼",
+    "\U0001faf1\u200d\U0001faf2": "🤝", "🧑\u200d🎄": "🎅",
+}  # fmt: skip
+_SKIN_TONE = "\U0001f3fb"
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,12 @@ class Concept:
     def base(self) -> str:
         """The `id` of the concept without skin tone and gender: what the concept split holds out together."""
         plain = _GENDER_SIGNS.sub("", _MODIFIERS.sub("", self.emoji)).translate(_TO_PERSON)
-        if plain == _HOLDING_HANDS:
-            plain = "👫"
+        plain = _SAME.get(plain, plain) or _SKIN_TONE  # nothing is left of a swatch of skin colour
         members = plain.split("\u200d")
         if len(members) > 1 and set(members) <= {"🧑", "🧒"}:  # families of any size and gender
             plain = "👪"
-        elif "❤" in members or plain in "💏💑":  # couples; "kiss" also holds the kiss mark
-            plain = "💏" if "💋" in members or plain == "💏" else "💑"
+        elif "🧑" in members and "❤" in members:  # couples; "kiss" also holds the kiss mark
+            plain = "💏" if "💋" in members else "💑"
         return code_points(plain)
 
 

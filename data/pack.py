@@ -99,7 +99,7 @@ def pack(
         log = SkipLog(building / "skipped.log")
         with ExitStack() as stack:
             writers = {s: stack.enter_context(ShardWriter(building, s, samples_per_shard)) for s in splits}
-            for entry in tqdm(entries, "packing", disable=None if progress else True):
+            for entry in tqdm(entries, "packing", disable=not progress):
                 try:
                     content = _read(entry)
                     sample = _sample(entry, content, language, image_size, max_pixels)
@@ -206,7 +206,8 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             columns = reader.fieldnames or []
             for wanted in (PATH_COLUMNS, CAPTION_COLUMNS):
                 if not set(wanted) & set(columns):
-                    raise DataError(f"{table} needs a column {' or '.join(wanted)}; it has {', '.join(columns) or 'none'}")
+                    found = ", ".join(columns) or "none"
+                    raise DataError(f"{table} needs a column {' or '.join(wanted)}; it has {found}")
             for row in reader:
                 yield reader.line_num, row
     except json.JSONDecodeError as error:
@@ -220,11 +221,11 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def sample_id(name: str) -> str:
     """An id that is safe as a tar member: letters and digits of any script, `_`, `-`, and `/` between folders."""
     parts = [part for part in unicodedata.normalize("NFC", name).split("/") if part not in ("", ".", "..")]
-    key = "/".join(re.sub(r"[^\w-]+", "_", part) for part in parts)
+    key = "/".join(re.sub(r"[^\w-]+", "_", part) for part in parts) or "_"
     if key.startswith("__"):  # webdataset takes names such as __MACOSX__ for its own
         key = f"x{key}"
     if len(key.encode()) > MAX_ID_BYTES:
-        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:12]
         key = f"{key.encode()[: MAX_ID_BYTES - 13].decode(errors='ignore')}-{digest}"
     return key
 
@@ -243,8 +244,8 @@ def _unique(entries: list[Entry]) -> list[Entry]:
 def _read(entry: Entry) -> bytes:
     try:
         return entry.path.read_bytes()
-    except OSError as error:
-        raise _Skip(MISSING_PICTURE, error.strerror or type(error).__name__) from error
+    except (OSError, ValueError) as error:  # ValueError: a table's path holds a NUL
+        raise _Skip(MISSING_PICTURE, _reason(error)) from error
 
 
 def _sample(entry: Entry, content: bytes, language: str, image_size: int | None, max_pixels: int) -> Sample:
@@ -256,8 +257,11 @@ def _sample(entry: Entry, content: bytes, language: str, image_size: int | None,
         if entry.text is not None:
             members["txt"] = entry.text.read_bytes()
         sample = Sample.from_members(entry.id, {"png": content, **members})
+        sample.to_members()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
+        raise _Skip(MISSING_CAPTION, "its text is not valid Unicode") from error
     except (DataError, OSError) as error:
-        raise _Skip(MISSING_CAPTION, str(error)) from error
+        raise _Skip(MISSING_CAPTION, _reason(error)) from error
     sample.id = entry.id  # not one that a .json beside the picture names: ids must be unique here
     if UNKNOWN_LANGUAGE in sample.captions:
         sample.captions.setdefault(language, sample.captions.pop(UNKNOWN_LANGUAGE))
@@ -275,6 +279,11 @@ def _sample(entry: Entry, content: bytes, language: str, image_size: int | None,
     else:
         sample.image, sample.extension = _encode(image, "png"), "png"
     return sample
+
+
+def _reason(error: Exception) -> str:
+    """The message without the path, so that the logs of two machines are equal."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _encode(image: Image.Image, extension: str) -> bytes:

@@ -143,6 +143,7 @@ def open_shards(
     shuffle: int = 0,
     seed: int = 0,
     resampled: bool = False,
+    by_node: bool = True,
     strict: bool = False,
     max_pixels: int = MAX_PIXELS,
     log: SkipLog | None = None,
@@ -150,10 +151,20 @@ def open_shards(
     """The examples of `split` in the shards of `spec` (see `expand_shards`), as an iterable dataset.
 
     `shuffle` is the size of the shuffle buffer in encoded samples; 0 keeps the order of the shards. `resampled` draws
-    shards with replacement, without end, for every process alike. `strict` raises `DataError` at the first sample
-    that would be skipped. `max_pixels` caps width x height. `log` takes the skips.
+    shards with replacement, without end, another draw for each node. `by_node=False` gives every node of a
+    distributed run the same examples (an evaluation set, say) instead of its share. `strict` raises `DataError` at
+    the first sample that would be skipped. `max_pixels` caps width x height. `log` takes the skips.
     """
-    return ShardDataset(expand_shards(spec, split), shuffle, seed, resampled, strict, max_pixels, log)
+    return ShardDataset(
+        expand_shards(spec, split),
+        shuffle=shuffle,
+        seed=seed,
+        resampled=resampled,
+        by_node=by_node,
+        strict=strict,
+        max_pixels=max_pixels,
+        log=log,
+    )
 
 
 class ShardDataset(torch.utils.data.IterableDataset[Example]):
@@ -165,9 +176,11 @@ class ShardDataset(torch.utils.data.IterableDataset[Example]):
     def __init__(
         self,
         shards: Sequence[Path],
+        *,
         shuffle: int = 0,
         seed: int = 0,
         resampled: bool = False,
+        by_node: bool = True,
         strict: bool = False,
         max_pixels: int = MAX_PIXELS,
         log: SkipLog | None = None,
@@ -175,7 +188,7 @@ class ShardDataset(torch.utils.data.IterableDataset[Example]):
         if shuffle < 0:
             raise DataError(f"the shuffle buffer holds 0 samples or more, not {shuffle}")
         self.shards = list(shards)
-        self.shuffle, self.seed, self.resampled = shuffle, seed, resampled
+        self.shuffle, self.seed, self.resampled, self.by_node = shuffle, seed, resampled, by_node
         self.strict, self.max_pixels = strict, max_pixels
         self.log = log if log is not None else SkipLog()
         # in shared memory, so that `set_epoch` reaches the persistent workers of a DataLoader
@@ -187,15 +200,18 @@ class ShardDataset(torch.utils.data.IterableDataset[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         rank, nodes, worker, _ = pytorch_worker_info()
+        if not self.by_node:
+            rank, nodes = 0, 1
         seed = make_seed(self.seed, int(self._epoch))  # the same on every node: they share out one order of shards
         urls = [str(shard.absolute()) for shard in self.shards]  # absolute, so that no name reads as "scheme:..."
         if self.resampled:
-            stages = [wds.ResampledShards(urls, seed=seed, deterministic=True)]
+            draw = make_seed(rank, worker)
+            stages = [wds.ResampledShards(urls, seed=seed, worker_seed=lambda: draw, deterministic=True)]
         elif nodes > len(urls):
             raise DataError(f"{len(urls)} shards cannot feed {nodes} processes; make smaller shards or resample them")
         else:
             shard_list = wds.SimpleShardList(urls, seed=seed if self.shuffle else None)
-            stages = [shard_list, wds.split_by_node, wds.split_by_worker]
+            stages = [shard_list, wds.split_by_node if self.by_node else None, wds.split_by_worker]
         stages.append(self._read)
         if self.shuffle:
             stages.append(wds.shuffle(self.shuffle, initial=self.shuffle, seed=make_seed(seed, rank, worker)))

@@ -130,12 +130,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != MANIFEST_FORMAT:
         raise DataError(f"{path} is not a {MANIFEST_FORMAT} manifest")
-    return Manifest(
-        name=record["name"],
-        image_size=record["image_size"],
-        splits={
-            split: [ShardInfo(**shard) for shard in entry["shards"]] for split, entry in record["splits"].items()
-        },
-        sources=record.get("sources", {}),
-        skipped=record.get("skipped", {}),
-    )
+    try:
+        return Manifest(
+            name=record["name"],
+            image_size=record["image_size"],
+            splits={
+                split: [ShardInfo(**shard) for shard in entry["shards"]] for split, entry in record["splits"].items()
+            },
+            sources=record.get("sources", {}),
+            skipped=record.get("skipped", {}),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a complete manifest ({error})") from error

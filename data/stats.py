@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from data.images import ImageTooLarge, read_header
-from data.reading import CORRUPT_IMAGE, TOO_LARGE, SkipLog, read_shard, split_name
+from data.reading import CORRUPT_IMAGE, TOO_LARGE, ShardSpec, SkipLog, expand_shards, read_shard, split_name
 from data.sample import DataError
 
 
@@ -46,13 +42,12 @@ class ShardStats:
     duplicate_ids: int = 0  # beyond the first of each
     skipped: dict[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and numbers, ready for JSON."""
-        return dataclasses.asdict(self)
 
+def shard_stats(shards: ShardSpec, log: SkipLog | None = None) -> ShardStats:
+    """Read every sample of `shards` (see `expand_shards`), of pictures the header alone. `log` takes the skips.
 
-def shard_stats(shards: Iterable[Path], log: SkipLog | None = None) -> ShardStats:
-    """Read every sample of `shards` (see `expand_shards`), of pictures the header alone. `log` takes the skips."""
+    Raises `DataError` when there is no shard.
+    """
     log = log if log is not None else SkipLog()
     stats = ShardStats()
     splits, families, sizes, formats, licences = (Counter[str]() for _ in range(5))
@@ -65,7 +60,7 @@ def shard_stats(shards: Iterable[Path], log: SkipLog | None = None) -> ShardStat
     def skip(reason: str, name: str, error: Exception) -> None:
         log.add(reason, name, str(error))
 
-    for shard in shards:
+    for shard in expand_shards(shards):
         stats.shards += 1
         stats.bytes += shard.stat().st_size
         split = split_name(shard)

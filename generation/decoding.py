@@ -106,9 +106,7 @@ def decode_one_token(model: Transformer, codes: Tensor, positions: Tensor, cache
     return model.logits(hidden[:, 0], image_only=True).float()
 
 
-def count_steps(
-    n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0
-) -> int:
+def count_steps(n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0) -> int:
     """How many times `generate_codes` calls `on_token` for `n` images of which `prefix` codes are given."""
     return math.ceil(n / _images_in_block(options)) * (grid[0] * grid[1] - prefix)
 
@@ -274,7 +272,7 @@ def naive_generate_codes(
     """What `generate_codes` must agree with: no cache, no padding, no batch; the whole row again for every code."""
     options = options or SamplingOptions()
     prefix = _check(model.config, prompts, seeds, grid, prefix_codes)
-    config, device = model.config, model.embed.weight.device
+    device = model.embed.weight.device
     pictures = []
     for i, (text, seed) in enumerate(zip(prompts, seeds, strict=True)):
         codes = prefix[i].tolist()

@@ -196,7 +196,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` whose weight follows the input's dtype: under autocast the two differ, and the fused path is lost."""
+    """`nn.RMSNorm` whose weight follows the input's dtype: if they differ (autocast), the fused path is lost."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -54,9 +55,9 @@ def _text(caption: Caption, config: CaptionConfig, rng: random.Random) -> str:
 
 
 class CodedPairs:
-    """Every coded picture of a split, in memory: a million pictures of 256 codes take half a gigabyte.
+    """Every coded picture of a split, in memory: a million pictures of 256 codes take a gigabyte.
 
-    `codes` is uint16 or int32 [P, h, w].
+    `codes` is int32 [P, h, w] (PyTorch can do little with uint16).
     """
 
     def __init__(self, folder: Path, split: str, exclude_families: Sequence[str] = ()) -> None:
@@ -66,7 +67,7 @@ class CodedPairs:
         if len({c.codes.shape for c in kept}) > 1:
             raise DataError(f"the pictures of {folder} differ in size; tokenize them at one size")
         self.samples = [c.sample for c in kept]
-        self.codes = torch.stack([torch.from_numpy(c.codes) for c in kept])
+        self.codes = torch.stack([torch.from_numpy(c.codes.astype(numpy.int32)) for c in kept])
 
     def __len__(self) -> int:
         return len(self.samples)

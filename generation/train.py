@@ -70,10 +70,11 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        total = batch.weights.sum()
+    def forward(self, batch: Batch, total: Tensor) -> dict[str, Tensor]:
+        """`total`: the mean sum of weights of this process's micro-batches of the step."""
         if distributed():
             # DDP averages gradients: dividing by the mean weight of all processes gives those of one large batch
+            total = total.clone()
             dist.all_reduce(total)
             total = total / world_size()
         return self.model.loss(batch, total)
@@ -106,16 +107,19 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     test_batches = {split: held_out_batches(test, text, model_config, config) for split, test in tests.items()}
     baselines = {split: unigram_bits(pairs, test, model_config.num_image_codes) for split, test in tests.items()}
 
-    def loss_of(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return wrapped(batch.to(device))
+    def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+        batch, total = micro_batch
+        return wrapped(batch.to(device), total.to(device))
 
     def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, LossModule)
         figures = {}
         for split, held_out in test_batches.items():
-            bits = [averaged.model.loss(batch.to(device)) for batch in held_out]
-            figures[f"{split}/image_bits"] = float(torch.stack([b["image_bits"] for b in bits]).mean())
-            figures[f"{split}/text_bits"] = float(torch.stack([b["text_bits"] for b in bits]).mean())
+            losses = [averaged.model.loss(batch.to(device)) for batch in held_out]
+            rows = [len(batch.tokens) for batch in held_out]  # the last batch may be smaller
+            for name in ("image_bits", "text_bits"):
+                total = sum(float(loss[name]) * count for loss, count in zip(losses, rows, strict=True))
+                figures[f"{split}/{name}"] = total / sum(rows)
             figures[f"{split}/unigram_bits"] = baselines[split]
         if rank() == 0 and tokenizer is not None and config.sample_prompts and step % config.sample_every == 0:
             _write_sheet(averaged.model, tokenizer, text, config, step)
@@ -146,7 +150,7 @@ class PairBatches:
                 f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
             )
 
-    def __call__(self, step: int) -> Iterator[tuple[Batch, list[str]]]:
+    def __call__(self, step: int) -> Iterator[tuple[tuple[Batch, Tensor], list[str]]]:
         loop = self.config.loop
         seed = loop.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed)
@@ -154,14 +158,19 @@ class PairBatches:
         # one caption per place in the batch, so that each process draws the same one
         rows = list(enumerate(drawn))
         size = loop.batch_size // loop.accumulate
+        batches, ids = [], []
         for start in range(0, loop.batch_size, size):
             part = rows[start : start + size][rank() :: world_size()]
             built = []
             for place, index in part:
-                caption = draw_caption(self.pairs.samples[index], self.config.captions, random.Random(f"{seed} {place}"))
+                rng = random.Random(f"{seed} {place}")
+                caption = draw_caption(self.pairs.samples[index], self.config.captions, rng)
                 built.append(_row(self.pairs, index, caption, self.text, self.model))
-            batch = collate(self.model.vocabulary, built, self.config.text_weight)
-            yield batch, [self.pairs.samples[index].id for _, index in part]
+            batches.append(collate(self.model.vocabulary, built, self.config.text_weight))
+            ids.append([self.pairs.samples[index].id for _, index in part])
+        # of all micro-batches: with a divisor each, a caption's weight would depend on which others it lies with
+        total = torch.stack([batch.weights.sum() for batch in batches]).mean()
+        yield from zip([(batch, total) for batch in batches], ids, strict=True)
 
 
 def held_out_batches(
@@ -193,7 +202,9 @@ def _sheet_tokenizer(data: GeneratorDataConfig, expected: str) -> VQVAE | None:
     return tokenizer
 
 
-def _write_sheet(model: Transformer, tokenizer: VQVAE, text: TextTokenizer, config: GeneratorTrainConfig, step: int) -> None:
+def _write_sheet(
+    model: Transformer, tokenizer: VQVAE, text: TextTokenizer, config: GeneratorTrainConfig, step: int
+) -> None:
     from torchvision.utils import save_image
 
     prompts = [text.encode(prompt) for prompt in config.sample_prompts]

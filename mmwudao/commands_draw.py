@@ -48,7 +48,7 @@ def generate(
 
     Options that are not given are the model's own defaults. Existing files are never overwritten.
     """
-    wanted = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    wanted = [*map(_as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise ValueError("no prompt: say what to draw, or give --prompts-file")
     with _output_folder(out):
@@ -144,6 +144,14 @@ def _format_description(description: dict[str, Any]) -> str:
         count = f"{part['parameters']:,} parameters" if "parameters" in part else f"{part['pieces']:,} pieces"
         lines.append(f"{name:<10} {count}, {part['bytes'] / 1e6:.1f} MB, {part['dtype']}, {part['hash']}")
     return "\n".join(lines)
+
+
+def _as_typed(argument: str) -> str:
+    """A command line argument as UTF-8, where the locale made Python read its bytes as something else."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:  # not UTF-8 either: `check_prompt` has the words for it
+        return argument
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -140,7 +140,10 @@ def _tokenize_files(tokenizer: VQVAE, sources: list[Path], out: Path, size: int 
                 raise ValueError(f"{source} must hold whole numbers [h, w], not {codes.dtype} {list(codes.shape)}")
             image, figures = tensor_to_image(tokenizer.decode(torch.from_numpy(codes.astype("int64"))[None])[0]), ""
         else:
-            tokenized = tokenize_image(tokenizer, source, size)
+            try:
+                tokenized = tokenize_image(tokenizer, source, size)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
             image, figures = tokenized.restored, f"  PSNR {tokenized.psnr:.2f} dB"
             buffer = io.BytesIO()
             numpy.save(buffer, tokenized.codes.to(torch.int32).numpy(), allow_pickle=False)

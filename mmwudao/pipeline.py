@@ -177,13 +177,13 @@ class Pipeline:
             seed = secrets.randbelow(2**31)
         if not 0 <= seed < 2**63 - total:
             raise ValueError(f"the seed must lie in 0..{2**63 - total - 1}, not {seed}")
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         options = replace(self.config.default_sampling, **{k: v for k, v in given.items() if v is not None})
         texts = [with_style(one, style, guess_language(one)) if style else one for one in prompts]
         seeds = list(range(seed, seed + total))
         images = self._draw([text for text in texts for _ in range(n)], seeds, options, on_progress)
         for k, image in enumerate(images):
-            image.info = self._recipe(prompts[k // n], style, texts[k // n], seeds[k], options)
+            image.info.update(self._recipe(prompts[k // n], style, texts[k // n], seeds[k], options))
         return images
 
     def redraw(self, recipe: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Image.Image:
@@ -198,7 +198,9 @@ class Pipeline:
             )
         options = SamplingOptions(**{name: recipe[name] for name in asdict(self.config.default_sampling)})
         (image,) = self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)
-        image.info = self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
+        image.info.update(
+            self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
+        )
         return image
 
     def save(self, folder: Path | str) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,9 +78,3 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes with other weights: every hash but the text model's differs."""
     return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
-
-
-def run_cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "mmwudao", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=500, **options)  # type: ignore[call-overload]

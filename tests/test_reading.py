@@ -110,13 +110,14 @@ def test_corrupt_pictures_are_one_line(content):
     assert "0x" not in str(caught.value)  # no address: logs of two runs are equal
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 def test_any_damage_is_corrupt_or_a_picture():
     source = np.random.default_rng(0)
     noise = Image.fromarray(source.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     outcomes = set()
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
         good = encoded(noise, kind)
-        for _ in range(100):
+        for _ in range(50):
             damaged = bytearray(good)
             for position in source.integers(0, len(good), 5):
                 damaged[position] = source.integers(256)
@@ -242,9 +243,7 @@ def test_damage_is_skipped_counted_and_named(damaged, tmp_path, caplog):
     assert log.counts == expected
     lines = [line.split("\t") for line in (tmp_path / "skipped.log").read_text().splitlines()]
     assert len(lines) == 7
-    assert ["picture too large", "train-00002.tar: sample e"] == lines[-1][:2] or any(
-        line[:2] == ["picture too large", "train-00002.tar: sample e"] for line in lines
-    )
+    assert ["picture too large", "train-00002.tar: sample e"] in [line[:2] for line in lines]
     assert "train-00001.tar" in caplog.text
     assert "sample a" in caplog.text
 
@@ -277,7 +276,7 @@ def test_strict_names_the_sample(tmp_path, members, problem):
 def test_every_cut_of_a_shard_is_noticed_once_and_the_epoch_goes_on(tmp_path, cut):
     write_shards(tmp_path, 20)
     shard = tmp_path / "train-00000.tar"
-    content: bytes | bytearray = bytearray(shard.read_bytes())
+    content = shard.read_bytes()
     with tarfile.open(shard) as tar:
         offset = tar.getmembers()[10].offset  # of the sixth sample
     if cut == "header":
@@ -285,7 +284,7 @@ def test_every_cut_of_a_shard_is_noticed_once_and_the_epoch_goes_on(tmp_path, cu
     elif cut == "boundary":
         content = content[:offset]
     elif cut == "flipped header":
-        content[offset + 3 : offset + 4] = b"!"
+        content = content[: offset + 3] + b"!" + content[offset + 4 :]
     else:
         content = b"" if cut == "empty" else np.random.default_rng(0).bytes(5000)
     shard.write_bytes(content)
@@ -354,10 +353,12 @@ def test_nodes_share_out_the_shards(tmp_path, monkeypatch):
         parts.append(ids(open_shards(folder, shuffle=5, seed=1)))
     assert [len(part) for part in parts] == [30, 30]
     assert sorted(parts[0] + parts[1]) == [f"s{n:04d}" for n in range(60)]
+    assert sorted(ids(open_shards(folder, by_node=False))) == [f"s{n:04d}" for n in range(60)]
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(DataError, match="6 shards cannot feed 7 processes"):
         list(open_shards(folder))
     assert len(take(open_shards(folder, resampled=True), 20)) == 20
+    assert len(ids(open_shards(folder, by_node=False))) == 60
 
 
 def only_id(examples) -> str:

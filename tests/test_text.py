@@ -41,8 +41,8 @@ def test_random_unicode_comes_back_in_nfkc(tokenizer):
     # characters assigned since this Python's Unicode tables are left out: the model's own tables may be newer
     alphabet = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
     random_source = random.Random(0)
-    for _ in range(3000):
-        text = "".join(random_source.choices(alphabet, k=random_source.randrange(1, 12)))
+    for _ in range(1000):
+        text = "".join(random_source.choices(alphabet, k=random_source.randrange(1, 30)))
         assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFKC", text), ascii(text)
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names; float32 else
+
 
 class ModelError(ValueError):
     """A model folder is missing, incomplete, damaged or does not fit; the message is one line."""
@@ -49,9 +51,11 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is not complete: {name} is missing")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} is damaged: it is not an object")
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             # get_slice reads the header alone
@@ -61,13 +65,15 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     try:
         module: Any = cls.from_pretrained(folder, strict=False)
     except (TypeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder} does not hold a {cls.__name__}: {str(error).splitlines()[0]}") from error
+        problem = " ".join(str(error).split())  # PyTorch puts each tensor that does not fit on a line of its own
+        raise ModelError(f"{folder} does not hold a {cls.__name__}: {problem[:300]}") from error
     _check_complete(module, folder, cls.__name__)
-    return module.to(torch.bfloat16 if "BF16" in dtypes else torch.float32).eval()
+    stored = [dtype for name, dtype in STORED_DTYPES.items() if name in dtypes]
+    return module.to(stored[0] if stored else torch.float32).eval()
 
 
 def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Save a copy of `module` with its floating tensors in `dtype`, atomically; returns the content hash of the copy."""
+    """Save a copy of `module`, its floating tensors in `dtype`, atomically; returns the content hash of the copy."""
     import copy
 
     stored: Any = copy.deepcopy(module).to(device="cpu", dtype=dtype).eval()
@@ -96,5 +102,6 @@ def _check_complete(module: nn.Module, folder: Path, name: str) -> None:
     if stored != expected:
         missing, unexpected = sorted(expected - stored), sorted(stored - expected)
         raise ModelError(
-            f"{folder} does not hold this {name}: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+            f"{folder} does not hold this {name}: missing {missing[:3] or 'nothing'}, "
+            f"unexpected {unexpected[:3] or 'nothing'}"
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -193,9 +194,11 @@ class Loop:
             ids += batch_ids
             last = index == config.accumulate - 1
             # gradients cross processes once a step, with the last micro-batch
-            quiet = self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) and not last else nullcontext()
+            quiet: AbstractContextManager[None] = nullcontext()
+            if isinstance(self.wrapped, DistributedDataParallel) and not last:
+                quiet = self.wrapped.no_sync()
             with quiet:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                with self._autocast():
                     losses = self.loss_of(self.wrapped, batch)
                 (losses["loss"] / config.accumulate).backward()
             for name, value in losses.items():
@@ -208,8 +211,8 @@ class Loop:
         values = dict(zip([*sums, "gradient_norm"], figures.tolist(), strict=True))
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise TrainingError(
-                f"loss {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: not finite; weights "
-                f"left as they were; samples: {', '.join(ids)}"
+                f"loss {values['loss']} and gradient norm {values['gradient_norm']} at step {step}: not finite; "
+                f"weights left as they were; samples: {', '.join(ids)}"
             )
         for optimizer in self.optimizers:
             optimizer.step()
@@ -217,6 +220,9 @@ class Loop:
         if self.average is not None:
             self._update_average(step)
         return values
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _update_average(self, step: int) -> None:
         assert self.average is not None
@@ -237,7 +243,7 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         self.averaged.eval()
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        with torch.no_grad(), self._autocast():
             figures = self.evaluate(self.averaged, self.progress.step)
         return {f"test/{name}": value for name, value in figures.items()}
 
@@ -272,8 +278,14 @@ class Loop:
         os.replace(temporary, self._checkpoint)
 
     def _load(self) -> None:
-        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
+        try:
+            state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{self._checkpoint} is damaged; delete it to start anew") from error
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise TrainingError(f"{self._checkpoint} holds a model of another configuration") from error
         if self.average is not None:
             if state["average"] is None:
                 raise TrainingError(f"{self._checkpoint} holds no average of the weights; resume with ema=0")

@@ -4,8 +4,6 @@ van den Oord et al. 2017 (arXiv:1711.00937); the shape with one code per 8x8 pix
 arXiv:2105.13290, section 2.2).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +13,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from vqvae.quantizer import EMAQuantizer
+
+# Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
+# from the signature of `VQVAE.__init__` to rebuild it from config.json.
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         sizes = [config.code_dim, *reversed(config.channels)]
-        self.expand = nn.Identity()
+        self.expand: nn.Module = nn.Identity()
         if config.residual_blocks:
             self.expand = nn.Conv2d(config.code_dim, sizes[1], 3, padding=1)
             sizes[0] = sizes[1]

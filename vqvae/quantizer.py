@@ -52,14 +52,15 @@ class EMAQuantizer(nn.Module):
         flat = vectors.reshape(-1, vectors.shape[-1]).float()  # [M, D]
         if self.cosine:
             flat = F.normalize(flat, dim=-1)
-        if self.training and not self.initialised:
+        learning = self.training and _finite(flat)  # else one bad batch spoils the codes, before the loss can tell
+        if learning and not self.initialised:
             everything = torch.ones_like(self.cluster_size, dtype=torch.bool)
             self._restart(everything, flat.detach(), torch.ones_like(flat[:, 0]))
             self.initialised.fill_(True)
         codes = self.nearest(flat)
         chosen = self.codebook.float()[codes]
         commitment = F.mse_loss(flat, chosen)  # eq. 3, third term; the codebook follows by EMA instead of a loss
-        if self.training:
+        if learning:
             self._update(flat.detach(), codes, (flat.detach() - chosen).square().sum(dim=-1))
         passed = flat + (chosen - flat).detach()  # straight-through estimator
         return Quantized(passed.view(vectors.shape).to(vectors.dtype), codes.view(vectors.shape[:-1]), commitment)
@@ -67,7 +68,8 @@ class EMAQuantizer(nn.Module):
     def nearest(self, flat: Tensor) -> Tensor:
         """Indices [M] of the nearest codes to `flat` [M, D] (already normalised for cosine)."""
         codebook = self.codebook.float()
-        products = flat @ codebook.T
+        with torch.autocast(flat.device.type, enabled=False):  # training's autocast would multiply in bf16
+            products = flat @ codebook.T
         if self.cosine:
             return products.argmax(dim=-1)
         return (codebook.square().sum(dim=-1) - 2 * products).argmin(dim=-1)  # |x|^2 is the same for every code
@@ -107,3 +109,12 @@ class EMAQuantizer(nn.Module):
         # one use a batch: long enough to be chosen before it counts as dead again
         self.cluster_size[dead] = 1.0
         self.cluster_sum[dead] = picked
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether every number is finite, in every process: they must all update the codebook, or none."""
+    finite = flat.detach().isfinite().all()
+    if dist.is_available() and dist.is_initialized():
+        finite = finite.int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)

@@ -34,7 +34,7 @@ class TokenizedImage:
 
 
 def tokenize_image(model: VQVAE, path: Path, image_size: int | None = None) -> TokenizedImage:
-    """Encode and decode one picture: at `image_size` px square, or at its own size cut down to a multiple of the stride.
+    """Encode and decode one picture: `image_size` px square, or its own size cut down to a multiple of the stride.
 
     Raises `DataError` for a file that is no readable picture.
     """
@@ -88,7 +88,7 @@ def tokenize_shards(
     model = model.to(device=device, dtype=torch.float32)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    log = SkipLog()
+    log = SkipLog(building / "skipped.log")
     try:
         splits = {}
         for split in source.splits:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.config import load_config
+from data.config import ConfigError, load_config
 from data.images import to_square
 from data.reading import open_shards
+from data.sample import DataError
 from vqvae.hub import save_part
-from vqvae.loop import Loop, LoopConfig, rank, setup_device, world_size
+from vqvae.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
 from vqvae.model import VQVAE, Reconstruction, VQVAEConfig
 
 
@@ -70,9 +73,15 @@ def train(config: TokenizerTrainConfig, resume: bool = False) -> Path:
         )
     torch.manual_seed(config.loop.seed)
     device = setup_device(config.loop.device)
-    test = torch.stack(list(_limited(read_pictures(config.data, config.data.test), config.data.test_pictures)))
+    parts = config.loop.accumulate * world_size()
+    if config.loop.batch_size % parts:
+        raise ConfigError(
+            f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
+        )
+    pictures = read_pictures(config.data, config.data.test, by_node=False)
+    test, _ = _stacked(islice(pictures, config.data.test_pictures), config.data)
     batches = (InMemoryBatches if config.data.in_memory else StreamedBatches)(config)
-    model = VQVAE(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = VQVAE(config.model).to(memory_format=torch.channels_last)
     if config.loop.compile:
         for side in (model.encoder, model.decoder):
             side.compile()
@@ -94,24 +103,27 @@ def train(config: TokenizerTrainConfig, resume: bool = False) -> Path:
     out = Path(config.loop.out) / "tokenizer"
     if rank() == 0:
         save_part(trained, out)
+    if distributed():
+        dist.destroy_process_group()
     return out
 
 
-def read_pictures(data: TokenizerDataConfig, split: str, **options: Any) -> Iterator[Tensor]:
-    """uint8 pictures [3, S, S] of a split."""
+def read_pictures(data: TokenizerDataConfig, split: str, **options: Any) -> Iterator[tuple[Tensor, str]]:
+    """The uint8 pictures [3, S, S] of a split, with their ids."""
     import numpy
 
     for sample, image in open_shards(data.shards, split, **options):
         if sample.family not in data.exclude_families:
             square = to_square(image, data.image_size)
-            yield torch.from_numpy(numpy.array(square)).permute(2, 0, 1).contiguous()
+            yield torch.from_numpy(numpy.array(square)).permute(2, 0, 1).contiguous(), sample.id
 
 
 def measure_reconstruction(
     model: nn.Module, pictures: Tensor, device: torch.device, batch_size: int = 64
 ) -> tuple[ReconstructionFigures, Tensor]:
     """Figures over uint8 `pictures` [N, 3, S, S], and a sheet uint8 [3, 2S, 8S]: eight pictures over their copies."""
-    errors, histograms, rows = [], [], []
+    errors, histograms = [], []
+    rows: list[Tensor] = []
     for start in range(0, len(pictures), batch_size):
         pixels = pictures[start : start + batch_size].to(device).float() / 255
         restored: Reconstruction = model(pixels)
@@ -135,13 +147,13 @@ class InMemoryBatches:
 
     def __init__(self, config: TokenizerTrainConfig) -> None:
         self.config = config.loop
-        self.pictures = torch.stack(list(read_pictures(config.data, config.data.train)))
+        self.pictures, self.ids = _stacked(read_pictures(config.data, config.data.train, by_node=False), config.data)
 
     def __call__(self, step: int) -> Iterator[tuple[Tensor, list[str]]]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         drawn = torch.randint(len(self.pictures), (self.config.batch_size,), generator=generator)
         for part in drawn[rank() :: world_size()].chunk(self.config.accumulate):
-            yield self.pictures[part], [f"picture {index}" for index in part.tolist()]
+            yield self.pictures[part], [self.ids[index] for index in part.tolist()]
 
 
 class StreamedBatches:
@@ -152,21 +164,25 @@ class StreamedBatches:
 
     def __init__(self, config: TokenizerTrainConfig) -> None:
         self.data, self.config = config.data, config.loop
-        self.stream: Iterator[Tensor] | None = None
+        self.stream: Iterator[tuple[Tensor, str]] | None = None
 
     def __call__(self, step: int) -> Iterator[tuple[Tensor, list[str]]]:
         if self.stream is None:
+            seed = self.config.seed * 1_000_003 + step
             self.stream = read_pictures(
-                self.data, self.data.train, shuffle=self.data.shuffle, seed=self.config.seed * 1_000_003 + step, resampled=True
-            )  # fmt: skip
-        size = max(1, self.config.batch_size // (self.config.accumulate * world_size()))
-        for index in range(self.config.accumulate):
-            yield torch.stack(list(_limited(self.stream, size))), [f"step {step}, micro-batch {index}"]
+                self.data, self.data.train, shuffle=self.data.shuffle, seed=seed, resampled=True
+            )
+        size = self.config.batch_size // (self.config.accumulate * world_size())
+        for _ in range(self.config.accumulate):
+            yield _stacked(islice(self.stream, size), self.data)
 
 
-def _limited(pictures: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    for _, picture in zip(range(count), pictures, strict=False):
-        yield picture
+def _stacked(pictures: Iterator[tuple[Tensor, str]], data: TokenizerDataConfig) -> tuple[Tensor, list[str]]:
+    """uint8 [N, 3, S, S], and the N ids."""
+    found = list(pictures)
+    if not found:
+        raise DataError(f"{data.shards} holds no readable pictures of the chosen families and splits")
+    return torch.stack([pixels for pixels, _ in found]), [name for _, name in found]
 
 
 def _image(pixels: Tensor) -> Any:

@@ -1,0 +1,1 @@
+"""The two towers of image-text retrieval (to come)."""
