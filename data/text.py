@@ -30,20 +30,26 @@ class TextTokenizer:
     `decode(encode(text))` is the NFKC form of `text` (Unicode Annex 15), with lone surrogates as U+FFFD.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Load a SentencePiece model file. Raises `TextError` when it is missing or damaged."""
+    def __init__(self, path: Path | str, *, needs_bytes: bool = True) -> None:
+        """Load a SentencePiece model file. Raises `TextError` when it is missing or damaged.
+
+        A model without byte pieces is refused too, unless `needs_bytes` is false. Such a model (CogView's has none)
+        encodes as SentencePiece alone does: characters it does not know become its unknown piece.
+        """
         path = Path(path)
         try:
             model = path.read_bytes()
         except OSError as error:
             raise TextError(f"cannot read the text tokenizer {path}: {error.strerror}") from error
-        self._load(model, str(path))
+        self._load(model, str(path), needs_bytes)
 
     @classmethod
-    def from_bytes(cls, model: bytes, name: str = "the given bytes") -> TextTokenizer:
+    def from_bytes(
+        cls, model: bytes, name: str = "the given bytes", needs_bytes: bool = True
+    ) -> TextTokenizer:
         """Load a serialised SentencePiece model; `name` is what an error calls it."""
         tokenizer = cls.__new__(cls)
-        tokenizer._load(model, name)
+        tokenizer._load(model, name, needs_bytes)
         return tokenizer
 
     @classmethod
@@ -91,7 +97,7 @@ class TextTokenizer:
         os.replace(temporary, path)
         return tokenizer
 
-    def _load(self, model: bytes, name: str) -> None:
+    def _load(self, model: bytes, name: str, needs_bytes: bool) -> None:
         damaged = f"the text tokenizer {name} is damaged or no SentencePiece model; fetch or train it again"
         if not model:  # SentencePiece would take this for a model without pieces
             raise TextError(damaged)
@@ -101,12 +107,15 @@ class TextTokenizer:
             raise TextError(damaged) from error
         self._model = model
         self.vocab_size: int = self._processor.vocab_size()
-        if self.vocab_size < 257 or not all(self._processor.is_byte(piece) for piece in range(1, 257)):
+        self.has_bytes = self.vocab_size >= 257 and all(self._processor.is_byte(piece) for piece in range(1, 257))
+        if needs_bytes and not self.has_bytes:
             raise TextError(f"the text tokenizer {name} has no byte pieces at ids 1..256; train it with byte fallback")
         self.content_hash = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of any string; the empty string has none."""
+        if not self.has_bytes:
+            return self._processor.encode(_whole(text))
         text = _normalise(text)
         if SPACE_MARK not in text:
             return self._processor.encode(text)
@@ -125,15 +134,18 @@ class TextTokenizer:
             raise ValueError(f"text piece {outside[0]} is outside 0..{self.vocab_size - 1}")
         return self._processor.decode([int(piece) for piece in ids])
 
-    def __reduce__(self) -> tuple[object, tuple[bytes]]:
-        return TextTokenizer.from_bytes, (self._model,)
+    def __reduce__(self) -> tuple[object, tuple[bytes, str, bool]]:
+        return TextTokenizer.from_bytes, (self._model, "the given bytes", self.has_bytes)
 
 
 def _normalise(text: str) -> str:
     """NFKC. The model applies its own NFKC table after this; Python's also reorders stacks of combining marks."""
-    # through UTF-16, so that a pair of surrogates becomes its character and a lone one U+FFFD
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return unicodedata.normalize("NFKC", whole)
+    return unicodedata.normalize("NFKC", _whole(text))
+
+
+def _whole(text: str) -> str:
+    """A pair of surrogates becomes its character and a lone one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _training_text(captions: Iterable[str]) -> Iterator[str]:

@@ -32,7 +32,7 @@ class TransformerConfig:
     heads: int = 6
     max_text: int = 48
     grid: tuple[int, int] = (16, 16)
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm: Literal["layernorm", "rmsnorm", "max_scaled_layernorm"] = "rmsnorm"  # the last: see MaxScaledLayerNorm
     norm_eps: float = 1e-5
     sandwich: bool = False  # a second norm after each branch, before it is added (CogView section 2.4)
     mlp: Literal["gelu", "swiglu"] = "swiglu"
@@ -148,6 +148,14 @@ class KVCache:
         self.values[layer, :, :, self.used : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def take_rows(self, rows: Tensor) -> None:
+        """Keep, repeat or reorder rows: the new row i is the old row `rows[i]`."""
+        self.keys, self.values, self._bias = self.keys[:, rows], self.values[:, rows], self._bias[rows]
+
+    def hide_before(self, slot: int) -> None:
+        """No later token may look at the slots before `slot`."""
+        self._bias[..., : max(0, slot)] = -torch.inf
+
     def bias(self, new: int) -> Tensor:
         """What is added to the scores of the `new` next tokens: [B, 1, new, used + new], 0 or minus infinity."""
         end = self.used + new
@@ -203,7 +211,22 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, tuple(self.normalized_shape), self.weight.to(x.dtype), self.eps)
 
 
+class MaxScaledLayerNorm(nn.LayerNorm):
+    """The LayerNorm of CogView's published code: the input is first divided by max|x| / 8 of the WHOLE tensor.
+
+    LayerNorm ignores scale but for epsilon, which acts like epsilon * (max|x| / 8)^2. So a row depends on the rest of
+    its batch and on later tokens; a KV cache, filled piece by piece, scales each piece by its own maximum.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.detach().abs().amax() / 8
+        # an input of zeros would become NaN
+        return super().forward(x / scale.clamp_min(torch.finfo(x.dtype).tiny))
+
+
 def make_norm(config: TransformerConfig, width: int) -> nn.Module:
+    if config.norm == "max_scaled_layernorm":
+        return MaxScaledLayerNorm(width, eps=config.norm_eps)
     if config.norm == "layernorm":
         return nn.LayerNorm(width, eps=config.norm_eps)
     return RMSNorm(width, eps=config.norm_eps)
@@ -350,7 +373,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         return self.norm(x)
 
     def logits(self, hidden: Tensor, image_only: bool = False) -> Tensor:
-        """Logits [..., V] of `hidden` [..., D], or [..., N] of the image codes alone."""
+        """Logits [..., V] of `hidden` [..., D], or [..., N] of the image codes alone. V includes the padding ids."""
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
         return F.linear(hidden, weight[: self.config.num_image_codes] if image_only else weight)
 

@@ -5,7 +5,7 @@ arXiv:2105.13290, section 2.2).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,20 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         if not self.channels or self.codebook_size < 2 or self.code_dim < 1:
             raise ValueError("a VQ-VAE needs at least one stage, two codes and a code dimension of 1")
+
+    @classmethod
+    def cogview(cls, **overrides: Any) -> "VQVAEConfig":
+        """The structure and published sizes of CogView's tokenizer: no residual blocks, so no `expand` either."""
+        preset: dict[str, Any] = {
+            "channels": [512, 512, 512],
+            "residual_blocks": 0,
+            "code_dim": 256,
+            "codebook_size": 8192,
+            "lookup": "euclidean",
+            "mean": [0.79093, 0.76271, 0.75340],
+            "std": [0.30379, 0.32279, 0.32800],
+        }
+        return cls(**{**preset, **overrides})
 
     @property
     def stride(self) -> int:
