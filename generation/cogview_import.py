@@ -91,8 +91,8 @@ def generator_config(
     vocab = Vocabulary(num_image_codes, num_text_pieces)
     if vocabulary_size != vocab.padded_size:
         raise ModelError(
-            f"{path} has {vocabulary_size} ids, but {num_image_codes} image codes, {num_text_pieces} text pieces and 27 "
-            f"commands make {vocab.padded_size}: are the tokenizer and the text model those of these weights?"
+            f"{path} has {vocabulary_size} ids, but {num_image_codes} image codes, {num_text_pieces} text pieces and "
+            f"27 commands make {vocab.padded_size}: are the tokenizer and the text model those of these weights?"
         )
     layers = {int(match[1]) for key in found if (match := re.match(r"transformer\.layers\.(\d+)\.", str(key)))}
     if heads is None and width % HEAD_WIDTH:

@@ -98,7 +98,8 @@ def fill_sequence(
                 scores = torch.zeros(1)
                 tokens = torch.cat([tokens, torch.tensor([[wanted]])], dim=1)
                 given.append(wanted)
-                forbidden = forbidden_ids(vocab, given)
+                if wanted in vocab.command_range:
+                    forbidden = forbidden_ids(vocab, given)
                 if wanted == vocab.command("[ROI2]"):
                     restart = index
                 continue

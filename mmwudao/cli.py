@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mmwudao import __version__, commands_data, commands_draw, commands_train
+from mmwudao import __version__, commands_data, commands_draw, commands_import, commands_train
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -30,6 +30,7 @@ app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)
 app.add_typer(commands_train.app, name="train")
 app.add_typer(commands_data.app, name="data")
+app.add_typer(commands_import.app, name="import")
 
 
 def _print_version(wanted: bool) -> None:

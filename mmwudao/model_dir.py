@@ -150,14 +150,14 @@ def check_hash(folder: Path, part: str, found: str, expected: str) -> None:
 def copy_model(folder: Path, out: Path | str) -> Path:
     """Copy the model directory to the new folder `out`; returns it. Raises `ModelError` when `out` is in use."""
     config = read_model_config(folder)
-    building = _new_folder(Path(out))
+    building = new_folder(Path(out))
     try:
         for file in ("config.json", "README.md"):
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, building / file)
         for part in config.parts.values():
             _copy_part(folder / part.path, building / part.path)
-        return _publish(building, Path(out))
+        return publish(building, Path(out))
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -191,18 +191,23 @@ def assemble(
         default_sampling=default_sampling,
         parts={part: Part("text.model" if part == "text" else part, hashes[part]) for part in PART_NAMES},
     )
-    building = _new_folder(Path(out))
+    building = new_folder(Path(out))
     try:
         for part, source in parts.items():
             _copy_part(source, building / config.parts[part].path)
-        record: dict[str, Any] = {"format": FORMAT, **to_dict(config)}
-        text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-        (building / "config.json").write_text(text, encoding="utf-8")
-        (building / "README.md").write_text(card or f"# {name}\n", encoding="utf-8")
-        return _publish(building, Path(out))
+        write_model_config(building, config, card)
+        return publish(building, Path(out))
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def write_model_config(folder: Path, config: ModelConfig, card: str | None = None) -> None:
+    """Write `config.json` and the model card, README.md."""
+    record: dict[str, Any] = {"format": FORMAT, **to_dict(config)}
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card or f"# {config.name}\n", encoding="utf-8")
 
 
 def check_parts(tokenizer: Path, generator: Path, text_model: Path) -> dict[str, str]:
@@ -211,7 +216,7 @@ def check_parts(tokenizer: Path, generator: Path, text_model: Path) -> dict[str,
     hashes = {
         "tokenizer": content_hash(load_quietly(VQVAE, tokenizer)),
         "generator": content_hash(loaded),
-        "text": TextTokenizer(text_model).content_hash,
+        "text": TextTokenizer(text_model, needs_bytes=False).content_hash,
     }
     check_pairing(loaded.config.tokenizer_hash, loaded.config.text_hash, hashes)
     return hashes
@@ -236,7 +241,7 @@ def _copy_part(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _new_folder(out: Path) -> Path:
+def new_folder(out: Path) -> Path:
     """A temporary folder beside `out`, which must not hold anything yet."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists and is not empty: choose another folder")
@@ -244,7 +249,7 @@ def _new_folder(out: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
 
 
-def _publish(building: Path, out: Path) -> Path:
+def publish(building: Path, out: Path) -> Path:
     building.chmod(0o755)  # mkdtemp's folders are private
     if out.exists():
         out.rmdir()

@@ -36,6 +36,8 @@ COMMANDS = [
     ["data", "build", "emoji"],
     ["data", "pack"],
     ["data", "stats"],
+    ["import"],
+    ["import", "cogview"],
 ]
 
 
