@@ -13,20 +13,23 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from conftest import CAPTIONS
 
 from data.text import TextError, TextTokenizer
+from generation.cogview import parse_query
 from generation.cogview_import import find_checkpoint, import_generator
+from generation.cogview_sampling import fill_sequence
+from generation.decoding import SamplingOptions
 from generation.model import Transformer
 from mmwudao.cli import run
+from mmwudao.pipeline import load
 from vqvae.checkpoints import read_checkpoint
 from vqvae.cogview import import_tokenizer
 from vqvae.hub import ModelError, content_hash, load_part
-from vqvae.model import VQVAE
 
 GOLDEN = Path(__file__).parent / "golden" / "cogview"
 TOKENIZER = GOLDEN / "vqvae" / "vqvae.pt"
 CHECKPOINTS = GOLDEN / "transformer"
+CAPTIONS = ["red heart", "a red apple", "moon and stars", "sleeping face", "blue fish", "smiling face with sunglasses"]
 SIZES = {"num_image_codes": 64, "num_text_pieces": 100, "tokenizer_hash": "t", "text_hash": "x", "heads": 4}
 
 
@@ -57,7 +60,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SentencePiece model without byte pieces, as CogView's has none; at most 100 pieces."""
     prefix = tmp_path_factory.mktemp("text") / "cog"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text for text in CAPTIONS if text.isascii()), model_prefix=str(prefix),
+        sentence_iterator=iter(CAPTIONS), model_prefix=str(prefix),
         vocab_size=100, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     return prefix.with_suffix(".model")
@@ -272,9 +275,13 @@ def test_the_command_makes_a_model_that_draws(text_model, tmp_path, capsys):
     assert sorted(path.name for path in out.parent.iterdir()) == ["cogview"]
     assert run(["info", str(out)]) == 0
     assert "small: 64 x 64 pixels" in capsys.readouterr().out
-    vqvae = load_part(VQVAE, out / "tokenizer")
-    assert vqvae.quantizer.initialised
-    assert isinstance(vqvae.decoder.expand, torch.nn.Identity)
+    pipeline = load(out, "cpu", "float32")
+    vocab = pipeline.generator.config.vocabulary
+    row = parse_query("[ROI1] red apple [TINY] [BOI1] [MASK]*64", vocab, pipeline.text.encode)
+    tokens = fill_sequence(pipeline.generator, row, SamplingOptions(top_k=1))
+    assert pipeline.tokenizer.decode(tokens[:, -64:].view(-1, 8, 8)).shape == (1, 3, 64, 64)
+    assert pipeline.tokenizer.quantizer.initialised
+    assert isinstance(pipeline.tokenizer.decoder.expand, torch.nn.Identity)
 
 
 @pytest.mark.parametrize(
