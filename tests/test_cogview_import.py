@@ -263,8 +263,8 @@ def test_text_models_without_byte_pieces_must_be_asked_for(text_model):
 
 
 def arguments(text_model: Path, out: Path, **changes: object) -> list[str]:
-    options = {"tokenizer": TOKENIZER, "generator": CHECKPOINTS / "ckpt", "text-model": text_model, "out": out}
-    options |= {"heads": 4, "image-size": 64} | changes
+    options: dict[str, object] = {"tokenizer": TOKENIZER, "generator": CHECKPOINTS / "ckpt", "text-model": text_model}
+    options.update({"out": out, "heads": 4, "image-size": 64, **changes})
     return ["import", "cogview", *(str(part) for key, value in options.items() for part in (f"--{key}", value))]
 
 

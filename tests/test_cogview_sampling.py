@@ -42,13 +42,14 @@ def golden() -> dict[str, torch.Tensor]:
 
 def filled(model: Transformer, golden: dict[str, torch.Tensor], name: str, steps: list | None = None) -> torch.Tensor:
     case = CASES[name]
+    taken: list = [] if steps is None else steps
     return fill_sequence(
         model,
         golden[f"{name}.seq"],
         SamplingOptions(case["temperature"], case["top_k"], case["top_p"]),
         generator=torch.Generator().manual_seed(case["seed"] or 0),
         memory=case["max_memory_length"],
-        on_step=lambda logits, probabilities: steps.append((logits, probabilities)) if steps is not None else None,
+        on_step=lambda logits, probabilities: taken.append((logits, probabilities)),
     )
 
 
