@@ -29,7 +29,7 @@ from vqvae.hub import ModelError, content_hash, load_part
 GOLDEN = Path(__file__).parent / "golden" / "cogview"
 TOKENIZER = GOLDEN / "vqvae" / "vqvae.pt"
 CHECKPOINTS = GOLDEN / "transformer"
-CAPTIONS = ["red heart", "a red apple", "moon and stars", "sleeping face", "blue fish", "smiling face with sunglasses"]
+CAPTIONS = ["red heart", "a red apple", "the quick brown fox jumps over the lazy dog", "0123456789", "sleeping face"]
 SIZES = {"num_image_codes": 64, "num_text_pieces": 100, "tokenizer_hash": "t", "text_hash": "x", "heads": 4}
 
 

@@ -145,7 +145,7 @@ def stream_part(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> str
                 tensor = tensors[name]
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 # without a copy where the tensor is contiguous
-                stored = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+                stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 digest.update(stored)
                 file.write(stored)
         text = json.dumps(asdict(config), indent=2, sort_keys=True)
