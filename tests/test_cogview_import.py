@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -30,7 +31,8 @@ GOLDEN = Path(__file__).parent / "golden" / "cogview"
 TOKENIZER = GOLDEN / "vqvae" / "vqvae.pt"
 CHECKPOINTS = GOLDEN / "transformer"
 CAPTIONS = ["red heart", "a red apple", "the quick brown fox jumps over the lazy dog", "0123456789", "sleeping face"]
-SIZES = {"num_image_codes": 64, "num_text_pieces": 100, "tokenizer_hash": "t", "text_hash": "x", "heads": 4}
+HASHES = {"tokenizer_hash": "t", "text_hash": "x"}
+SIZES: dict[str, Any] = {"num_image_codes": 64, "num_text_pieces": 100, "heads": 4, **HASHES}
 
 
 class Malicious:
