@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -112,7 +113,7 @@ def test_only_emoji_named_in_all_languages_are_kept():
 
 def test_icons_are_matched_in_order_of_trust():
     concepts = read_concepts(annotations({"❤": "red heart", "😀": "grinning face", "⏰": "alarm clock", "🐟": "fish"}))
-    icons = {
+    icons: dict[str, dict[str, Any]] = {
         # `chars` outweighs the name, with and without fe0f
         "own": {"icons": {"grinning-face": {}, "x": {}}, "chars": {"2764-fe0f": "grinning-face", "1f600": "x"}},
         "slugs": {"icons": {"red-heart": {}, "alarm-clock": {}, "nothing": {}}},
@@ -437,7 +438,7 @@ def test_a_failure_leaves_nothing_behind(cache, tmp_path, monkeypatch):
 
 
 def fake_npm(folder: Path, script: str) -> Path:
-    """A stand-in for the npm client: a Python program that gets `pack NAME@VERSION --pack-destination FOLDER --silent`."""
+    """A stand-in for the npm client; its arguments are `pack NAME@VERSION --pack-destination FOLDER --silent`."""
     folder.mkdir(exist_ok=True)
     path = folder / "npm"
     path.write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\n{script}\n")
