@@ -81,7 +81,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # weights and plain text only: nothing that could run is fetched
-    patterns = ["config.json", "README.md", "text.model", *(f"*/{file}" for file in PART_FILES)]
+    patterns = ["config.json", "README.md", "*.png", "text.model", *(f"*/{file}" for file in PART_FILES)]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are subclasses of these
@@ -140,7 +140,8 @@ def copy_model(folder: Path, out: Path | str) -> Path:
     config = read_model_config(folder)
     building = _new_folder(Path(out))
     try:
-        for file in ("config.json", "README.md"):
+        pictures = [file.name for file in folder.glob("*.png")]  # of the model card
+        for file in ("config.json", "README.md", *pictures):
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, building / file)
         for part in config.parts.values():
