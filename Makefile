@@ -12,7 +12,7 @@ help:
 	@echo "make demo       install, then draw pictures from three sentences"
 	@echo "make test       install, then the tests (test-slow: also the slow ones)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      every measurement in bench/, on the CPU"
+	@echo "make bench      the speed measurements in bench/, on the CPU"
 	@echo "make gpu-check  the tests that need a CUDA device"
 
 install: $(STAMP)
@@ -39,10 +39,7 @@ lint: install
 	$(BIN)/python -m mypy
 
 bench: install
-	@for script in bench/*.py; do \
-		test -e "$$script" || { echo "no measurements in bench/"; break; }; \
-		echo "== $$script"; CUDA_VISIBLE_DEVICES= $(BIN)/python "$$script" || exit 1; \
-	done
+	@for script in bench/*_speed.py; do echo "== $$script"; CUDA_VISIBLE_DEVICES= $(BIN)/python "$$script" || exit 1; done
 
 gpu-check: install
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

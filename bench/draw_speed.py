@@ -57,7 +57,8 @@ def main() -> None:
                          "median_s": round(statistics.median(times), 2)})  # fmt: skip
     print(f"{'dtype':10} {'n':>3} {'load':>8} {'first':>8} {'median':>8}  (seconds)")
     for row in rows:
-        print("{dtype:10} {n:3d} {load_s:8.2f} {first_s:8.2f} {median_s:8.2f}".format(**row))
+        figures = "".join(f"{row[name]:9}" for name in ("load_s", "first_s", "median_s"))
+        print(f"{row['dtype']:10} {row['n']:3}{figures}")
     command = round(statistics.median(commands), 2)
     print(f"whole command, 8 pictures: {command} s (first {commands[0]:.2f} s), peak memory {peak:.0f} MiB")
     record = {

@@ -30,7 +30,7 @@ def main() -> None:
     size = pipe.config.image_size
     needed = arguments.prompts * len(LANGUAGES)
     seen: set[str | None] = set()
-    rows = []
+    rows: list[tuple[str, str, str, Image.Image]] = []
     for sample, image in open_shards(arguments.shards, arguments.split):
         # one picture a base concept: else skin tones would fill the sheet
         if sample.family not in pipe.config.styles or sample.base_concept in seen:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
@@ -160,8 +161,8 @@ def generate_codes(
 def block_rows(model: Transformer, needed: int, grid: tuple[int, int]) -> int:
     """The rows of a block for `needed` of them: `BLOCK_ROWS`, or fewer if this CPU then computes the same bits.
 
-    A trial tells: does every row of a small block, and of a full one, get the logits of a full block's first row? It
-    covers the prompt, the first step and the last, and runs once for each model shape, dtype and thread count.
+    A trial tells: does every row of a small block, and of a full one, get what the first row of a full block gets?
+    It runs once for each model shape, dtype and thread count.
     """
     if model.embed.weight.device.type != "cpu":
         return BLOCK_ROWS  # a step of few rows is no faster there
@@ -181,19 +182,40 @@ _trials: dict[tuple[object, ...], bool] = {}
 
 
 def _trial(model: Transformer, rows: int, grid: tuple[int, int]) -> Tensor:
-    """Logits [rows, 3 N] of `rows` times the same row: after the prompt, after one code, after the last but one."""
+    """What `rows` times the same row computes [rows, ...]: its linear layers on sums that cancel, then its logits."""
     config = model.config
     text = [i % config.num_text_pieces for i in range(config.max_text)]
     tokens, hidden, positions = _left_padded(config, [text] * rows, grid)
-    cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
     slots, last = tokens.shape[1], hidden.shape[1] - 1
-    code = torch.zeros(rows, dtype=torch.int64)
-    logits = [prefill(model, tokens, positions[:, :slots], cache)]
-    for slot in (slots, last):
+    linear = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    results = []
+    for inputs, outputs in sorted(linear | {(config.width, config.num_image_codes)}):
+        x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
+        for length in (1, slots):
+            y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
+            results.append(y.flatten(1).float())
+    cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
+    results.append(prefill(model, tokens, positions[:, :slots], cache))
+    for slot in {slots, (slots + last) // 2, last}:
         if slot <= last:  # a grid of one code takes no step
             cache.used = slot
-            logits.append(decode_one_token(model, code, positions[:, slot], cache))
-    return torch.cat(logits, dim=1)
+            results.append(decode_one_token(model, torch.zeros(rows, dtype=torch.int64), positions[:, slot], cache))
+    return torch.cat(results, dim=1)
+
+
+def _cancelling(inputs: int, outputs: int, with_bias: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [inputs], weight [outputs, inputs] and bias whose exact product is 0, so that all it gives is rounding error.
+
+    That error shows the order of a sum, which rounding an ordinary result to bfloat16 mostly hides.
+    """
+    generator = torch.Generator().manual_seed(0)
+    half, order = inputs // 2, torch.randperm(inputs, generator=generator)
+    x, weight = torch.zeros(inputs), torch.zeros(outputs, inputs)
+    x[order[:half]] = torch.randn(half, generator=generator)
+    weight[:, order[:half]] = torch.randn(outputs, half, generator=generator)
+    x[order[half : 2 * half]] = x[order[:half]]
+    weight[:, order[half : 2 * half]] = -weight[:, order[:half]]
+    return x.to(dtype), weight.to(dtype), torch.zeros(outputs, dtype=dtype) if with_bias else None
 
 
 def _generate_block(

@@ -208,7 +208,8 @@ def _write_sheet(
     from torchvision.utils import save_image
 
     prompts = [text.encode(prompt) for prompt in config.sample_prompts]
-    codes = generate_codes(model, prompts, list(range(len(prompts))), SamplingOptions(guidance=2.0, top_k=100))
+    options = SamplingOptions(guidance=2.0, top_k=100)
+    codes = generate_codes(model, prompts, list(range(len(prompts))), options, grid=model.config.grid)
     path = Path(config.loop.out) / "sheets" / f"{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(tokenizer.decode(codes.cpu()), path, nrow=8)

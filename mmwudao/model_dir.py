@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -18,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
-
-from huggingface_hub import PyTorchModelHubMixin
+from typing import Any
 
 from data.config import ConfigError, from_dict, to_dict
 from data.text import TextTokenizer
@@ -28,8 +24,6 @@ from generation.decoding import SamplingOptions
 from generation.model import Transformer
 from vqvae.hub import ModelError, content_hash, load_part
 from vqvae.model import VQVAE
-
-T = TypeVar("T", bound=PyTorchModelHubMixin)
 
 FORMAT = "mmwudao-model/1"
 SHIPPED = Path(__file__).parent / "models"
@@ -87,7 +81,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # weights and plain text only: nothing that could run is fetched
-    patterns = ["config.json", "README.md", "text.model", *(f"*/{file}" for file in PART_FILES)]
+    patterns = ["config.json", "README.md", "*.png", "text.model", *(f"*/{file}" for file in PART_FILES)]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are subclasses of these
@@ -121,19 +115,13 @@ def read_model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def load_quietly(cls: type[T], folder: Path | str) -> T:
-    """`vqvae.hub.load_part` without what huggingface_hub prints on stdout, where `--json` has only JSON."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return load_part(cls, folder)
-
-
 def load_tokenizer(model: str | Path) -> VQVAE:
     """The image tokenizer of a model, or of a folder that holds a trained tokenizer alone. Raises `ModelError`."""
     if (Path(model) / "model.safetensors").exists():
-        return load_quietly(VQVAE, model)
+        return load_part(VQVAE, model)
     folder = find_model(model)
     part = read_model_config(folder).parts["tokenizer"]
-    tokenizer = load_quietly(VQVAE, folder / part.path)
+    tokenizer = load_part(VQVAE, folder / part.path)
     check_hash(folder, "tokenizer", content_hash(tokenizer), part.hash)
     return tokenizer
 
@@ -152,7 +140,8 @@ def copy_model(folder: Path, out: Path | str) -> Path:
     config = read_model_config(folder)
     building = new_folder(Path(out))
     try:
-        for file in ("config.json", "README.md"):
+        pictures = [file.name for file in folder.glob("*.png")]  # of the model card
+        for file in ("config.json", "README.md", *pictures):
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, building / file)
         for part in config.parts.values():
@@ -212,9 +201,9 @@ def write_model_config(folder: Path, config: ModelConfig, card: str | None = Non
 
 def check_parts(tokenizer: Path, generator: Path, text_model: Path) -> dict[str, str]:
     """Load the three parts, see that they belong together, and return their content hashes by name."""
-    loaded = load_quietly(Transformer, generator)
+    loaded = load_part(Transformer, generator)
     hashes = {
-        "tokenizer": content_hash(load_quietly(VQVAE, tokenizer)),
+        "tokenizer": content_hash(load_part(VQVAE, tokenizer)),
         "generator": content_hash(loaded),
         "text": TextTokenizer(text_model, needs_bytes=False).content_hash,
     }

@@ -19,16 +19,8 @@ from data.text import TextTokenizer
 from generation.decoding import SamplingOptions, count_steps, generate_codes
 from generation.model import Transformer
 from mmwudao import __version__
-from mmwudao.model_dir import (
-    ModelConfig,
-    check_hash,
-    check_pairing,
-    copy_model,
-    find_model,
-    load_quietly,
-    read_model_config,
-)
-from vqvae.hub import ModelError, content_hash
+from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, copy_model, find_model, read_model_config
+from vqvae.hub import ModelError, content_hash, load_part
 from vqvae.model import VQVAE
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
@@ -102,8 +94,8 @@ def _load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transforme
     """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
     folder = find_model(model)
     config = read_model_config(folder)
-    tokenizer = load_quietly(VQVAE, folder / config.parts["tokenizer"].path)
-    generator = load_quietly(Transformer, folder / config.parts["generator"].path)
+    tokenizer = load_part(VQVAE, folder / config.parts["tokenizer"].path)
+    generator = load_part(Transformer, folder / config.parts["generator"].path)
     # the hashes vouch for it; CogView's text model has no byte pieces
     text = TextTokenizer(folder / config.parts["text"].path, needs_bytes=False)
     hashes = {

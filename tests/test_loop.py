@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.config import from_dict
 from vqvae.loop import Loop, LoopConfig, TrainingError, learning_rate_factor, setup_device
 
 
@@ -363,7 +364,7 @@ def test_cuda_is_asked_for_in_vain(monkeypatch):
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate"])
 def test_counts_are_at_least_one(name):
     with pytest.raises(ValueError, match="at least 1"):
-        LoopConfig(**{name: 0})
+        from_dict(LoopConfig, {name: 0})
 
 
 def test_logged_losses_are_finite_numbers(tmp_path):

@@ -93,7 +93,7 @@ def test_unused_codes_stay_where_they_are_without_restart():
     made = quantizer([[0.0, 0.0], [100.0, 100.0]], decay=0.9, restart_below=0.0)
     for _ in range(200):  # until the count of the second is below any floor
         made(torch.randn(20, 2))
-    assert made.codebook[1].tolist() == [100.0, 100.0]
+    assert made.codebook[1].tolist() == pytest.approx([100.0, 100.0])  # m / N, both of which shrink alike
 
 
 @pytest.mark.parametrize("cosine", [False, True])

@@ -59,7 +59,7 @@ def test_json_of_a_sample():
 
 def test_members_of_img2dataset():
     record = {"caption": "a cat", "url": "https://example.org/cat.jpg", "key": "000000012", "status": "success"}
-    found = Sample.from_members("12", {"jpg": b"x", "txt": "a cat\n".encode(), "json": json.dumps(record).encode()})
+    found = Sample.from_members("12", {"jpg": b"x", "txt": b"a cat\n", "json": json.dumps(record).encode()})
     assert found == Sample("000000012", b"x", "jpg", {"und": Caption("a cat")}, source="https://example.org/cat.jpg")
     without_text = Sample.from_members("12", {"jpeg": b"x", "json": json.dumps(record).encode()})
     assert without_text.captions == {"und": Caption("a cat")}

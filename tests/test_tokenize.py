@@ -116,7 +116,8 @@ def test_a_bfloat16_tokenizer_keeps_its_name(model, tmp_path):
     model = model.bfloat16()
     name = content_hash(model)
     shards = write_shards(tmp_path / "shards", [sample(1)])
-    assert tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False).sources["tokenizer"] == name
+    manifest = tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)
+    assert manifest.sources["tokenizer"] == name
 
 
 def test_more_codes_than_uint16_holds(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -43,10 +45,8 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
         except Exception as error:  # the hub client raises many unrelated kinds; all mean the same to the user
-            reason = str(error).strip().splitlines()
-            raise ModelError(
-                f"{source} is neither a folder nor a model that can be fetched ({reason[0] if reason else error!r})"
-            ) from error
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ModelError(f"{source} is neither a folder nor a model that can be fetched ({reason})") from error
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is not complete: {name} is missing")
@@ -63,10 +63,12 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / 'model.safetensors'} is truncated or damaged ({error})") from error
     try:
-        module: Any = cls.from_pretrained(folder, strict=False)
+        # huggingface_hub prints a line on stdout, where `--json` has only JSON
+        with contextlib.redirect_stdout(io.StringIO()):
+            module: Any = cls.from_pretrained(folder, strict=False)
     except (TypeError, RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())  # PyTorch puts each tensor that does not fit on a line of its own
-        raise ModelError(f"{folder} does not hold a {cls.__name__}: {problem[:300]}") from error
+        reason = " ".join(str(error).split())  # PyTorch puts each tensor that does not fit on a line of its own
+        raise ModelError(f"{folder} does not hold a {cls.__name__}: {reason[:300]}") from error
     _check_complete(module, folder, cls.__name__)
     stored = [dtype for name, dtype in STORED_DTYPES.items() if name in dtypes]
     return module.to(stored[0] if stored else torch.float32).eval()

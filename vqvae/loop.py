@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -280,7 +279,7 @@ class Loop:
     def _load(self) -> None:
         try:
             state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except Exception as error:  # the unpickler meets damage with almost any exception type
             raise TrainingError(f"{self._checkpoint} is damaged; delete it to start anew") from error
         try:
             self.model.load_state_dict(state["model"])
