@@ -118,6 +118,7 @@ def read_pictures(data: TokenizerDataConfig, split: str, **options: Any) -> Iter
             yield torch.from_numpy(numpy.array(square)).permute(2, 0, 1).contiguous(), sample.id
 
 
+@torch.no_grad()
 def measure_reconstruction(
     model: nn.Module, pictures: Tensor, device: torch.device, batch_size: int = 64
 ) -> tuple[ReconstructionFigures, Tensor]:
