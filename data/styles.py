@@ -18,3 +18,8 @@ STYLE_PHRASES = {
 def with_style(caption: str, family: str, language: str = "en") -> str:
     """`caption` with the family named in `language` (English for a language without a phrase of ours)."""
     return STYLE_PHRASES.get(language, STYLE_PHRASES["en"]).format(caption=caption, family=family)
+
+
+def tagged(caption: str, language: str) -> str:
+    """`caption` behind the language it is in, as a generator learns to describe pictures in a chosen language."""
+    return f"{language}: {caption}"

@@ -1,6 +1,8 @@
 """One vocabulary, and how a caption and a picture become a row of it.
 
-`[ROI1] text [SIZE] [BOI1] codes [EOI1]`, as CogView's (Ding et al. 2021, arXiv:2105.13290, section 2.1).
+`[ROI1] text [SIZE] [BOI1] codes [EOI1]`, as CogView's (Ding et al. 2021, arXiv:2105.13290, section 2.1), to draw;
+`[SIZE] [BOI1] codes [EOI1] [ROI1] text [SEP]` to describe. One model can learn both, each from its own rows, as
+ERNIE-ViLG does (Zhang et al. 2021, arXiv:2112.15283, section 3.1).
 Shapes: B rows in a batch, T tokens in a row, h x w codes in a picture.
 """
 
@@ -82,20 +84,22 @@ class Row:
     """One training row, inputs and targets already shifted against each other.
 
     `tokens` [T], `targets` [T] (the token after each), `positions` [T] or [T, 2], `image_mask` [T] (the target is
-    an image code).
+    an image code). `image_first`: the text describes the picture, instead of asking for it.
     """
 
     tokens: Tensor
     positions: Tensor
     targets: Tensor
     image_mask: Tensor
+    image_first: bool = False
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows with [PAD] at the end: `tokens`, `targets`, `image_mask`, `weights` [B, T], `positions` [B, T] or [B, T, 2].
 
-    `weights` (float32) is 1 where the target is an image code, the text weight at text and commands, 0 at padding.
+    `weights` (float32) is 1 where the target is an image code, the text weight (in rows with the image first, the
+    caption weight) at text and commands, 0 at padding.
     """
 
     tokens: Tensor
@@ -157,7 +161,43 @@ def training_row(
     return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes)
 
 
-def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> Batch:
+def caption_prompt_row(vocab: Vocabulary, codes: Tensor, text_ids: Sequence[int] = ()) -> list[int]:
+    """`[SIZE] [BOI1] codes [EOI1] [ROI1] text`: a picture [h, w] and the raw text pieces its caption begins with."""
+    grid = (codes.shape[0], codes.shape[1])
+    start = [vocab.size_command(grid), vocab.command("[BOI1]"), *codes.reshape(-1).tolist()]
+    return [*start, vocab.command("[EOI1]"), vocab.command("[ROI1]"), *vocab.text(text_ids)]
+
+
+def caption_row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: PositionKind) -> Tensor:
+    """Positions of `[SIZE] [BOI1] codes [EOI1] [ROI1] text [SEP]`: [T] ("sequence") or [T, 2] ("grid").
+
+    In a "grid", text and codes stand where they stand in a row that draws; only the order of the two differs. [SIZE]
+    and [BOI1] come right before the origin of the codes: anywhere that depends on the text would tell its length.
+    """
+    height, width = grid
+    if kind == "sequence":
+        return torch.arange(num_text + height * width + COMMANDS_IN_ROW + 1)
+    image = row_positions(max_text, grid, max_text, kind)[max_text + 1 :]  # [SIZE] [BOI1] codes [EOI1]
+    text = torch.arange(num_text + 2).unsqueeze(1).expand(-1, 2)  # [ROI1] text [SEP]
+    return torch.cat([image, text])
+
+
+def caption_row(
+    vocab: Vocabulary, text_ids: Sequence[int], codes: Tensor, max_text: int, kind: PositionKind = "grid"
+) -> Row:
+    """The training row that describes `codes` [h, w] by raw text pieces, cut after `max_text` of them."""
+    if codes.ndim != 2:
+        raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
+    text_ids = text_ids[:max_text]
+    row = torch.tensor([*caption_prompt_row(vocab, codes, text_ids), vocab.command("[SEP]")])
+    positions = caption_row_positions(len(text_ids), (codes.shape[0], codes.shape[1]), max_text, kind)
+    targets = row[1:]
+    return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes, image_first=True)
+
+
+def collate(
+    vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0, caption_weight: float = 1.0
+) -> Batch:
     """Stack `rows`, padded at the end with [PAD] to the longest of them."""
     if not rows:
         raise ValueError("a batch needs at least one row")
@@ -173,5 +213,5 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
         targets[i, :end] = row.targets
         positions[i, :end] = row.positions
         image_mask[i, :end] = row.image_mask
-        weights[i, :end] = torch.where(row.image_mask, 1.0, text_weight)
+        weights[i, :end] = torch.where(row.image_mask, 1.0, caption_weight if row.image_first else text_weight)
     return Batch(tokens, positions, targets, image_mask, weights)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.codes import read_codes
 from data.sample import Caption, DataError, Sample
-from data.styles import with_style
+from data.styles import tagged, with_style
 
 
 @dataclass
@@ -25,9 +25,10 @@ class CaptionConfig:
     keywords: float = 0.2  # of a random part of the keywords alone; the rest is the name and some keywords
     style: float = 0.5  # of naming the family, where there is one
     dropout: float = 0.1  # of no caption at all, for classifier-free guidance (Ho and Salimans 2022)
+    image_first: float = 0.0  # of a row that describes the picture, instead of one that draws it
 
     def __post_init__(self) -> None:
-        if not all(0 <= p <= 1 for p in (self.name, self.keywords, self.style, self.dropout)):
+        if not all(0 <= p <= 1 for p in (self.name, self.keywords, self.style, self.dropout, self.image_first)):
             raise ValueError("caption probabilities lie in 0..1")
         if self.name + self.keywords > 1:
             raise ValueError("captions.name + captions.keywords must not exceed 1")
@@ -42,6 +43,12 @@ def draw_caption(sample: Sample, config: CaptionConfig, rng: random.Random) -> s
     if sample.family and rng.random() < config.style:
         text = with_style(text, sample.family, language)
     return text
+
+
+def draw_description(sample: Sample, config: CaptionConfig, rng: random.Random) -> str:
+    """A caption of `sample` to be told from its picture, with its language in front; the style is not told."""
+    language = rng.choice(sorted(sample.captions))
+    return tagged(_text(sample.captions[language], config, rng), language)
 
 
 def _text(caption: Caption, config: CaptionConfig, rng: random.Random) -> str:

@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +19,9 @@ from data.codes import tokenizer_hash
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.decoding import SamplingOptions, generate_codes
-from generation.layout import Batch, collate, training_row
+from generation.layout import Batch, Row, caption_row, collate, training_row
 from generation.model import Transformer, TransformerConfig
-from generation.pairs import CaptionConfig, CodedPairs, draw_caption, unigram_bits
+from generation.pairs import CaptionConfig, CodedPairs, draw_caption, draw_description, unigram_bits
 from vqvae.hub import content_hash, load_part, save_part
 from vqvae.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
 from vqvae.model import VQVAE
@@ -53,7 +52,9 @@ class GeneratorTrainConfig:
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
     text_weight: float = 0.2  # of a text token's loss, next to 1 of an image token's
+    caption_weight: float = 1.0  # the same in rows with the image first, see CaptionConfig.image_first
     sample_prompts: list[str] = field(default_factory=list)
     sample_every: int = 2000  # steps between sample sheets
 
@@ -99,12 +100,17 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     )
     if int(pairs.codes.max()) >= model_config.num_image_codes:
         raise ConfigError(f"model.num_image_codes={model_config.num_image_codes}, but {folder} holds larger codes")
-    model = Transformer(model_config)
+    model = _start(config.start_from, model_config)
     if config.loop.compile:
         for block in model.blocks:
             block.compile(dynamic=True)  # rows differ in length from batch to batch
     batches = PairBatches(pairs, text, model_config, config)
     test_batches = {split: held_out_batches(test, text, model_config, config) for split, test in tests.items()}
+    test_captions = {}
+    if config.captions.image_first:
+        test_captions = {
+            split: held_out_batches(test, text, model_config, config, image_first=True) for split, test in tests.items()
+        }
     baselines = {split: unigram_bits(pairs, test, model_config.num_image_codes) for split, test in tests.items()}
 
     def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
@@ -113,13 +119,12 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
 
     def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, LossModule)
-        figures = {}
+        figures: dict[str, float] = {}
         for split, held_out in test_batches.items():
-            losses = [averaged.model.loss(batch.to(device)) for batch in held_out]
-            rows = [len(batch.tokens) for batch in held_out]  # the last batch may be smaller
-            for name in ("image_bits", "text_bits"):
-                total = sum(float(loss[name]) * count for loss, count in zip(losses, rows, strict=True))
-                figures[f"{split}/{name}"] = total / sum(rows)
+            figures |= {f"{split}/{name}": value for name, value in mean_bits(averaged.model, held_out, device).items()}
+            if split in test_captions:
+                described = mean_bits(averaged.model, test_captions[split], device)
+                figures[f"{split}/caption_bits"] = described["text_bits"]
             figures[f"{split}/unigram_bits"] = baselines[split]
         if rank() == 0 and tokenizer is not None and config.sample_prompts and step % config.sample_every == 0:
             _write_sheet(averaged.model, tokenizer, text, config, step)
@@ -164,33 +169,75 @@ class PairBatches:
             built = []
             for place, index in part:
                 rng = random.Random(f"{seed} {place}")
-                caption = draw_caption(self.pairs.samples[index], self.config.captions, rng)
-                built.append(_row(self.pairs, index, caption, self.text, self.model))
-            batches.append(collate(self.model.vocabulary, built, self.config.text_weight))
+                built.append(self._row(index, rng))
+            weights = (self.config.text_weight, self.config.caption_weight)
+            batches.append(collate(self.model.vocabulary, built, *weights))
             ids.append([self.pairs.samples[index].id for _, index in part])
         # of all micro-batches: with a divisor each, a caption's weight would depend on which others it lies with
         total = torch.stack([batch.weights.sum() for batch in batches]).mean()
         yield from zip([(batch, total) for batch in batches], ids, strict=True)
 
+    def _row(self, index: int, rng: random.Random) -> Row:
+        sample, captions = self.pairs.samples[index], self.config.captions
+        # drawn only where it is asked for, so that a run without it draws the captions that it always drew
+        if captions.image_first and rng.random() < captions.image_first:
+            caption = draw_description(sample, captions, rng)
+            return _row(self.pairs, index, caption, self.text, self.model, image_first=True)
+        return _row(self.pairs, index, draw_caption(sample, captions, rng), self.text, self.model)
+
 
 def held_out_batches(
-    pairs: CodedPairs, text: TextTokenizer, model: TransformerConfig, config: GeneratorTrainConfig
+    pairs: CodedPairs,
+    text: TextTokenizer,
+    model: TransformerConfig,
+    config: GeneratorTrainConfig,
+    image_first: bool = False,
 ) -> list[Batch]:
     """Fixed batches of `test_pictures` pictures spread over the split, each with its name in a fixed language."""
     count = min(len(pairs), config.data.test_pictures)
     captions = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
+    draw = draw_description if image_first else draw_caption
     rows = []
     for k in range(count):
         index = k * len(pairs) // count
         sample = pairs.samples[index]
-        caption = draw_caption(sample, captions, random.Random(sample.id))
-        rows.append(_row(pairs, index, caption, text, model))
+        caption = draw(sample, captions, random.Random(sample.id))
+        rows.append(_row(pairs, index, caption, text, model, image_first))
     return [collate(model.vocabulary, rows[i : i + 32], config.text_weight) for i in range(0, count, 32)]
 
 
-def _row(pairs: CodedPairs, index: int, caption: str, text: TextTokenizer, model: TransformerConfig) -> Any:
+def mean_bits(model: Transformer, batches: list[Batch], device: torch.device) -> dict[str, float]:
+    """Mean `image_bits` and `text_bits` of a model over batches, by rows: the last batch may be smaller."""
+    losses = [model.loss(batch.to(device)) for batch in batches]
+    rows = [len(batch.tokens) for batch in batches]
+    return {
+        name: sum(float(loss[name]) * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)
+        for name in ("image_bits", "text_bits")
+    }
+
+
+def _row(
+    pairs: CodedPairs,
+    index: int,
+    caption: str,
+    text: TextTokenizer,
+    model: TransformerConfig,
+    image_first: bool = False,
+) -> Row:
     ids = text.encode(caption) if caption else []
-    return training_row(model.vocabulary, ids, pairs.codes[index], model.max_text, model.position_kind)
+    build = caption_row if image_first else training_row
+    return build(model.vocabulary, ids, pairs.codes[index], model.max_text, model.position_kind)
+
+
+def _start(folder: str, config: TransformerConfig) -> Transformer:
+    """A new model, with the weights of the trained one in `folder` if there is one."""
+    model = Transformer(config)
+    if folder:
+        trained = load_part(Transformer, folder)
+        if trained.config != config:
+            raise ConfigError(f"start_from={folder} is a generator of another configuration or of other parts")
+        model.load_state_dict(trained.state_dict())
+    return model
 
 
 def _sheet_tokenizer(data: GeneratorDataConfig, expected: str) -> VQVAE | None:

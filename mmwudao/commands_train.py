@@ -49,6 +49,8 @@ def assemble(
     top_p: Annotated[float, typer.Option(help="0 switches top-p off,")] = 0.0,
     guidance: Annotated[float, typer.Option(help="1 switches guidance off.")] = 1.0,
     card: Annotated[Path | None, typer.Option(help="The model card, a Markdown file.")] = None,
+    upscaler: Annotated[Path | None, typer.Option(help="The folder of a trained upscaler.")] = None,
+    towers: Annotated[Path | None, typer.Option(help="The folder of trained retrieval towers.")] = None,
 ) -> None:
     """Put trained parts together as a model directory, which `generate --model` reads."""
     from generation.decoding import SamplingOptions
@@ -65,6 +67,7 @@ def assemble(
         languages=_words(languages),
         default_sampling=SamplingOptions(temperature, top_k, top_p, guidance),
         card=card.read_text(encoding="utf-8") if card else None,
+        optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
     )
     print(made)
 

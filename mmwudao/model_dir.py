@@ -3,6 +3,7 @@
     config.json                       `ModelConfig`: the picture size, the styles, the sampling defaults, the parts
     tokenizer/, generator/            config.json + model.safetensors each
     text.model                        SentencePiece
+    upscaler/, towers/                not in every model: super-resolution; image and text embeddings
     README.md                         the model card
 """
 
@@ -22,12 +23,13 @@ from data.config import ConfigError, from_dict, to_dict
 from data.text import TextTokenizer
 from generation.decoding import SamplingOptions
 from generation.model import Transformer
-from vqvae.hub import ModelError, content_hash, load_part
+from vqvae.hub import ModelError, content_hash, load_part, stored_hash
 from vqvae.model import VQVAE
 
 FORMAT = "mmwudao-model/1"
 SHIPPED = Path(__file__).parent / "models"
-PART_NAMES = ("tokenizer", "generator", "text")
+PART_NAMES = ("tokenizer", "generator", "text")  # what draws
+OPTIONAL_PARTS = ("upscaler", "towers")
 PART_FILES = ("config.json", "model.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -53,8 +55,8 @@ class ModelConfig:
 
     @property
     def model_hash(self) -> str:
-        """One SHA-256 over the hashes of all parts: what a picture remembers its model by."""
-        lines = (f"{name} {part.hash}\n" for name, part in sorted(self.parts.items()))
+        """One SHA-256 over the hashes of the parts that draw: what a picture remembers its model by."""
+        lines = (f"{name} {part.hash}\n" for name, part in sorted(self.parts.items()) if name in PART_NAMES)
         return sha256("".join(lines).encode()).hexdigest()
 
 
@@ -107,6 +109,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     for name in PART_NAMES:
         if name not in config.parts:
             raise ModelError(f"{path} names no {name} among its parts")
+    for name in config.parts:
+        if name not in (*PART_NAMES, *OPTIONAL_PARTS):
+            raise ModelError(f"{path} names a part {name!r}, which this version of mmwudao does not know")
         part = config.parts[name].path
         if Path(part).is_absolute() or ".." in Path(part).parts:
             raise ModelError(f"{path}: the path of {name} must lie inside the model directory, not {part!r}")
@@ -164,21 +169,26 @@ def assemble(
     languages: Sequence[str],
     default_sampling: SamplingOptions,
     card: str | None = None,
+    optional: dict[str, Path] | None = None,
 ) -> Path:
     """Make the new model directory `out` of the folders and the file that training wrote; returns `out`.
 
-    `card` is the text of README.md. Raises `ModelError` for a missing or broken part, for a generator that was
-    trained with another tokenizer or another text model, and when `out` is in use.
+    `optional` are folders of `OPTIONAL_PARTS`; `card` is the text of README.md. Raises `ModelError` for a missing or
+    broken part, for a generator that was trained with another tokenizer or another text model, and when `out` is in
+    use.
     """
     parts = {"tokenizer": Path(tokenizer), "generator": Path(generator), "text": Path(text_model)}
     hashes = check_parts(parts["tokenizer"], parts["generator"], parts["text"])
+    for part, source in (optional or {}).items():
+        assert part in OPTIONAL_PARTS, part
+        parts[part], hashes[part] = Path(source), stored_hash(Path(source))
     config = ModelConfig(
         name=name,
         image_size=image_size,
         styles=tuple(styles),
         languages=tuple(languages),
         default_sampling=default_sampling,
-        parts={part: Part("text.model" if part == "text" else part, hashes[part]) for part in PART_NAMES},
+        parts={part: Part("text.model" if part == "text" else part, hashes[part]) for part in parts},
     )
     building = new_folder(Path(out))
     try:
@@ -224,8 +234,10 @@ def check_pairing(tokenizer_hash: str, text_hash: str, hashes: dict[str, str]) -
 def _copy_part(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True)
-        for file in PART_FILES:
-            shutil.copyfile(source / file, target / file)
+        for file in source.iterdir():
+            # a part may bring files of its own, such as a tower's text model
+            if file.is_file() and not file.name.startswith("."):
+                shutil.copyfile(file, target / file.name)
     else:
         shutil.copyfile(source, target)
 

@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
@@ -27,8 +28,23 @@ class ModelError(ValueError):
 
 def content_hash(module: nn.Module) -> str:
     """SHA-256 (hex) over the names, dtypes, shapes and bytes of a module's tensors, whatever file they came from."""
+    return _hash(module.state_dict())
+
+
+def stored_hash(folder: Path) -> str:
+    """The `content_hash` of the part in a folder, without building it. Raises `ModelError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return _hash(load_file(folder / "model.safetensors"))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / 'model.safetensors'} is missing, truncated or damaged ({error})") from error
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
