@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.images import to_square, to_tensor
 from vqvae.hub import ModelError
 
 FORMAT = "mmwudao-towers/1"
@@ -39,6 +40,9 @@ class Towers(nn.Module):
 
     kind: ClassVar[str]
     embed_dim: int
+    image_size: int  # px, a side of the square that `preprocess` makes
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     @property
     def scale(self) -> Tensor:
@@ -58,9 +62,14 @@ class Towers(nn.Module):
         """Name -> content of the files that the text tokenizer needs."""
         raise NotImplementedError
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """[..., 3, H, W] in [0, 1] -> what `encode_pixels` takes."""
+        mean, std = (torch.tensor(values)[:, None, None].to(pixels) for values in (self.pixel_mean, self.pixel_std))
+        return (pixels - mean) / std
+
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture as `encode_pixels` takes it, float32 [3, H, W]."""
-        raise NotImplementedError
+        """A picture as `encode_pixels` takes it, float32 [3, H, W]."""
+        return self.normalise(to_tensor(to_square(image.convert("RGB"), self.image_size)))
 
     def tokenize(self, texts: list[str]) -> Tokens:
         """Texts as `encode_tokens` takes them; a text that is too long is cut, with a warning in `logging`."""
