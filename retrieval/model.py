@@ -208,6 +208,5 @@ class EmojiTowers(Towers):
         return unit(self.text_encoder(tokens))
 
     def checkpoint_gradients(self) -> None:
-        """Keep less for the backward pass and compute it again: less memory, a third more time."""
         self.trunk.set_grad_checkpointing(True)
         self.text_encoder.set_grad_checkpointing(True)

@@ -83,6 +83,10 @@ class Towers(nn.Module):
         """Tokens of N texts -> [N, embed_dim], float32 of unit length, differentiable."""
         raise NotImplementedError
 
+    def checkpoint_gradients(self) -> None:
+        """Keep less for the backward pass and compute it again: less memory, a third more time."""
+        raise ValueError(f"towers of the kind {self.kind!r} cannot train with checkpoint_gradients")
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
