@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 2**26  # 67 megapixels: 200 MB once decoded
 # not all of Pillow's plug-ins: some start other programs (EPS) or are seldom exercised
 FORMATS = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+# Pillow warns from 89 megapixels on, in two lines, of what our lower cap refuses in one
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class CorruptImage(DataError):
@@ -38,7 +41,7 @@ def open_image(source: bytes | Path | str, max_pixels: int = MAX_PIXELS) -> Imag
         with _opened(source) as image:
             if image.width * image.height > max_pixels:
                 raise ImageTooLarge(f"a picture of {image.width}x{image.height} pixels; the cap is {max_pixels} pixels")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(image)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders meet damage with almost any exception type
@@ -52,6 +55,23 @@ def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
     """
     with _opened(source) as image:
         return image.width, image.height, FORMATS.get(image.format or "", "jpg")  # MPO: JPEG with more frames
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture of any mode as `open_image` gives it. Raises `CorruptImage` for floating-point pixels."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise CorruptImage("a picture of floating-point pixels; convert it to 8 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow alone would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        pixels = (grey + 128) // 257
+        if "transparency" in image.info:  # PNG's one transparent value, of the 16 bits
+            pixels[grey == image.info["transparency"]] = 255
+        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def to_square(image: Image.Image, size: int) -> Image.Image:
@@ -72,23 +92,13 @@ def _opened(source: bytes | Path | str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
     except UnidentifiedImageError as error:
+        if not (len(source) if isinstance(source, bytes) else Path(source).stat().st_size):
+            raise CorruptImage("an empty file, not a picture") from error
         raise CorruptImage(f"not a picture (the formats read are {', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"a picture beyond Pillow's limit of {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
     except Exception as error:  # as above: a damaged header
         raise CorruptImage(f"a picture that does not open ({_one_line(error)})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise CorruptImage("a picture of floating-point pixels; convert it to 8 bits a channel")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow alone would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,165 @@
+"""Pictures of every kind that a user has: the right pixels, or one line that says why not."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import CorruptImage, ImageTooLarge, open_image, to_rgb
+from data.sample import DataError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width, height, depth, colour_type, rows, *extra):
+    """A PNG by hand: Pillow writes no 16-bit colour. `rows` are the bytes of the rows, without filter bytes."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(extra) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def row(content):
+    """The pixels of the first row."""
+    return [tuple(pixel) for pixel in np.asarray(open_image(content))[0].tolist()]
+
+
+def test_animated_gif_gives_its_first_frame():
+    frames = [Image.new("RGB", (3, 1), colour) for colour in (RED, BLUE, GREEN)]
+    assert row(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == [RED] * 3
+
+
+def test_gif_with_a_transparent_colour_lies_on_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([*GREEN, *RED])
+    image.putpixel((1, 0), 1)
+    frames = [image.copy(), Image.new("P", (2, 1))]
+    content = encoded(image, "GIF", transparency=0, save_all=True, append_images=frames)
+    assert row(content) == [WHITE, RED]
+
+
+@pytest.mark.parametrize(("kind", "options"), [("TIFF", {}), ("JPEG", {"quality": 95})])
+def test_cmyk(kind, options):
+    for ink, colour in (((0, 255, 255, 0), RED), ((255, 0, 255, 0), GREEN), ((0, 0, 0, 255), (0, 0, 0)), ((0,) * 4, WHITE)):
+        (pixel,) = row(encoded(Image.new("CMYK", (1, 1), ink), kind, **options))
+        assert max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) <= 2, (ink, pixel)
+
+
+VALUES = (0, 257, 300, 32768, 40000, 65535)
+SCALED = [0, 1, 1, 128, 156, 255]  # v / 257, rounded
+
+
+def test_16_bit_grey():
+    grey = png(len(VALUES), 1, 16, 0, [struct.pack(">6H", *VALUES)])
+    assert row(grey) == [(value,) * 3 for value in SCALED]
+
+
+def test_16_bit_grey_with_a_transparent_value():
+    transparent = chunk(b"tRNS", struct.pack(">H", 300))  # 257 is the same 8-bit grey, and stays
+    grey = png(len(VALUES), 1, 16, 0, [struct.pack(">6H", *VALUES)], transparent)
+    assert row(grey) == [(value,) * 3 for value in (0, 1, 255, 128, 156, 255)]
+
+
+def test_16_bit_colour():
+    pixels = b"".join(struct.pack(">3H", value, 65535 - value, 40000) for value in VALUES)
+    found = np.asarray(open_image(png(len(VALUES), 1, 16, 2, [pixels]))).astype(int)[0]
+    expected = np.array([(value, 65535 - value, 40000) for value in VALUES]) / 257
+    assert np.abs(found - expected).max() <= 1  # Pillow cuts the low byte off
+
+
+def test_16_bit_colour_with_alpha():
+    pixels = struct.pack(">8H", 65535, 0, 0, 65535, 65535, 0, 0, 0)
+    assert row(png(2, 1, 16, 6, [pixels])) == [RED, WHITE]
+
+
+def test_palette_with_transparency():
+    palette = chunk(b"PLTE", bytes([*RED, *GREEN, *BLUE]))
+    half = chunk(b"tRNS", bytes([255, 0, 51]))  # red opaque, green away, blue a fifth
+    assert row(png(3, 1, 8, 3, [bytes([0, 1, 2])], palette, half)) == [RED, WHITE, (204, 204, 255)]
+
+
+# orientation -> where a picture stored as [[R, G], [B, W], [R, R]] shows its pixels (EXIF 2.3, tag 0x0112)
+STORED = np.array([[RED, GREEN], [BLUE, WHITE], [RED, RED]], np.uint8)
+UPRIGHT = {
+    1: STORED,
+    2: STORED[:, ::-1],
+    3: STORED[::-1, ::-1],
+    4: STORED[::-1],
+    5: STORED.transpose(1, 0, 2),
+    6: np.rot90(STORED, -1),
+    7: STORED[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(STORED),
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(STORED), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    assert np.array_equal(np.asarray(open_image(content)), UPRIGHT[orientation])
+    with Image.open(io.BytesIO(content)) as opened:  # as a user hands a picture to `encode_image`
+        assert np.array_equal(np.asarray(to_rgb(opened)), UPRIGHT[orientation])
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 30_000, 100_000])  # ours refuses, Pillow warns, Pillow refuses
+def test_decompression_bomb_is_refused_at_its_header(side):
+    bomb = png(side, side, 8, 0, [])
+    started = time.perf_counter()
+    with warnings.catch_warnings(), pytest.raises(ImageTooLarge) as caught:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # as data.images sets it
+        open_image(bomb)
+    assert time.perf_counter() - started < 1
+    assert "\n" not in str(caught.value)
+
+
+def test_no_warning_of_pillows_reaches_the_user():
+    """In a process of its own: pytest replaces the filters."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from data.images import open_image; from data.sample import DataError\n"
+        "try: open_image(sys.stdin.buffer.read())\n"
+        "except DataError as error: print(error)"
+    )
+    bomb = png(12_000, 12_000, 8, 0, [])
+    done = subprocess.run([sys.executable, "-c", program], input=bomb, capture_output=True, check=True)
+    assert b"12000x12000" in done.stdout
+    assert not done.stderr
+
+
+def test_compressed_text_bomb():
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200_000_000)))
+    with pytest.raises(DataError, match="does not open|does not decode"):
+        open_image(png(1, 1, 8, 0, [b"\0"], bomb))
+
+
+def test_empty_and_text_are_refused(tmp_path):
+    empty, text = tmp_path / "empty.png", tmp_path / "text.png"
+    empty.write_bytes(b"")
+    text.write_text("a red apple\n" * 100)
+    for source in (b"", empty):
+        with pytest.raises(CorruptImage, match="^an empty file, not a picture$"):
+            open_image(source)
+    for source in (text.read_bytes(), text, b"<svg xmlns='http://www.w3.org/2000/svg'/>"):
+        with pytest.raises(CorruptImage, match=r"^not a picture \(the formats read are .*\)$"):
+            open_image(source)
