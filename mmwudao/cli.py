@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 
-from mmwudao import __version__, commands_data, commands_draw, commands_import, commands_train
+from mmwudao import (
+    __version__,
+    commands_data,
+    commands_draw,
+    commands_eval,
+    commands_import,
+    commands_train,
+    commands_vectors,
+)
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -28,9 +36,12 @@ app.command()(commands_draw.replay)
 app.command()(commands_draw.info)
 app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)
+app.command()(commands_vectors.embed)
 app.add_typer(commands_train.app, name="train")
 app.add_typer(commands_data.app, name="data")
 app.add_typer(commands_import.app, name="import")
+app.add_typer(commands_eval.app, name="eval")
+app.add_typer(commands_vectors.export_app, name="export")
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import time
-import warnings
 import zlib
 
 import numpy as np
@@ -56,7 +54,9 @@ def test_gif_with_a_transparent_colour_lies_on_white():
 
 @pytest.mark.parametrize(("kind", "options"), [("TIFF", {}), ("JPEG", {"quality": 95})])
 def test_cmyk(kind, options):
-    for ink, colour in (((0, 255, 255, 0), RED), ((255, 0, 255, 0), GREEN), ((0, 0, 0, 255), (0, 0, 0)), ((0,) * 4, WHITE)):
+    black, none = (0, 0, 0, 255), (0, 0, 0, 0)
+    inks = {(0, 255, 255, 0): RED, (255, 0, 255, 0): GREEN, black: (0, 0, 0), none: WHITE}
+    for ink, colour in inks.items():
         (pixel,) = row(encoded(Image.new("CMYK", (1, 1), ink), kind, **options))
         assert max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) <= 2, (ink, pixel)
 
@@ -119,16 +119,11 @@ def test_exif_rotation(orientation, kind):
         assert np.array_equal(np.asarray(to_rgb(opened)), UPRIGHT[orientation])
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.images does
 @pytest.mark.parametrize("side", [9_000, 12_000, 30_000, 100_000])  # ours refuses, Pillow warns, Pillow refuses
 def test_decompression_bomb_is_refused_at_its_header(side):
-    bomb = png(side, side, 8, 0, [])
-    started = time.perf_counter()
-    with warnings.catch_warnings(), pytest.raises(ImageTooLarge) as caught:
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # as data.images sets it
-        open_image(bomb)
-    assert time.perf_counter() - started < 1
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ImageTooLarge, match="^a picture .* pixels$"):
+        open_image(png(side, side, 8, 0, []))  # there is nothing to decode after the header
 
 
 def test_no_warning_of_pillows_reaches_the_user():
