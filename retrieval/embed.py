@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,13 +141,13 @@ def prepare(
         assert towers is not None
         return towers.preprocess(open_image(sample.image))
 
-    def skip(shard: Path, reason: str, name: str, problem: str) -> None:
-        log.add(reason, name, problem)
-        skips[shard].append((reason, name, problem))
+    def skip(shard: Path, reason: str, name: str, error: Exception) -> None:
+        log.add(reason, name, str(error))
+        skips[shard].append((reason, name, str(error)))
 
     def read() -> Iterator[tuple[Path, Sample | None, Future[Tensor] | None]]:
         for shard in shards:
-            for sample in read_shard(shard, lambda reason, name, error, s=shard: skip(s, reason, name, str(error))):
+            for sample in read_shard(shard, partial(skip, shard)):
                 yield shard, sample, pool.submit(decode, sample) if towers is not None else None
             yield shard, None, None
 
@@ -156,7 +157,7 @@ def prepare(
         except DataError as error:
             assert sample is not None
             reason = TOO_LARGE if isinstance(error, ImageTooLarge) else CORRUPT_IMAGE
-            skip(shard, reason, f"{shard.name}: sample {sample.id}", str(error))
+            skip(shard, reason, f"{shard.name}: sample {sample.id}", error)
 
     window: deque[tuple[Path, Sample | None, Future[Tensor] | None]] = deque()
     for entry in read():

@@ -97,12 +97,12 @@ def evaluate_split(towers: Towers, samples: Sequence[Sample], images: Tensor, *,
     """Figures of the pictures' features `images` [N, D] against captions, by language, and their mean over languages.
 
     `text_to_image`: the caption of each sample among all N pictures. `image_to_text`: each picture among all distinct
-    (concept, caption) of the language. `shuffled`: both again with the pictures' concepts permuted, which is chance.
-    `zero_shot`: the class of each picture among the concepts, and among the families, of these samples.
+    (concept, caption) of the language. `shuffled`: both again with the queries' concepts permuted, which is chance.
+    `zero_shot`: the class of each picture among the concepts, and among the families if there are several.
     """
     concepts = [concept_of(sample) for sample in samples]
     labels = concept_labels(concepts)
-    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    families = [sample.family or "none" for sample in samples]
     spoken = {language for sample in samples for language in sample.captions}
     languages: dict[str, Any] = {}
     for language in sorted(spoken, key=lambda name: (name not in LANGUAGES, (*LANGUAGES, name).index(name))):
@@ -113,26 +113,22 @@ def evaluate_split(towers: Towers, samples: Sequence[Sample], images: Tensor, *,
         place_of = {pair: place for place, pair in enumerate(distinct)}
         texts = features[[place_of[pair] for pair in pairs]]
         text_labels = concept_labels(concept for concept, _ in distinct)
+        shuffled = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))]
         ways = [
             {
-                "text_to_image": recall_figures(ranks(texts, images, labels[own], image_labels)),
-                "image_to_text": recall_figures(ranks(images[own], features, image_labels[own], text_labels)),
+                "text_to_image": recall_figures(ranks(texts, images, labels[wanted], labels)),
+                "image_to_text": recall_figures(ranks(images[own], features, labels[wanted], text_labels)),
             }
-            for image_labels in (labels, shuffled)
+            for wanted in (own, shuffled)
         ]
-        languages[language] = {
-            **ways[0],
-            "shuffled": ways[1],
-            "zero_shot": {
-                "concept": classify(towers, images[own], pairs, CONCEPT_TEMPLATES.get(language, ("{}",))),
-                "family": classify(
-                    towers,
-                    images[own],
-                    [(name, name) for name in (samples[place].family or "none" for place in own.tolist())],
-                    FAMILY_TEMPLATES.get(language, ("{}",)),
-                ),
-            },
+        classes = {"concept": (pairs, CONCEPT_TEMPLATES)}
+        if len(set(families)) > 1:
+            classes["family"] = [(families[place], families[place]) for place in own.tolist()], FAMILY_TEMPLATES
+        zero_shot = {
+            kind: classify(towers, images[own], named, templates.get(language, ("{}",)))
+            for kind, (named, templates) in classes.items()
         }
+        languages[language] = {**ways[0], "shuffled": ways[1], "zero_shot": zero_shot}
     return {
         "pictures": len(samples),
         "concepts": len(set(concepts)),
@@ -178,7 +174,8 @@ def format_table(record: dict[str, Any]) -> Table:
             for way in ("text_to_image", "image_to_text"):
                 cells.append(" ".join(f"{100 * figures[way][f'recall@{k}']:5.1f}" for k in (1, 5, 10)))
                 cells.append(f"{figures[way]['median_rank']:.0f}")
-            cells += [f"{100 * figures['zero_shot'][kind]['top@1']:.1f}" for kind in ("concept", "family")]
+            top = {kind: f"{100 * named['top@1']:.1f}" for kind, named in figures["zero_shot"].items()}
+            cells += [top["concept"], top.get("family", "-")]
             cells.append(f"{100 * figures['shuffled']['text_to_image']['recall@10']:.1f}")
             table.add_row(split, language, *cells, end_section=language == "mean")
     return table

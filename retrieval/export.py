@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from data.sample import DataError
@@ -83,7 +82,7 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
         raise DataError(f"{out} exists and is not empty; choose another folder")
     assert (towers.device.type, towers.dtype) == ("cpu", torch.float32), "compared in float32 on the CPU"
     towers.eval()
-    side = towers.preprocess(Image.new("RGB", (64, 64))).shape[-1]
+    side = towers.image_size
     pixels = torch.randn(max(BATCHES), 3, side, side, generator=torch.Generator().manual_seed(0))
     tokens = towers.tokenize(TEXTS)
     names = list(tokens) if isinstance(tokens, dict) else None
@@ -111,7 +110,7 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
             "kind": towers.kind,
             "hash": content_hash(towers),
             "embed_dim": towers.embed_dim,
-            "scale": float(towers.scale),
+            "scale": towers.scale.item(),
             "image_size": side,
             "config": towers.to_config(),
             "files": [asdict(entry) for entry in files],
@@ -147,25 +146,27 @@ def compare(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> Exporte
 
 def _export(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
     """The first dimension of every input is the batch; the second of a text's, its length, varies too."""
-    dynamic: list[Any] = []
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    for tensor in inputs.values():
-        dynamic.append({0: batch, 1: length} if tensor.dim() == 2 else {0: batch})
-    single = len(dynamic) == 1 and not isinstance(module, TextTower)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-        torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
-            path,
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-            opset_version=OPSET,
-            input_names=list(inputs),
-            output_names=["features"],
-            dynamic_shapes=tuple(dynamic) if single else (tuple(dynamic),),
-        )
+    free = torch.export.Dim.DYNAMIC
+    shapes: tuple[Any, ...] = tuple({0: free, 1: free} if x.dim() == 2 else {0: free} for x in inputs.values())
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, which ONNX does not know
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+            torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                path,
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=["features"],
+                dynamic_shapes=(shapes,) if isinstance(module, TextTower) else shapes,
+            )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _quantise(path: Path) -> Path:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.images import to_square, to_tensor
+from data.images import to_rgb, to_square, to_tensor
 from vqvae.hub import ModelError
 
 FORMAT = "mmwudao-towers/1"
@@ -68,8 +68,8 @@ class Towers(nn.Module):
         return (pixels - mean) / std
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture as `encode_pixels` takes it, float32 [3, H, W]."""
-        return self.normalise(to_tensor(to_square(image.convert("RGB"), self.image_size)))
+        """A picture of any mode as `encode_pixels` takes it, float32 [3, H, W]."""
+        return self.normalise(to_tensor(to_square(to_rgb(image), self.image_size)))
 
     def tokenize(self, texts: list[str]) -> Tokens:
         """Texts as `encode_tokens` takes them; a text that is too long is cut, with a warning in `logging`."""

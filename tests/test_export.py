@@ -98,3 +98,15 @@ def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         export_onnx(ColourTowers(), tmp_path)
+
+
+def test_a_very_long_text_is_cut_with_a_notice(caplog):
+    """Here because the towers are: 100,000 characters take no longer than reading them once."""
+    import time
+
+    towers, text = tiny_towers(), "一个红色的苹果 " * 12_500
+    started = time.process_time()
+    features = towers.encode_text([text])
+    assert time.process_time() - started < 10
+    assert torch.equal(features, towers.encode_text([text[:1000]]))
+    assert "is cut to 16" in caplog.text

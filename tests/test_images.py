@@ -158,3 +158,20 @@ def test_empty_and_text_are_refused(tmp_path):
     for source in (text.read_bytes(), text, b"<svg xmlns='http://www.w3.org/2000/svg'/>"):
         with pytest.raises(CorruptImage, match=r"^not a picture \(the formats read are .*\)$"):
             open_image(source)
+
+
+def test_towers_see_the_same_pixels():
+    """`encode_image` takes opened pictures of any mode, as `embed` takes files."""
+    from tests.tiny_towers import ColourTowers
+
+    towers = ColourTowers()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (
+        encoded(Image.new("RGBA", (9, 9), (255, 0, 0, 51))),
+        png(4, 1, 16, 0, [struct.pack(">4H", 300, 32768, 40000, 65535)]),
+        encoded(Image.fromarray(STORED), exif=exif),
+        encoded(Image.new("CMYK", (9, 9), (0, 255, 0, 0)), "TIFF"),
+    ):
+        with Image.open(io.BytesIO(content)) as opened:
+            assert towers.preprocess(opened).equal(towers.preprocess(open_image(content)))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from data.images import to_square, to_tensor
 from data.sample import Caption, Sample
-from retrieval.towers import Towers, unit
+from retrieval.towers import Tokens, Towers, unit
 
 COLOURS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "cyan": (0, 255, 255),
@@ -20,7 +19,8 @@ class ColourTowers(Towers):
     """Right about every plain colour; `noise` adds that much to all texts' features."""
 
     kind = "colour"
-    embed_dim = 8
+    embed_dim, image_size = 8, 8
+    pixel_mean, pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
     def __init__(self, noise: float = 0.0) -> None:
         super().__init__()
@@ -32,9 +32,6 @@ class ColourTowers(Towers):
     def scale(self):
         return torch.tensor(10.0)
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        return to_tensor(to_square(image, 8))
-
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         rows = []
         for text in texts:
@@ -45,7 +42,8 @@ class ColourTowers(Towers):
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         return unit(self.project(pixels.mean(dim=(2, 3)) - 0.5))
 
-    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+    def encode_tokens(self, tokens: Tokens) -> torch.Tensor:
+        assert isinstance(tokens, torch.Tensor)
         noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
         return unit(self.project(tokens - 0.5 + self.noise * noise))
 
