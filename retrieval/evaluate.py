@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # prompts around a class name, averaged as in CLIP (Radford et al. 2021, section 3.1.4)
-CONCEPT_TEMPLATES = {
+CONCEPT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "zh": ("{}", "{}的表情符号", "一张{}的图片"),
     "en": ("{}", "an emoji of {}", "a picture of {}"),
     "fr": ("{}", "un émoji : {}", "une image de {}"),
@@ -32,7 +32,7 @@ CONCEPT_TEMPLATES = {
     "ja": ("{}", "{}の絵文字", "{}の画像"),
     "ko": ("{}", "{} 이모지", "{} 그림"),
 }
-FAMILY_TEMPLATES = {
+FAMILY_TEMPLATES: dict[str, tuple[str, ...]] = {
     "zh": ("{} 风格", "{} 风格的表情符号"),
     "en": ("{} style", "an emoji, {} style"),
     "fr": ("style {}", "un émoji, style {}"),

@@ -13,8 +13,8 @@ from PIL import Image
 from data.reading import Example, open_shards
 from data.sample import Caption, DataError
 from data.shards import ShardWriter
-from mmwudao.cli import run
 from generation.decoding import SamplingOptions
+from mmwudao.cli import run
 from mmwudao.evaluate_generator import (
     GeneratorEvalConfig,
     candidate_texts,
