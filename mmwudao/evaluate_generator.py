@@ -220,6 +220,7 @@ def format_table(record: dict[str, Any]) -> Table:
     near = record["nearest"]
     table = Table(
         title=f"R-precision in % among {record['candidates']} captions",
+        min_width=100,  # room for the line below
         caption="cosine with the nearest training picture, median and largest: "
         + ", ".join(f"{name} {near[name]['median']:.3f} {near[name]['largest']:.3f}" for name in ("drawn", "real")),
     )
