@@ -22,6 +22,7 @@ MAX_THREADS = 16  # more only wait for each other at the sizes of one picture's 
 Model = Annotated[str, typer.Option(help="A shipped name, a model directory, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Adapter = Annotated[Path | None, typer.Option(help="The folder of a style that `train style` learned.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -38,6 +39,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")] = None,
     model: Model = "emoji",
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the pictures.")] = Path("mmwudao-out"),
@@ -56,7 +58,7 @@ def generate(
         from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
         from mmwudao.pipeline import load
 
-        pipeline = load(model, device, dtype)
+        pipeline = load(model, device, dtype, adapter)
         preview_path = unused_path(out, "preview") if preview else None
         with _progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
             images = pipeline.generate(
@@ -85,6 +87,7 @@ def replay(
         Path | None, typer.Option("-o", "--out", help="The file to write; default: PICTURE-replay.png beside it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Where the model is now; default: as recorded.")] = None,
+    adapter: Adapter = None,
     device: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
     as_json: Json = False,
@@ -103,7 +106,7 @@ def replay(
         _choose_threads()
         from mmwudao.pipeline import load
 
-        pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"])
+        pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"], adapter)
         with _progress(None, None) as on_progress:
             image = pipeline.redraw(recipe, on_progress)
         differing = differing_pixels(picture, image)

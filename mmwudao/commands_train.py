@@ -1,4 +1,4 @@
-"""`train tokenizer`, `train generator`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
+"""`train tokenizer`, `train generator`, `train style`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def train_generator(config: Config, overrides: Overrides = None, resume: Resume 
     from generation.train import main
 
     print(main(config, overrides or [], resume))
+
+
+@app.command("style")
+def train_style(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train a style for a frozen model on one family of pictures: prompt vectors, LoRA, or both."""
+    from data.config import load_config
+    from generation.train_style import StyleTrainConfig, train
+    from mmwudao.pipeline import load
+
+    settings = load_config(StyleTrainConfig, config, overrides or [])
+    base = load(settings.base, device="cpu", dtype="float32")
+    print(train(settings, base.generator, base.text, base.config.parts["generator"].hash, resume))
 
 
 def assemble(

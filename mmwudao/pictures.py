@@ -15,7 +15,7 @@ from PIL import Image, ImageChops, PngImagePlugin
 from mmwudao import __version__
 
 SOFTWARE = "mmwudao"
-# Every field a picture can be drawn again from, with its type. `style` alone may be absent.
+# Every field a picture can be drawn again from, with its type. `OPTIONAL_FIELDS` may be absent.
 RECIPE_FIELDS: dict[str, type] = {
     "prompt": str,
     "style": str,
@@ -28,11 +28,12 @@ RECIPE_FIELDS: dict[str, type] = {
     "model": str,
     "model_hash": str,
     "tokenizer_hash": str,
+    "adapter_hash": str,
     "device": str,
     "dtype": str,
     "version": str,
 }
-OPTIONAL_FIELDS = frozenset({"style"})
+OPTIONAL_FIELDS = frozenset({"style", "adapter_hash"})
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.styles import with_style
 from data.text import TextTokenizer
+from generation.adapters import AdapterConfig, apply_adapter
 from generation.decoding import SamplingOptions, count_steps, generate_codes
 from generation.model import Transformer
 from mmwudao import __version__
@@ -44,21 +45,24 @@ class Progress:
     preview: Callable[[], list[Image.Image]]
 
 
-def load(model: str | Path = "emoji", device: str = "auto", dtype: str = "auto") -> Pipeline:
-    """Load a model by shipped name, folder, or hub id.
+def load(
+    model: str | Path = "emoji", device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+) -> Pipeline:
+    """Load a model by shipped name, folder, or hub id, with the style in the folder `adapter` if there is one.
 
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
     tokenizer is small and stays in float32). Every part is checked against the hashes in `config.json`.
 
     Raises `ValueError` for an unknown or absent device or dtype, `ModelError` (a `ValueError`) for a model that is
-    missing, incomplete or not what its config.json says.
+    missing, incomplete or not what its config.json says, and for an adapter that is damaged or another model's.
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     folder, config, tokenizer, generator, text = _load_parts(model)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
-    return Pipeline(str(model), folder, config, tokenizer, generator, text)
+    style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash) if adapter else None
+    return Pipeline(str(model), folder, config, tokenizer, generator, text, style)
 
 
 def describe(model: str | Path) -> dict[str, Any]:
@@ -112,7 +116,10 @@ def _load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transforme
 
 
 class Pipeline:
-    """A loaded model. `source` is what `load` was asked for, `folder` where it was found."""
+    """A loaded model. `source` is what `load` was asked for, `folder` where it was found.
+
+    `adapter` describes the style that the generator has been given, if any.
+    """
 
     def __init__(
         self,
@@ -122,7 +129,9 @@ class Pipeline:
         tokenizer: VQVAE,
         generator: Transformer,
         text: TextTokenizer,
+        adapter: AdapterConfig | None = None,
     ) -> None:
+        self.adapter = adapter
         self.source, self.folder, self.config = source, folder, config
         self.tokenizer, self.generator, self.text = tokenizer, generator, text
         side = config.image_size // tokenizer.config.stride
@@ -182,13 +191,14 @@ class Pipeline:
     def redraw(self, recipe: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Image.Image:
         """The picture of a recipe (see `pictures.read_recipe`) again: the same pixels on the same device and dtype.
 
-        Raises `ModelError` when the recipe is another model's.
+        Raises `ModelError` when the recipe is another model's or another adapter's.
         """
         if recipe["model_hash"] != self.config.model_hash:
             raise ModelError(
                 f"the picture was drawn by another model: its hash is {recipe['model_hash'][:12]}, "
                 f"that of {self.source} is {self.config.model_hash[:12]}"
             )
+        self._check_adapter(recipe.get("adapter_hash"))
         options = SamplingOptions(**{name: recipe[name] for name in asdict(self.config.default_sampling)})
         (image,) = self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)
         image.info.update(
@@ -220,11 +230,12 @@ class Pipeline:
 
     def _encode(self, text: str) -> list[int]:
         pieces = self.text.encode(text)
-        longest = self.generator.config.max_text
+        prompt = self.generator.config.vocabulary.prompt_pieces
+        longest = self.generator.config.max_text - len(prompt)
         if len(pieces) > longest:
             read = self.text.decode(pieces[:longest])
             log.warning("the model reads %d pieces of text at most; it stops after %r", longest, read[-40:])
-        return pieces[:longest]
+        return [*prompt, *pieces[:longest]]
 
     def _decode(self, codes: Tensor) -> Image.Image:
         """Codes [h, w] to a picture."""
@@ -254,7 +265,19 @@ class Pipeline:
             "dtype": self.dtype,
             "version": __version__,
         }
+        if self.adapter is not None:
+            recipe["adapter_hash"] = self.adapter.hash
         return recipe
+
+    def _check_adapter(self, recorded: str | None) -> None:
+        """`ModelError` unless the adapter with that hash, or none, is the one in use."""
+        given = self.adapter.hash if self.adapter is not None else None
+        if recorded == given:
+            return
+        if recorded is None:
+            raise ModelError("the picture was drawn without an adapter: give none (--adapter)")
+        found = f"this one is {given[:12]}" if given else "none was given"
+        raise ModelError(f"the picture was drawn with the adapter {recorded[:12]}, and {found}: give it with --adapter")
 
 
 def check_prompt(prompt: str) -> None:

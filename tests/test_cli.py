@@ -31,6 +31,7 @@ COMMANDS = [
     ["train"],
     ["train", "tokenizer"],
     ["train", "generator"],
+    ["train", "style"],
     ["data"],
     ["data", "build"],
     ["data", "build", "emoji"],
