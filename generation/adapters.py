@@ -161,7 +161,9 @@ def make_trainable(model: Transformer, options: AdapterOptions) -> int:
     return trained
 
 
-def save_adapter(model: Transformer, folder: Path, style: str, options: AdapterOptions, generator: str) -> AdapterConfig:
+def save_adapter(
+    model: Transformer, folder: Path, style: str, options: AdapterOptions, generator: str
+) -> AdapterConfig:
     """Write what `make_trainable` added to `model` as an adapter for the generator with that content hash."""
     from safetensors.torch import save
 
@@ -195,7 +197,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     except ValueError as error:
         raise ModelError(f"{folder / CONFIG} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-        raise ModelError(f"{folder / CONFIG} does not describe an adapter: its \"format\" must be {FORMAT!r}")
+        raise ModelError(f'{folder / CONFIG} does not describe an adapter: its "format" must be {FORMAT!r}')
     try:
         config = from_dict(AdapterConfig, record)
     except ConfigError as error:

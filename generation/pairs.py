@@ -71,9 +71,9 @@ class CodedPairs:
         self, folder: Path, split: str, exclude_families: Sequence[str] = (), family: str | None = None
     ) -> None:
         coded = list(read_codes(folder, split))
-        kept = [
-            c for c in coded if c.sample.family not in exclude_families and (family is None or c.sample.family == family)
-        ]
+        kept = [c for c in coded if c.sample.family not in exclude_families]
+        if family is not None:
+            kept = [c for c in kept if c.sample.family == family]
         if not kept:
             families = ", ".join(sorted({str(c.sample.family) for c in coded})) or "none"
             wanted = f" ({family})" if family else ""

@@ -1,7 +1,7 @@
 """Learn a style: `mmwudao train style CONFIG`.
 
-Trains an adapter (`generation/adapters.py`) on the pictures of one family, with captions that never name it: the adapter
-is the style. Logs the bits per image token on the family's held-out pictures, beside those of the generator without it.
+Trains an adapter (`generation/adapters.py`) on the pictures of one family, with captions that never name it: the
+adapter is the style. Logs the bits per image token on the family's held-out pictures, with the adapter and without.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class PromptedText:
         return [*self.prompt_pieces, *self.text.encode(text)]
 
 
-def style_batches(
-    config: StyleTrainConfig, model: Transformer, text: CaptionEncoder
-) -> dict[str, list[Batch]]:
+def style_batches(config: StyleTrainConfig, model: Transformer, text: CaptionEncoder) -> dict[str, list[Batch]]:
     """The family's held-out pictures by split, with captions that do not name it, for `model` as it is.
 
     Raises `ConfigError` when the codes are of another image tokenizer or size, `DataError` for an unknown family.

@@ -1,4 +1,4 @@
-"""`train tokenizer`, `train generator`, `train style`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
+"""`train tokenizer|generator|style`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
