@@ -184,9 +184,7 @@ def test_a_mask_of_one_colour_is_refused(colour):
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model_dir):
-    pipe = load(tiny_model_dir, device="cpu", dtype="float32")
-    pipe.config = replace(pipe.config, describes="tagged")
-    return pipe
+    return load(tiny_model_dir, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +243,7 @@ def test_what_is_kept_is_kept(pipeline, pictures):
 
 def test_a_model_that_only_draws_says_so(tiny_model_dir, pictures):
     pipe = load(tiny_model_dir, device="cpu", dtype="float32")
+    pipe.config = replace(pipe.config, describes="no")
     for call in (
         lambda: pipe.caption(pictures),
         lambda: pipe.rerank("红心", pictures),
