@@ -40,7 +40,8 @@ def main() -> None:
                 captions = held_out_batches(pairs, pipe.text, model.config, config, image_first=True)
                 figures["caption_bits"] = mean_bits(model, captions, torch.device("cpu"))["text_bits"]
         figures["unigram_bits"] = unigram_bits(train, pairs, model.config.num_image_codes)
-        record[split] = {name: round(value, 4) for name, value in figures.items()} | {"pictures": min(len(pairs), arguments.pictures)}
+        record[split] = {name: round(value, 4) for name, value in figures.items()}
+        record[split]["pictures"] = min(len(pairs), arguments.pictures)
     print(f"{'split':14} {'pictures':>8} {'model':>8} {'unigram':>8}  (bits per image token)  captions, bits per piece")
     for split, row in record.items():
         image = f"{row['image_bits']:8.3f} {row['unigram_bits']:8.3f}"
