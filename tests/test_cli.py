@@ -25,6 +25,9 @@ COMMANDS = [
     [],
     ["generate"],
     ["replay"],
+    ["caption"],
+    ["rerank"],
+    ["complete"],
     ["info"],
     ["tokenize"],
     ["assemble"],
@@ -466,7 +469,7 @@ def test_threads_follow_the_environment(chosen: str | None, monkeypatch: pytest.
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     else:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    commands_draw._choose_threads()
+    commands_draw.choose_threads()
     assert asked == [] if chosen else 1 <= asked[0] <= 3
 
 
