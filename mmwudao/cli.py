@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mmwudao import __version__, commands_data, commands_draw, commands_import, commands_train
+from mmwudao import __version__, commands_data, commands_draw, commands_import, commands_tasks, commands_train
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(commands_draw.generate)
 app.command()(commands_draw.replay)
+app.command()(commands_tasks.upscale)
 app.command()(commands_draw.info)
 app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)

@@ -48,11 +48,11 @@ def generate(
 
     Options that are not given are the model's own defaults. Existing files are never overwritten.
     """
-    wanted = [*map(_as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    wanted = [*map(as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise ValueError("no prompt: say what to draw, or give --prompts-file")
-    with _output_folder(out):
-        _choose_threads()
+    with output_folder(out):
+        choose_threads()
         from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
         from mmwudao.pipeline import load
 
@@ -99,8 +99,8 @@ def replay(
     target = out or unused_path(picture.parent, f"{picture.stem}-replay")
     if out is not None and out.exists():
         raise ValueError(f"{out} exists: choose another file")
-    with _output_folder(target.parent):
-        _choose_threads()
+    with output_folder(target.parent):
+        choose_threads()
         from mmwudao.pipeline import load
 
         pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"])
@@ -146,7 +146,7 @@ def _format_description(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _as_typed(argument: str) -> str:
+def as_typed(argument: str) -> str:
     """A command line argument as UTF-8, where the locale made Python read its bytes as something else."""
     try:
         return os.fsencode(argument).decode()
@@ -168,7 +168,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _output_folder(folder: Path) -> Iterator[None]:
+def output_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and see that it can be written, before the work; take it away again if the work fails."""
     missing = []
     parent = folder
@@ -213,7 +213,7 @@ def _progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[P
             raise
 
 
-def _choose_threads() -> None:
+def choose_threads() -> None:
     """As many threads as this process may use cores, unless the user has said how many."""
     if "OMP_NUM_THREADS" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""`train tokenizer`, `train generator`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
+"""`train tokenizer`, `train generator`, `train upscaler`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def train_tokenizer(config: Config, overrides: Overrides = None, resume: Resume 
 def train_generator(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train the transformer. Runs under torchrun too: `torchrun --nproc-per-node 2 -m mmwudao train generator ...`."""
     from generation.train import main
+
+    print(main(config, overrides or [], resume))
+
+
+@app.command("upscaler")
+def train_upscaler(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train the super-resolution model that `upscale` uses."""
+    from vqvae.train_upscaler import main
 
     print(main(config, overrides or [], resume))
 
