@@ -1,4 +1,4 @@
-"""`train tokenizer`, `train generator`, `train upscaler`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
+"""`train ...`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
