@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmwudao.pipeline import Progress
 
 PREVIEW_ROWS = 2  # rows of codes between two previews
@@ -37,6 +39,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest codes; 0: from all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Draw so many of each prompt, and keep the n that describe it best.")
+    ] = None,
     model: Model = "emoji",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -53,23 +58,35 @@ def generate(
         raise ValueError("no prompt: say what to draw, or give --prompts-file")
     with output_folder(out):
         choose_threads()
-        from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
+        from mmwudao.pictures import unused_path
         from mmwudao.pipeline import load
 
         pipeline = load(model, device, dtype)
         preview_path = unused_path(out, "preview") if preview else None
-        with _progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
+        with drawing_progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
             images = pipeline.generate(
-                wanted, n, seed, style, temperature, top_k, top_p, guidance, on_progress=on_progress
+                wanted, n, seed, style, temperature, top_k, top_p, guidance, candidates, on_progress=on_progress
             )
-        files: dict[Path, bytes] = {}
-        for image in images:
-            stem = file_stem(image.info["prompt"], image.info["seed"])
-            files[unused_path(out, stem, taken=frozenset(files))] = encode_png(image)
-        pictures = list(files)
-        sheet = unused_path(out, "grid", taken=frozenset(files))
-        files[sheet] = encode_png(grid(images, columns))
-        write_files(files)
+        pictures, sheet = write_pictures(out, images, columns)
+    print_pictures(pictures, sheet, images, as_json)
+
+
+def write_pictures(out: Path, images: list[Image.Image], columns: int | None) -> tuple[list[Path], Path]:
+    """Write each drawn picture and a sheet of all into `out`, all or none; returns the paths."""
+    from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
+
+    files: dict[Path, bytes] = {}
+    for image in images:
+        stem = file_stem(image.info["prompt"], image.info["seed"])
+        files[unused_path(out, stem, taken=frozenset(files))] = encode_png(image)
+    pictures = list(files)
+    sheet = unused_path(out, "grid", taken=frozenset(files))
+    files[sheet] = encode_png(grid(images, columns))
+    write_files(files)
+    return pictures, sheet
+
+
+def print_pictures(pictures: list[Path], sheet: Path, images: list[Image.Image], as_json: bool) -> None:
     if as_json:
         for path, image in zip(pictures, images, strict=True):
             print(json.dumps({"path": str(path), "grid": str(sheet), **image.info}, ensure_ascii=False))
@@ -104,7 +121,7 @@ def replay(
         from mmwudao.pipeline import load
 
         pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"])
-        with _progress(None, None) as on_progress:
+        with drawing_progress(None, None) as on_progress:
             image = pipeline.redraw(recipe, on_progress)
         differing = differing_pixels(picture, image)
         write_files({target: encode_png(image)})
@@ -188,7 +205,7 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[Progress], None]]:
+def drawing_progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[Progress], None]]:
     """A callback for `Pipeline.generate` that moves a bar (on a terminal) and keeps `preview` up to date."""
     from tqdm import tqdm
 

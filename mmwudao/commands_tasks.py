@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from mmwudao.commands_describe import Pictures
 from mmwudao.commands_draw import Device, Dtype, Json, Model, as_typed, choose_threads, output_folder
 
 
 def upscale(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    images: Pictures,
     prompt: Annotated[str | None, typer.Option(help="What they show; CogView's models read it.")] = None,
     seed: Annotated[int | None, typer.Option(help="CogView draws picture k with seed + k; default: a new one.")] = None,
     model: Model = "emoji",
@@ -24,18 +25,15 @@ def upscale(
     """Enlarge pictures: to twice their size, or to 512 px with an imported CogView super-resolution model."""
     with output_folder(out):
         choose_threads()
-        from data.images import open_image
         from mmwudao.pictures import encode_png, unused_path, write_files
         from mmwudao.pipeline import load
+        from mmwudao.tasks import read_pictures
         from mmwudao.upscaling import check_size
 
-        pictures = []
-        for path in images:
-            if not path.is_file():
-                raise ValueError(f"no picture at {path}")
+        pictures = read_pictures(images)
+        for path, picture in zip(images, pictures, strict=True):
             try:
-                pictures.append(open_image(path))
-                check_size(pictures[-1])
+                check_size(picture)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         pipeline = load(model, device, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -57,6 +57,9 @@ def assemble(
     top_p: Annotated[float, typer.Option(help="0 switches top-p off,")] = 0.0,
     guidance: Annotated[float, typer.Option(help="1 switches guidance off.")] = 1.0,
     card: Annotated[Path | None, typer.Option(help="The model card, a Markdown file.")] = None,
+    describes: Annotated[
+        Literal["no", "tagged", "untagged"], typer.Option(help="Whether it learned to describe pictures too.")
+    ] = "no",
     upscaler: Annotated[Path | None, typer.Option(help="The folder of a trained upscaler.")] = None,
     towers: Annotated[Path | None, typer.Option(help="The folder of trained retrieval towers.")] = None,
 ) -> None:
@@ -76,6 +79,7 @@ def assemble(
         default_sampling=SamplingOptions(temperature, top_k, top_p, guidance),
         card=card.read_text(encoding="utf-8") if card else None,
         optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
+        describes=describes,
     )
     print(made)
 

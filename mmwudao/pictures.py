@@ -33,6 +33,8 @@ RECIPE_FIELDS: dict[str, type] = {
     "version": str,
 }
 OPTIONAL_FIELDS = frozenset({"style"})
+# What a picture tells besides: how well it describes its prompt, what was kept of another picture.
+NOTES = ("score", "kept")
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255
 
 
@@ -40,7 +42,7 @@ def encode_png(image: Image.Image) -> bytes:
     """PNG bytes with the recipe in `image.info`, if it holds one, as one iTXt (UTF-8) chunk a field."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("Software", f"{SOFTWARE} {__version__}")
-    for name in RECIPE_FIELDS:
+    for name in (*RECIPE_FIELDS, *NOTES):
         if image.info.get(name) is not None:
             chunks.add_itxt(name, str(image.info[name]))
     buffer = io.BytesIO()
@@ -65,6 +67,8 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
     missing = [name for name in RECIPE_FIELDS if name not in text and name not in OPTIONAL_FIELDS]
     if not text.get("Software", "").startswith(SOFTWARE) or missing:
         raise ValueError(f"{path} holds no recipe: it is not one of the pictures `mmwudao generate` writes")
+    if "kept" in text:
+        raise ValueError(f"{path} was completed from another picture: only pictures drawn whole can be drawn again")
     try:
         return {name: kind(text[name]) for name, kind in RECIPE_FIELDS.items() if name in text}
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,13 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def upscale(
-    pipeline: Pipeline, images: Sequence[Image.Image], prompt: str | None = None, seed: int | None = None
+    pipeline: Pipeline, images: Sequence[Image.Image], prompt: str | None, seeds: Sequence[int]
 ) -> list[Image.Image]:
     """Enlarge pictures; `.info` of each says by which model.
 
     A model with an upscaler doubles pictures of any shape up to `MAX_SIDE` px a side, and reads no prompt. An imported
     CogView model draws the centre square at 512 px by sliding windows, the paper's section 3.2: it needs the prompt,
-    and picture k is drawn with `seed + k`. (Of the published models `cogview-sr` was trained for that; the weights do
+    and draws each with its seed. (Of the published models `cogview-sr` was trained for that; the weights do
     not tell which one they are.)
 
     Raises `ValueError` for no picture, one that is too large, or a missing prompt; `ModelError` for another model.
@@ -53,7 +52,7 @@ def upscale(
     elif pipeline.generator.config.norm == "max_scaled_layernorm":  # set for imported CogView models and nowhere else
         if prompt is None:
             raise ValueError("CogView's super-resolution reads what the picture shows: give a prompt")
-        larger = _magnify(pipeline, pictures, prompt, secrets.randbelow(2**31) if seed is None else seed)
+        larger = _magnify(pipeline, pictures, prompt, seeds)
         made_by |= {"prompt": prompt, "dtype": pipeline.dtype}
     else:
         raise ModelError(
@@ -80,16 +79,18 @@ def _double(pipeline: Pipeline, pictures: list[Image.Image]) -> list[Image.Image
     return [tensor_to_image(upscaler.enlarge(to_tensor(picture)[None].to(pipeline.device))[0]) for picture in pictures]
 
 
-def _magnify(pipeline: Pipeline, pictures: list[Image.Image], prompt: str, seed: int) -> list[Image.Image]:
+def _magnify(
+    pipeline: Pipeline, pictures: list[Image.Image], prompt: str, seeds: Sequence[int]
+) -> list[Image.Image]:
     vocab, options = pipeline.generator.config.vocabulary, pipeline.config.default_sampling
     text = vocab.text(pipeline._encode(prompt))
     head = [vocab.command("[ROI1]"), *text, vocab.command("[BASE]"), vocab.command("[BOI1]")]
     size = COGVIEW_GRID * pipeline.tokenizer.config.stride
     larger = []
-    for k, picture in enumerate(pictures):
+    for picture, seed in zip(pictures, seeds, strict=True):
         pixels = to_tensor(to_square(picture, size))[None].to(pipeline.device)
         codes = pipeline.tokenizer.encode(pixels)[0].cpu()
-        drawn = magnify(pipeline.generator, head, codes, options, generator=torch.Generator().manual_seed(seed + k))
+        drawn = magnify(pipeline.generator, head, codes, options, generator=torch.Generator().manual_seed(seed))
         larger.append(tensor_to_image(pipeline.tokenizer.decode(drawn[None].to(pipeline.device))[0]))
-        larger[-1].info["seed"] = seed + k
+        larger[-1].info["seed"] = seed
     return larger
