@@ -2,9 +2,9 @@
 
 Mean PSNR and SSIM of the model's upscaler, bicubic and Lanczos (Pillow) against the pictures of SHARDS256, from the
 same pictures at half the size: scaled down, and scaled down and then coded and decoded by the image tokenizer, as
-drawn pictures are. MODEL is a model directory, or the folder of a trained upscaler (then --tokenizer names the model whose
-tokenizer decodes). The last line is JSON. The sheet shows the first pictures of different concepts: scaled down,
-bicubic, ours, the original.
+drawn pictures are. MODEL is a model directory, or the folder of a trained upscaler (then --tokenizer names the
+model whose tokenizer decodes). The last line is JSON. The sheet shows the first pictures of different concepts: scaled
+down, bicubic, ours, the original.
 """
 
 from __future__ import annotations
