@@ -33,8 +33,8 @@ def upscale(
 
     A model with an upscaler doubles pictures of any shape up to `MAX_SIDE` px a side, and reads no prompt. An imported
     CogView model draws the centre square at 512 px by sliding windows, the paper's section 3.2: it needs the prompt,
-    and draws each with its seed. (Of the published models `cogview-sr` was trained for that; the weights do
-    not tell which one they are.)
+    and draws each with its seed. (Of the published models `cogview-sr` was trained for that; the weights do not tell
+    which one they are.)
 
     Raises `ValueError` for no picture, one that is too large, or a missing prompt; `ModelError` for another model.
     """

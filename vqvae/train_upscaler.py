@@ -15,6 +15,7 @@ import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from data.config import ConfigError, load_config
@@ -113,17 +114,23 @@ def read_pairs(data: UpscalerDataConfig, split: str, limit: int, tokenizer: VQVA
         for sample, image in open_shards(data.shards, split, by_node=False)
         if sample.family not in data.exclude_families
     )
-    larges, smalls, ids = [], [], []
+    larges: list[Tensor] = []
+    smalls: list[Tensor] = []
+    ids: list[str] = []
     for name, image in islice(examples, limit):
         square = to_square(image, data.image_size)
-        for size, pictures in ((data.image_size, larges), (data.image_size // SCALE, smalls)):
-            pictures.append(torch.from_numpy(numpy.array(to_square(square, size))).permute(2, 0, 1).contiguous())
+        larges.append(_pixels(square))
+        smalls.append(_pixels(to_square(square, data.image_size // SCALE)))
         ids.append(name)
     if not ids:
         raise DataError(f"{data.shards} holds no readable pictures of the chosen families and splits")
     small = torch.stack(smalls)
     decoded = torch.cat([_decoded(tokenizer, part) for part in small.split(BATCH)]) if tokenizer else None
     return Pairs(torch.stack(larges), small, decoded, ids)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _decoded(tokenizer: VQVAE, pictures: Tensor) -> Tensor:
