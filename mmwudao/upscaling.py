@@ -60,7 +60,7 @@ def upscale(
             "`mmwudao assemble --upscaler`), and it is no imported CogView model"
         )
     for image in larger:
-        image.info |= {**made_by, "version": __version__}
+        image.info.update({**made_by, "version": __version__})
     return larger
 
 

@@ -94,7 +94,7 @@ def train(config: UpscalerTrainConfig, resume: bool = False) -> Path:
             figures["psnr_decoded"] = measure(averaged, test.decoded, test.large, device)
         return figures
 
-    model = Upscaler(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Upscaler(config.model).to(memory_format=torch.channels_last)
     trained = Loop(loop, model, CropBatches(config, pairs), loss_of, evaluate, device).run(resume)
     out = Path(loop.out) / "upscaler"
     if rank() == 0:
