@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 
-from mmwudao import __version__, commands_data, commands_describe, commands_draw, commands_import, commands_train
+from mmwudao import (
+    __version__,
+    commands_data,
+    commands_describe,
+    commands_draw,
+    commands_import,
+    commands_tasks,
+    commands_train,
+)
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -28,6 +36,7 @@ app.command()(commands_draw.replay)
 app.command()(commands_describe.caption)
 app.command()(commands_describe.rerank)
 app.command()(commands_describe.complete)
+app.command()(commands_tasks.upscale)
 app.command()(commands_draw.info)
 app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)

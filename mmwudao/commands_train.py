@@ -1,4 +1,4 @@
-"""`train tokenizer|generator|style`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
+"""`train ...`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def train_style(config: Config, overrides: Overrides = None, resume: Resume = Fa
     settings = load_config(StyleTrainConfig, config, overrides or [])
     base = load(settings.base, device="cpu", dtype="float32")
     print(train(settings, base.generator, base.text, base.config.parts["generator"].hash, resume))
+
+
+@app.command("upscaler")
+def train_upscaler(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train the super-resolution model that `upscale` uses."""
+    from vqvae.train_upscaler import main
+
+    print(main(config, overrides or [], resume))
 
 
 def assemble(

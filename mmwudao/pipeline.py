@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.styles import with_style
@@ -19,9 +20,17 @@ from data.text import TextTokenizer
 from generation.adapters import AdapterConfig, apply_adapter
 from generation.decoding import SamplingOptions, count_steps, generate_codes
 from generation.model import Transformer
-from mmwudao import __version__, tasks
-from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, copy_model, find_model, read_model_config
-from vqvae.hub import ModelError, content_hash, load_part
+from mmwudao import __version__, tasks, upscaling
+from mmwudao.model_dir import (
+    OPTIONAL_PARTS,
+    ModelConfig,
+    check_hash,
+    check_pairing,
+    copy_model,
+    find_model,
+    read_model_config,
+)
+from vqvae.hub import ModelError, content_hash, load_part, stored_hash
 from vqvae.model import VQVAE
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
@@ -76,6 +85,14 @@ def describe(model: str | Path) -> dict[str, Any]:
         tensors = list(module.state_dict().values())
         parts[name] = {
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "dtype": str(tensors[0].dtype).removeprefix("torch."),
+        }
+    for name in config.parts.keys() & set(OPTIONAL_PARTS):
+        stored = folder / config.parts[name].path
+        check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
+        tensors = list(load_file(stored / "model.safetensors").values())
+        parts[name] = {
+            "parameters": sum(tensor.numel() for tensor in tensors),
             "dtype": str(tensors[0].dtype).removeprefix("torch."),
         }
     parts["text"] = {"pieces": text.vocab_size, "dtype": "sentencepiece"}
@@ -243,6 +260,14 @@ class Pipeline:
             one.info.update(self._recipe(prompt, style, text, drawn_with, options))
             one.info["kept"] = keep if isinstance(keep, str) else "a mask"
         return images
+
+    def upscale(
+        self, images: Sequence[Image.Image], prompt: str | None = None, seed: int | None = None
+    ) -> list[Image.Image]:
+        """See `upscaling.upscale`; CogView draws picture k with `seed + k`."""
+        if prompt is not None:
+            check_prompt(prompt)
+        return upscaling.upscale(self, images, prompt, self._seeds(seed, len(images)))
 
     def redraw(self, recipe: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Image.Image:
         """The picture of a recipe (see `pictures.read_recipe`) again: the same pixels on the same device and dtype.
