@@ -181,7 +181,7 @@ class BrivlTowers(Towers):
             if wrong := [box for box in kept if len(box) != 4]:
                 raise ValueError(f"a box is x1, y1, x2, y2, not {wrong[0]}")
             ratios = [self.image_size / width, self.image_size / height] * 2
-            scaled = [[corner * ratio for corner, ratio in zip(box, ratios)] for box in kept]
+            scaled = [[corner * ratio for corner, ratio in zip(box, ratios, strict=True)] for box in kept]
             row[: len(kept) + 1] = torch.tensor([*scaled, [0.0, 0.0, self.image_size, self.image_size]])
             slots[: len(kept) + 1] = 1
         return placed, mask

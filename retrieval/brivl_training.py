@@ -59,9 +59,7 @@ class BrivlMoco(nn.Module):
         self.text_queue: Tensor
         self.pointer: Tensor
 
-    def forward(
-        self, batch: BrivlBatch, image_order: Tensor | None = None, text_order: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, batch: BrivlBatch, image_order: Tensor | None = None, text_order: Tensor | None = None) -> Tensor:
         """The sum of both directions' losses, a scalar. The orders [N] are random permutations unless given.
 
         Raises `ValueError` when K is no multiple of N.

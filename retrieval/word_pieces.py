@@ -58,7 +58,8 @@ class WordPieces:
         """[CLS] pieces [SEP], padded to `length`: int64 [N, length]. Longer texts are cut, with a warning."""
         ids = torch.full((len(texts), length), self._pad)
         cut = 0
-        for row, encoding in zip(ids, self._tokenizer.encode_batch([self._clean(text) for text in texts])):
+        encodings = self._tokenizer.encode_batch([self._clean(text) for text in texts])
+        for row, encoding in zip(ids, encodings, strict=True):
             cut += len(encoding.ids) > length - 2
             found = [self._start, *encoding.ids[: length - 2], self._end]
             row[: len(found)] = torch.tensor(found)
