@@ -227,10 +227,9 @@ def pool_boxes(features: Tensor, boxes: Tensor, image_size: int, grid_size: int)
 
 
 def trainable_names(towers: BrivlTowers) -> set[str]:
-    """What the original trains: blocks 3 to 6 of the backbone, BERT's last four layers, and all that it added."""
-    depth = towers.config.bert.num_hidden_layers
+    """What the original trains: blocks 3 to 6 of the backbone, BERT's layers 8 to 11, and all that it added."""
+    first = 20 if towers.config.bert.num_hidden_layers == 24 else 8  # 24: RoBERTa-large, its other text backbone
     parts = [f"image.backbone.blocks.{block}." for block in range(3, 7)]
-    parts += [f"text.backbone.encoder.layer.{layer}." for layer in range(depth - 4, depth)]
-    added = ("project.", "pool.", "head.")
-    parts += [f"image.{part}" for part in added] + [f"text.{part}" for part in added]
+    parts += [f"text.backbone.encoder.layer.{layer}." for layer in range(first, first + 4)]
+    parts += [f"{tower}.{part}." for tower in ("image", "text") for part in ("project", "pool", "head")]
     return {name for name, _ in towers.named_parameters() if name.startswith(tuple(parts))}

@@ -25,8 +25,6 @@ from retrieval.towers import Tokens, Towers, unit
 from retrieval.word_pieces import WordPieces
 from vqvae.hub import ModelError
 
-MAX_LOG_SCALE = 4.6052  # training clamps `logit_scale` to 0 ... this after each step
-
 
 @dataclass(frozen=True)
 class ChineseClipConfig:
@@ -45,6 +43,7 @@ class ChineseClipConfig:
     vocab_size: int = 21128
     max_positions: int = 512
     context_length: int = 52
+    patch_dropout: float = 0.0  # share of a ViT's patches left out in training (FLIP, Li et al. 2022, arXiv:2212.00794)
 
     def __post_init__(self) -> None:
         if isinstance(self.vision_layers, list):
@@ -127,7 +126,7 @@ class ChineseClipTowers(Towers):
             heads = config.vision_width // config.vision_head_width
             self.visual = VisionTransformer(
                 config.image_size, config.patch_size, config.vision_width, config.vision_layers, heads, mlp_ratio=4,
-                output_dim=config.embed_dim, act_layer=QuickGELU,
+                output_dim=config.embed_dim, patch_dropout=config.patch_dropout, act_layer=QuickGELU,
             )  # fmt: skip
         text = BertConfig(
             vocab_size=config.vocab_size,

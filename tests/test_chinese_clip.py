@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,15 @@ def test_another_image_size(published, tmp_path):
     for source, size in (("vit", 60), ("rn", 96)):
         with pytest.raises(ModelError, match="multiple of its patch size"):
             import_chinese_clip(published / f"{source}.pt", tmp_path / "no", configs=configs(source), image_size=size)
+
+
+def test_patch_dropout_keeps_some_patches_in_training():
+    towers = ChineseClipTowers(replace(read_published_config(*configs("vit")), patch_dropout=0.3), vocabulary())
+    seen = []
+    towers.visual.ln_pre.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    for mode in (True, False):
+        towers.train(mode).encode_pixels(torch.zeros(1, 3, 40, 40))
+    assert seen == [1 + int(25 * 0.7), 26]
 
 
 # word pieces
