@@ -101,6 +101,8 @@ class ImageTower(nn.Module):
         super().__init__()
         self.image_size, self.grid_size = config.image_size, config.grid_size
         self.backbone: Any = timm.create_model(config.cnn, pretrained=False, num_classes=0, **config.cnn_options)
+        if self.backbone.num_features != config.image_width:
+            raise ValueError(f"{config.cnn} gives {self.backbone.num_features} features, not {config.image_width}")
         self.project = nn.Conv2d(config.image_width, config.image_width, 1)
         self.pool = MaskedPool(config.image_width, config.image_heads, config.image_layers)
         self.head = Head(config.image_width, config.image_width)

@@ -43,8 +43,9 @@ BRIVL_PARTS = {
     "text.head.": "textencoder.learnable.textFC.",
 }
 # in the published file, but not needed: what no feature depends on, and the momentum copies of training
-BRIVL_UNUSED = re.compile(r"imgencoder\.backbone\.classifier\.|textencoder\.backbone\.bert\.pooler\.|.*\.position_ids$")
-BRIVL_MOMENTUM = ("imgencoder_mom.", "textencoder_mom.")
+BRIVL_UNUSED = re.compile(
+    r"(img|text)encoder_mom\.|imgencoder\.backbone\.classifier\.|textencoder\.backbone\.bert\.pooler\.|.*\.position_ids$"
+)
 
 BRIVL_SIZES = {
     "cnn": "CNN",
@@ -89,18 +90,15 @@ def import_chinese_clip(
     if configs is None and model not in PUBLISHED:
         raise ModelError(f"no published Chinese-CLIP is called {model!r}; known: {', '.join(PUBLISHED)}")
     config = PUBLISHED[model] if configs is None else read_published_config(*configs)
-    content = read_checkpoint(source)
-    found = content.get("state_dict", content)
-    if next(iter(found), "").startswith("module."):
-        found = {key.removeprefix("module."): value for key, value in found.items() if "bert.pooler" not in key}
+    found = _weights(read_checkpoint(source))
     pieces = _vocab(vocab or source.parent / "vocab.txt")
-    towers = _on_meta(lambda: ChineseClipTowers(config, pieces))
+    towers = _built(lambda: ChineseClipTowers(config, pieces))
     tensors = _checked(found, {name: name for name in towers.state_dict()}, towers, source)
     if image_size is not None:
         if config.patch_size is None or image_size < 1 or image_size % config.patch_size:
             raise ModelError(f"only a ViT takes another image size, a multiple of its patch size, not {image_size}")
         tensors[POSITIONS] = resize_positions(tensors[POSITIONS].float(), image_size // config.patch_size)
-        towers = _on_meta(lambda: ChineseClipTowers(replace(config, image_size=image_size), pieces))
+        towers = _built(lambda: ChineseClipTowers(replace(config, image_size=image_size), pieces))
     if rounded:
         tensors |= {name: tensors[name].half().float() for name in halved_names(towers)}
     return _save(towers, tensors, out)
@@ -117,10 +115,8 @@ def import_brivl(source: Path, out: Path, *, text_model: Path, config: Path | No
     found = read_checkpoint(source).get("learnable")
     if not isinstance(found, dict):
         raise ModelError(f"{source} has no weights under the key 'learnable'")
-    found = {
-        key: value for key, value in found.items() if not (key.startswith(BRIVL_MOMENTUM) or BRIVL_UNUSED.match(key))
-    }
-    towers = _on_meta(lambda: BrivlTowers(sizes, _vocab(text_model / "vocab.txt")))
+    found = {key: value for key, value in found.items() if not BRIVL_UNUSED.match(str(key))}
+    towers = _built(lambda: BrivlTowers(sizes, _vocab(text_model / "vocab.txt")))
     return _save(towers, _checked(found, brivl_keys(towers), towers, source), out)
 
 
@@ -152,26 +148,32 @@ def import_open_clip(
     with tempfile.TemporaryDirectory() as name:
         text = Path(name)
         _copy_text_files(text_model or (source if source.is_dir() else source.parent), text)
-        try:
-            towers = OpenClipTowers(model_cfg, preprocess_cfg, text)
-        except ModelError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-            raise ModelError(f"open_clip cannot build this model: {' '.join(str(error).split())[:300]}") from error
-    content = _tensors(weights)
-    found = content.get("state_dict", content)
-    if next(iter(found), "").startswith("module."):
-        found = {key.removeprefix("module."): value for key, value in found.items()}
+        towers = _built(lambda: OpenClipTowers(model_cfg, preprocess_cfg, text))
+    found = _weights(_tensors(weights))
     keys = {name: name.removeprefix("model.") for name in towers.state_dict()}
-    # a buffer of older transformers
-    found = {key: value for key, value in found.items() if not key.endswith(".position_ids")}
     return _save(towers, _checked(found, keys, towers, weights), out)
 
 
-def _on_meta(build: Callable[[], T]) -> T:
-    """Towers without memory: names and shapes, for weights that are put in afterwards."""
-    with torch.device("meta"):
-        return build()
+def _built(build: Callable[[], T]) -> T:
+    """Towers without memory: names and shapes, for weights that are put in afterwards. Raises `ModelError`."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except ModelError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"no towers can be built of this configuration ({reason[:300]})") from error
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint or a file of tensors alone, without DDP's prefix and what no feature depends on."""
+    weights = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    return {
+        str(key).removeprefix("module."): value
+        for key, value in weights.items()
+        if not re.search(r"\bbert\.pooler\.|\.position_ids$", str(key))  # buffers of older transformers
+    }
 
 
 def _checked(found: Mapping[str, Any], keys: Mapping[str, str], towers: Towers, path: Path) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ def test_published_tags_say_how_pictures_are_prepared(tmp_path):
         ("no weights", "has no weights"),
         ("truncated", "missing, truncated or damaged"),
         ("missing", "missing: text_projection"),
-        ("odd config", "open_clip cannot build this model"),
+        ("odd config", "no towers can be built of this configuration"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, kind, message):
