@@ -37,9 +37,11 @@ class OpenClipTowers(Towers):
         names = [TEXT_CONFIG] * ("hf_model_name" in text) + [*TOKENIZER_FILES] * bool(text.get("hf_tokenizer_name"))
         self._text_files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
         self.model = _build(model_cfg, folder)
-        self._transform = image_transform_v2(
-            PreprocessCfg(**{**preprocess_cfg, "size": self.model.visual.image_size}), is_train=False
-        )
+        size = self.model.visual.image_size
+        self.image_size = size if isinstance(size, int) else int(size[0])
+        pictures = PreprocessCfg(**{**preprocess_cfg, "size": size})
+        self.pixel_mean, self.pixel_std = pictures.mean, pictures.std
+        self._transform = image_transform_v2(pictures, is_train=False)
         self._tokenizer: Any = _tokenizer(text, folder)
         self._context_length = int(text.get("context_length", 77))
 

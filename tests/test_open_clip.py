@@ -81,6 +81,8 @@ def test_features_are_those_of_open_clip(tmp_path, name):
     torch.testing.assert_close(towers.encode_text(TEXTS), texts, atol=1e-5, rtol=0)
     torch.testing.assert_close(towers.scale, model.logit_scale.exp())
     assert towers.embed_dim == images.shape[1] == 16
+    assert towers.image_size == 32
+    torch.testing.assert_close(towers.normalise(torch.full((3, 2, 2), 0.75)), torch.ones(3, 2, 2))
 
 
 def test_cut_texts_are_counted(tmp_path, caplog):
