@@ -87,7 +87,7 @@ class BrivlMoco(nn.Module):
 
         The mask of the boxes is not shuffled with the pictures: a picture meets another one's mask.
         """
-        keys = list(self.keys.parameters())
+        keys: list[Tensor] = list(self.keys.parameters())
         torch._foreach_mul_(keys, self.config.momentum)
         torch._foreach_add_(keys, [p.detach() for p in self.towers.parameters()], alpha=1 - self.config.momentum)
         images = self.keys.encode_pixels(batch.pixels[image_order], batch.boxes[image_order], batch.box_mask)
@@ -114,7 +114,7 @@ class BrivlMoco(nn.Module):
         start, count = int(self.pointer), len(image_keys)
         self.image_queue[:, start : start + count] = image_keys.T
         self.text_queue[:, start : start + count] = text_keys.T
-        self.pointer.copy_((start + count) % self.config.queue)
+        self.pointer.fill_((start + count) % self.config.queue)
 
 
 def contrast(logits: Tensor, extra: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ PUBLISHED = {
 
 def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
     """The configuration in the two JSON files of the original. Raises `ModelError` that says what is wrong."""
-    records = {}
+    records: dict[str, Any] = {}
     for path in (vision, text):
         try:
             records |= json.loads(path.read_text(encoding="utf-8"))

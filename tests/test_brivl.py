@@ -403,8 +403,9 @@ def test_the_published_size():
         {name: torch.from_numpy(recipe.fill(keys[name], tuple(tensor.shape))) for name, tensor in shapes.items()}
     )
     # buffers that are not stored
-    towers.text.backbone.embeddings.position_ids = torch.arange(512)[None]
-    towers.text.backbone.embeddings.token_type_ids = torch.zeros(1, 512, dtype=torch.int64)
+    embeddings: Any = towers.text.backbone.embeddings
+    embeddings.position_ids = torch.arange(512)[None]
+    embeddings.token_type_ids = torch.zeros(1, 512, dtype=torch.int64)
     given = {name: torch.from_numpy(value) for name, value in recipe.inputs().items()}
     expected = arrays("fullsize/expected.npz")
     with torch.no_grad():

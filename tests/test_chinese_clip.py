@@ -139,7 +139,7 @@ def test_the_training_loss_and_its_gradients(name, folder):
     loss = ClipLoss()(towers.encode_pixels(expected["images"]), towers.encode_tokens(ids), towers.scale)
     assert loss.item() == pytest.approx(golden["loss"], abs=1e-5)
     loss.backward()
-    gradients = {key: parameter.grad for key, parameter in towers.named_parameters()}
+    gradients = {key: p.grad for key, p in towers.named_parameters() if p.grad is not None}
     compared = 0
     for key, (_, norm, _) in golden["grads"].items():
         if norm > 1e-4:
@@ -168,7 +168,7 @@ def test_another_image_size(published, tmp_path):
 def test_patch_dropout_keeps_some_patches_in_training():
     towers = ChineseClipTowers(replace(read_published_config(*configs("vit")), patch_dropout=0.3), vocabulary())
     seen = []
-    towers.visual.ln_pre.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    towers.visual.get_submodule("ln_pre").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     for mode in (True, False):
         towers.train(mode).encode_pixels(torch.zeros(1, 3, 40, 40))
     assert seen == [1 + int(25 * 0.7), 26]
@@ -227,7 +227,7 @@ def test_the_command(published, tmp_path, capsys):
     towers = load_towers(out)
     golden = arrays(GOLDEN / "vit" / "expected.npz")
     texts = json.loads((GOLDEN / "vit" / "expected_loss.json").read_text())["texts"]
-    assert torch.equal(towers.tokenize(texts), golden["text_ids"])
+    torch.testing.assert_close(towers.tokenize(texts), golden["text_ids"], atol=0, rtol=0)
     torch.testing.assert_close(towers.encode_text(texts), golden["fp32/text_norm"], atol=1e-5, rtol=0)
     assert run(command(published / "vit.pt", out)) == 2
     assert "is not empty" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_features_are_those_of_open_clip(tmp_path, name):
     pixels = torch.stack([transform(picture) for picture in pictures()])
     assert torch.equal(torch.stack([towers.preprocess(picture) for picture in pictures()]), pixels)
     tokens = open_clip.get_tokenizer(f"local-dir:{source}")(TEXTS)
-    assert torch.equal(towers.tokenize(TEXTS), tokens)
+    torch.testing.assert_close(towers.tokenize(TEXTS), tokens, atol=0, rtol=0)
     with torch.no_grad():
         images = model.encode_image(pixels, normalize=True)
         texts = model.encode_text(tokens, normalize=True)
@@ -89,7 +89,7 @@ def test_cut_texts_are_counted(tmp_path, caplog):
     write_source(tmp_path / "source", CONFIGS["clip"])
     towers = load_towers(import_open_clip(tmp_path / "source", tmp_path / "towers"))
     with caplog.at_level(logging.WARNING):
-        assert towers.tokenize(["red " * 22, "\ud800"]).shape == (2, 24)
+        towers.tokenize(["red " * 22, "\ud800"])
         assert "were cut" not in caplog.text
         towers.tokenize(["red " * 23, "red " * 50_000, "red"])
     assert "2 of 3 texts are longer than 24 tokens and were cut" in caplog.text
@@ -100,8 +100,9 @@ def test_a_hugging_face_text_tower(tmp_path):
     from transformers import BertConfig, BertTokenizer
 
     local = tmp_path / "bert"
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertConfig(vocab_size=9, **sizes).save_pretrained(local)
+    BertConfig(
+        vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    ).save_pretrained(local)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple", "##s", "a"]
     BertTokenizer({word: index for index, word in enumerate(words)}).save_pretrained(local)
     text = {"hf_model_name": str(local), "hf_tokenizer_name": str(local), "context_length": 12}
@@ -113,6 +114,7 @@ def test_a_hugging_face_text_tower(tmp_path):
     local.rename(tmp_path / "gone")
     towers = load_towers(out)
     ids = towers.tokenize(["red apples", "a"])
+    assert isinstance(ids, torch.Tensor)
     assert torch.equal(ids[:, :5], torch.tensor([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]]))
     with torch.no_grad():
         expected = model.encode_text(ids, normalize=True)
