@@ -229,13 +229,13 @@ def apply_adapter(model: Transformer, folder: Path, generator: str) -> AdapterCo
             down, up = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
             weight = model.get_parameter(f"{name}.weight")
             updates.append((weight, (weight.float() + (config.alpha / len(down) * up @ down).to(weight.device))))
-        fits = all(new.shape == weight.shape for weight, new in updates)
+        fits = all(updated.shape == weight.shape for weight, updated in updates)
     except (AttributeError, KeyError, RuntimeError):  # no such layer, half of a pair, or sizes that do not multiply
         fits = False
     if not fits or (prompt is not None and prompt.shape[1:] != (model.config.width,)):
         raise ModelError(f"{folder / WEIGHTS} does not fit the generator: it names other layers or sizes")
-    for weight, new in updates:
-        weight.copy_(new)
+    for target, updated in updates:
+        target.copy_(updated)
     if prompt is not None:
         vectors = PromptVectors(prompt.to(model.embed.weight.device, model.embed.weight.dtype))
         add_prompt(model, vectors, len(prompt))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -213,6 +214,7 @@ def test_a_picture_is_the_same_in_any_batch(base_dir: Path, adapter: Path) -> No
     together = pipe.generate("red heart", n=9, seed=3)
     alone = pipe.generate("red heart", seed=8)[0]
     assert alone.tobytes() == together[5].tobytes()
+    assert pipe.adapter is not None
     assert alone.info["adapter_hash"] == pipe.adapter.hash
 
 
@@ -238,11 +240,12 @@ def test_an_unadapted_pipeline_is_what_it_was(base_dir: Path, adapter: Path) -> 
 def test_two_percent_is_enforced(base_dir: Path, method: str) -> None:
     generator = load(base_dir, device="cpu", dtype="float32").generator
     total = sum(parameter.numel() for parameter in generator.parameters())
-    large = AdapterOptions(**{**SMALL, "method": method, "rank": 2, "encoder_width": 32})
+    small: dict[str, Any] = {**SMALL, "method": method}
+    large = AdapterOptions(**{**small, "rank": 2, "encoder_width": 32})
     with pytest.raises(ConfigError, match="it must stay under 2%: lower rank"):
         make_trainable(generator, large)
     generator = load(base_dir, device="cpu", dtype="float32").generator
-    count = make_trainable(generator, AdapterOptions(**{**SMALL, "method": method}))
+    count = make_trainable(generator, AdapterOptions(**small))
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     assert count == sum(parameter.numel() for parameter in trained) < 0.02 * total
 

@@ -260,10 +260,11 @@ def test_held_out_batches_are_fixed_and_spread_over_the_split(workspace, tmp_pat
     assert torch.equal(found[0].tokens, again[0].tokens)
     first_codes = [row[mask][0] for row, mask in zip(found[0].targets, found[0].image_mask, strict=True)]
     assert first_codes == [batches.pairs.codes[index][0, 0] for index in (0, 10, 20, 30)]
+    decode = TextTokenizer(workspace / "text.model").decode
     text_range = batches.model.vocabulary.text_range
     offset = text_range.start
     for row, index in zip(found[0].tokens, (0, 10, 20, 30), strict=True):
-        text = batches.text.decode([int(t) - offset for t in row if int(t) in text_range])
+        text = decode([int(t) - offset for t in row if int(t) in text_range])
         item = batches.pairs.samples[index]
         names = {STYLE_PHRASES[k].format(caption=c.name, family=item.family) for k, c in item.captions.items()}
         assert any(name.startswith(text) for name in names)  # cut to max_text pieces
