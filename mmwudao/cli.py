@@ -18,7 +18,6 @@ from mmwudao import (
     commands_describe,
     commands_draw,
     commands_import,
-    commands_tasks,
     commands_train,
 )
 
@@ -36,7 +35,7 @@ app.command()(commands_draw.replay)
 app.command()(commands_describe.caption)
 app.command()(commands_describe.rerank)
 app.command()(commands_describe.complete)
-app.command()(commands_tasks.upscale)
+app.command()(commands_describe.upscale)
 app.command()(commands_draw.info)
 app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)
