@@ -1,4 +1,4 @@
-"""`caption`, `rerank`, `complete` and `upscale`: what a model makes of pictures. Heavy imports happen inside the commands."""
+"""`caption`, `rerank`, `complete`, `upscale`: what a model makes of pictures. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
