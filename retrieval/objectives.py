@@ -176,8 +176,8 @@ class Moco(Objective):
     @torch.no_grad()
     def follow(self) -> None:
         """Move the key towers towards the trained ones (Huo et al. 2021, eqs. 3 and 4)."""
-        keys = list(self.keys.parameters())
-        torch._foreach_lerp_(keys, [p.detach() for p in self.towers.parameters()], 1 - self.config.momentum)
+        for key, trained in zip(self.keys.parameters(), self.towers.parameters(), strict=True):
+            key.lerp_(trained, 1 - self.config.momentum)
 
     @torch.no_grad()
     def push(self, image_keys: Tensor, text_keys: Tensor, ids: Tensor) -> None:
