@@ -141,6 +141,7 @@ class EmojiTowers(Towers):
     """The towers of the shipped model; `config` and `text` decide everything but the weights."""
 
     kind: ClassVar[str] = "ours"
+    trunk: Any  # of timm, which has no types
 
     def __init__(self, config: TowersConfig, text: TextTokenizer) -> None:
         """Raises `ConfigError` for a trunk or a text encoder that the libraries cannot build."""

@@ -30,13 +30,15 @@ NO_PAIR = -1  # what is in a queue belongs to no pair of the batch
 
 @dataclass
 class ObjectiveConfig:
-    """Which loss, and its knobs; those of the queue are for `moco` alone."""
+    """Which loss, and its knobs; those from `queue` on are for `moco` alone."""
 
     name: Literal["moco", "clip", "siglip"] = "clip"
     # other pictures of the same concept: positives as good as one's own, left out of the loss, or negatives
     same_concept: Literal["positive", "left-out", "negative"] = "positive"
     temperature: float = 0.07  # at the start; learnt, unless learn_temperature is off
     learn_temperature: bool = True
+    # of siglip, at the start: near -log(batch), the odds of a positive; the paper's batches hold tens of thousands
+    bias: float = -10.0
     queue: int = 4096  # keys kept of each side; any number, whatever the batch
     momentum: float = 0.99
     top_k: int = 0  # queue slots this near to both keys of a pair are positives too (BriVL's multi-label); 0 = none
@@ -107,7 +109,7 @@ class SigLip(Objective):
 
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
         super().__init__(towers, config, frozen)
-        self.bias = nn.Parameter(torch.tensor(-10.0))  # as there: at the start nearly all pairs are negative
+        self.bias = nn.Parameter(torch.tensor(config.bias))
 
     def loss(
         self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens

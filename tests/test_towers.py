@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from retrieval.metrics import concept_label, concept_labels, ranks, recall_figures
-from retrieval.model import EmojiTowers, TowersConfig, grid_boxes
+from retrieval.model import EmojiTowers, PatchHead, TowersConfig, grid_boxes
 from retrieval.towers import load_towers, save_towers
 from retrieval.train import RetrievalTrainConfig
 from tests.conftest import CAPTIONS
@@ -116,6 +116,7 @@ def test_gradients_reach_both_towers(text: TextTokenizer) -> None:
 def test_patches_are_means_of_cells(text: TextTokenizer) -> None:
     towers = tiny(text)
     head = towers.image_head
+    assert isinstance(head, PatchHead)
     features = torch.randn(2, 16, 4, 4)
     expected = torch.cat([F.adaptive_avg_pool2d(features, grid).flatten(2) for grid in (1, 3)], dim=2)
     torch.testing.assert_close(head(features), head.head(expected.transpose(1, 2)))
