@@ -35,7 +35,7 @@ class ObjectiveConfig:
     name: Literal["moco", "clip", "siglip"] = "clip"
     # other pictures of the same concept: positives as good as one's own, left out of the loss, or negatives
     same_concept: Literal["positive", "left-out", "negative"] = "positive"
-    temperature: float = 0.07  # at the start; learnt, unless learn_temperature is off
+    temperature: float | None = None  # at the start; left out, it is the towers' own
     learn_temperature: bool = True
     # of siglip, at the start: near -log(batch), the odds of a positive; the paper's batches hold tens of thousands
     bias: float = -10.0
@@ -44,7 +44,7 @@ class ObjectiveConfig:
     top_k: int = 0  # queue slots this near to both keys of a pair are positives too (BriVL's multi-label); 0 = none
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"the temperature is above 0, not {self.temperature}")
         if self.queue < 1 or self.top_k < 0 or not 0 <= self.momentum < 1:
             raise ValueError("queue is 1 or more, top_k 0 or more, momentum from 0 to below 1")
@@ -61,9 +61,14 @@ class Objective(nn.Module):
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         self.towers, self.config = towers, config
-        log_scale = towers.get_parameter("logit_scale").requires_grad_(config.learn_temperature)
-        nn.init.constant_(log_scale, -math.log(config.temperature))
         self.frozen = freeze(towers, frozen)
+        log_scales = [parameter for name, parameter in towers.named_parameters() if _is_scale(name)]
+        if config.temperature is not None and not log_scales:
+            raise ConfigError("the temperature of these towers is fixed: leave objective.temperature out")
+        for log_scale in log_scales:
+            log_scale.requires_grad_(config.learn_temperature)
+            if config.temperature is not None:
+                nn.init.constant_(log_scale, -math.log(config.temperature))
 
     def train(self, mode: bool = True) -> Self:
         """As in PyTorch, but frozen parts keep their batch statistics and drop nothing out."""
@@ -244,6 +249,10 @@ def freeze(towers: Towers, patterns: Sequence[str]) -> list[str]:
         frozen += names
     for name in frozen:
         modules[name].requires_grad_(False)
-    if not any(parameter.requires_grad for name, parameter in towers.named_parameters() if name != "logit_scale"):
+    if not any(parameter.requires_grad for name, parameter in towers.named_parameters() if not _is_scale(name)):
         raise ConfigError("freeze leaves nothing to train")
     return frozen
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] == "logit_scale"  # as in open_clip

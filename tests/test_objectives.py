@@ -32,7 +32,7 @@ class ToyTowers(Towers):
         self.picture = nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6, affine=False, momentum=0.5))
         self.picture[1].eval()
         self.words = nn.EmbeddingBag(10, 6)
-        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def train(self, mode: bool = True) -> ToyTowers:
         super().train(mode)
@@ -242,6 +242,23 @@ def test_freeze_says_what_is_wrong(frozen: list[str], problem: str) -> None:
 def test_bad_settings(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         ObjectiveConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_temperature() -> None:
+    start = toy()
+    nn.init.constant_(start.logit_scale, math.log(50))
+    assert float(build_objective(start, ObjectiveConfig()).towers.scale.detach()) == pytest.approx(50)
+    assert float(build_objective(start, ObjectiveConfig(temperature=0.1)).towers.scale.detach()) == pytest.approx(10)
+    assert not build_objective(start, ObjectiveConfig(learn_temperature=False)).towers.scale.requires_grad
+
+    class Fixed(ToyTowers):
+        scale = torch.tensor(20.0)  # type: ignore[assignment]
+
+    fixed = Fixed()
+    del fixed.logit_scale
+    assert float(build_objective(fixed, ObjectiveConfig())(*toy_batch(4, 0))["temperature"]) == pytest.approx(0.05)
+    with pytest.raises(ConfigError, match="leave objective.temperature out"):
+        build_objective(fixed, ObjectiveConfig(temperature=0.1))
 
 
 def test_pairs() -> None:
