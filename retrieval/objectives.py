@@ -25,6 +25,7 @@ from data.config import ConfigError
 from retrieval.towers import Tokens, Towers
 from vqvae.loop import distributed, rank, world_size
 
+Keys = tuple[Tensor, Tensor] | None
 NO_PAIR = -1  # what is in a queue belongs to no pair of the batch
 
 
@@ -86,13 +87,16 @@ class Objective(nn.Module):
         pair = torch.arange(len(images), device=images.device) + rank() * len(images)
         ids = torch.stack([pair, labels], dim=1)
         text_ids = ids.repeat(len(texts) // len(images), 1)
+        keys = self.encode_keys(pixels, tokens)
         with torch.autocast(images.device.type, enabled=False):  # logits need float32
-            loss = self.loss(images, texts, ids, text_ids, pixels, tokens)
+            loss = self.loss(images, texts, ids, text_ids, keys)
         return {"loss": loss, "temperature": 1 / self.towers.scale.detach()}
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
+        """Features of the same pictures and texts by towers of the past, for objectives that have them."""
+        return None
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
         """A scalar, from features [N, D] and [M, D]; its mean over all processes is the loss of the whole batch."""
         raise NotImplementedError
 
@@ -100,9 +104,7 @@ class Objective(nn.Module):
 class Clip(Objective):
     """CLIP's symmetric cross-entropy (Radford et al. 2021, section 2.3), with any number of positives."""
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
         across = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
         to_texts, to_images = across.get_logits(images, texts, self.towers.scale)
         image_loss = cross_entropy(to_texts, *pairs(ids, gather(text_ids), self.config))
@@ -116,9 +118,7 @@ class SigLip(Objective):
         super().__init__(towers, config, frozen)
         self.bias = nn.Parameter(torch.tensor(config.bias))
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
         if distributed():
             _, texts = gather_features(images, texts, True, True, rank(), world_size())
         logits = SigLipLoss().get_logits(images, texts, self.towers.scale, self.bias)
@@ -147,13 +147,16 @@ class Moco(Objective):
         self.queue_ids: Tensor
         self.pushed: Tensor
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    @torch.no_grad()
+    def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
+        if self.training:
+            self.follow()
+        return self.keys.encode_pixels(pixels), self.keys.encode_tokens(tokens)
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
+        assert keys is not None
+        image_keys, text_keys = keys
         with torch.no_grad():
-            if self.training:
-                self.follow()
-            image_keys, text_keys = self.keys.encode_pixels(pixels), self.keys.encode_tokens(tokens)
             first = text_keys[: len(images)]
             filled = min(int(self.pushed), self.config.queue)
             image_queue, text_queue = self.image_queue[:filled].clone(), self.text_queue[:filled].clone()

@@ -252,7 +252,7 @@ def test_temperature() -> None:
     assert not build_objective(start, ObjectiveConfig(learn_temperature=False)).towers.scale.requires_grad
 
     class Fixed(ToyTowers):
-        scale = torch.tensor(20.0)  # type: ignore[assignment]
+        scale = torch.tensor(20.0)
 
     fixed = Fixed()
     del fixed.logit_scale
