@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
+from data.sample import Caption
+
 LANGUAGES = ("zh", "en", "fr", "de", "cs", "ja", "ko")
 
 STYLE_PHRASES = {
@@ -23,3 +27,14 @@ def with_style(caption: str, family: str, language: str = "en") -> str:
 def tagged(caption: str, language: str) -> str:
     """`caption` behind the language it is in, as a generator learns to describe pictures in a chosen language."""
     return f"{language}: {caption}"
+
+
+def draw_text(caption: Caption, name: float, keywords: float, rng: random.Random) -> str:
+    """The name (with probability `name`), some keywords in random order (`keywords`), or the name and some keywords."""
+    draw = rng.random()
+    if draw < name or not caption.keywords:
+        return caption.name
+    words = rng.sample(caption.keywords, rng.randint(1, min(4, len(caption.keywords))))
+    if draw >= name + keywords:
+        words.insert(0, caption.name)
+    return ", ".join(words)

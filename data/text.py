@@ -112,6 +112,11 @@ class TextTokenizer:
             raise TextError(f"the text tokenizer {name} has no byte pieces at ids 1..256; train it with byte fallback")
         self.content_hash = hashlib.sha256(model).hexdigest()
 
+    @property
+    def serialised(self) -> bytes:
+        """The model file's content, which `from_bytes` reads."""
+        return self._model
+
     def encode(self, text: str) -> list[int]:
         """The ids of any string; the empty string has none."""
         if not self.has_bytes:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data.codes import read_codes
-from data.sample import Caption, DataError, Sample
-from data.styles import tagged, with_style
+from data.sample import DataError, Sample
+from data.styles import draw_text, tagged, with_style
 
 
 @dataclass
@@ -39,7 +39,7 @@ def draw_caption(sample: Sample, config: CaptionConfig, rng: random.Random) -> s
     if rng.random() < config.dropout:
         return ""
     language = rng.choice(sorted(sample.captions))
-    text = _text(sample.captions[language], config, rng)
+    text = draw_text(sample.captions[language], config.name, config.keywords, rng)
     if sample.family and rng.random() < config.style:
         text = with_style(text, sample.family, language)
     return text
@@ -48,17 +48,7 @@ def draw_caption(sample: Sample, config: CaptionConfig, rng: random.Random) -> s
 def draw_description(sample: Sample, config: CaptionConfig, rng: random.Random) -> str:
     """A caption of `sample` to be told from its picture, with its language in front; the style is not told."""
     language = rng.choice(sorted(sample.captions))
-    return tagged(_text(sample.captions[language], config, rng), language)
-
-
-def _text(caption: Caption, config: CaptionConfig, rng: random.Random) -> str:
-    draw = rng.random()
-    if draw < config.name or not caption.keywords:
-        return caption.name
-    words = rng.sample(caption.keywords, rng.randint(1, min(4, len(caption.keywords))))
-    if draw >= config.name + config.keywords:
-        words.insert(0, caption.name)
-    return ", ".join(words)
+    return tagged(draw_text(sample.captions[language], config.name, config.keywords, rng), language)
 
 
 class CodedPairs:

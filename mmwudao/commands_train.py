@@ -55,6 +55,14 @@ def train_upscaler(config: Config, overrides: Overrides = None, resume: Resume =
     print(main(config, overrides or [], resume))
 
 
+@app.command("retrieval")
+def train_retrieval(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train the two towers that compare pictures with texts. Runs under torchrun too."""
+    from retrieval.train import main
+
+    print(main(config, overrides or [], resume))
+
+
 def assemble(
     tokenizer: Annotated[Path, typer.Option(help="The folder of the trained image tokenizer.")],
     generator: Annotated[Path, typer.Option(help="The folder of the trained transformer.")],
