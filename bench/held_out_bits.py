@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from generation.pairs import CodedPairs, unigram_bits
-from generation.train import GeneratorDataConfig, GeneratorTrainConfig, held_out_batches
+from generation.train import GeneratorDataConfig, GeneratorTrainConfig, held_out_batches, mean_bits
 from mmwudao.pipeline import load
 
 
@@ -34,19 +34,18 @@ def main() -> None:
     record: dict[str, dict[str, float]] = {}
     for split in ("test-family", "test-concept"):
         pairs = CodedPairs(arguments.codes, split, others)
-        sums, count = {"image_bits": 0.0, "text_bits": 0.0}, 0
         with torch.inference_mode():
-            for batch in held_out_batches(pairs, pipe.text, model.config, config):
-                losses = model.loss(batch)
-                count += len(batch.tokens)
-                for name in sums:
-                    sums[name] += float(losses[name]) * len(batch.tokens)
-        record[split] = {name: round(total / count, 4) for name, total in sums.items()}
-        record[split]["unigram_bits"] = round(unigram_bits(train, pairs, model.config.num_image_codes), 4)
-        record[split]["pictures"] = count
-    print(f"{'split':14} {'pictures':>8} {'model':>8} {'unigram':>8}  (bits per image token)")
+            figures = mean_bits(model, held_out_batches(pairs, pipe.text, model.config, config), torch.device("cpu"))
+            if pipe.config.describes == "tagged":
+                captions = held_out_batches(pairs, pipe.text, model.config, config, image_first=True)
+                figures["caption_bits"] = mean_bits(model, captions, torch.device("cpu"))["text_bits"]
+        figures["unigram_bits"] = unigram_bits(train, pairs, model.config.num_image_codes)
+        record[split] = {name: round(value, 4) for name, value in figures.items()}
+        record[split]["pictures"] = min(len(pairs), arguments.pictures)
+    print(f"{'split':14} {'pictures':>8} {'model':>8} {'unigram':>8}  (bits per image token)  captions, bits per piece")
     for split, row in record.items():
-        print(f"{split:14} {row['pictures']:8.0f} {row['image_bits']:8.3f} {row['unigram_bits']:8.3f}")
+        image = f"{row['image_bits']:8.3f} {row['unigram_bits']:8.3f}"
+        print(f"{split:14} {row['pictures']:8.0f} {image}  {row.get('caption_bits', float('nan')):32.3f}")
     print(json.dumps(record))
 
 

@@ -108,7 +108,7 @@ def decode_one_token(model: Transformer, codes: Tensor, positions: Tensor, cache
 
 
 def count_steps(n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0) -> int:
-    """How many times `generate_codes` calls `on_token` for `n` images of which `prefix` codes are given."""
+    """How many times `generate_codes` calls `on_token` for `n` images that all begin with `prefix` given codes."""
     return math.ceil(n / _images_in_block(options)) * (grid[0] * grid[1] - prefix)
 
 
@@ -120,21 +120,23 @@ def generate_codes(
     options: SamplingOptions | None = None,
     *,
     grid: tuple[int, int] = (16, 16),
-    prefix_codes: Tensor | None = None,
+    given_codes: Tensor | None = None,
     on_token: OnToken | None = None,
 ) -> Tensor:
     """Codes [n, h, w] int64, one picture a prompt (raw text pieces) and seed, on the model's device.
 
-    `prefix_codes` [n, k] gives the first k codes of every picture in raster order. `on_token(step, codes)` is called
-    after every step, from 1 to `count_steps`, with the codes [n, h, w] so far, -1 where none is drawn yet; the tensor
-    is the one being filled, so copy what you keep. Raises `ValueError` for arguments that do not fit together.
+    `given_codes` [n, h, w] are kept wherever they are not -1. A code is drawn in sight of what comes before it in
+    raster order, and so not of the given codes behind it. `on_token(step, codes)` is called after every step, from 1
+    to `count_steps`, with the codes [n, h, w] so far, -1 where none is known yet; the tensor is the one being filled,
+    so copy what you keep. Raises `ValueError` for arguments that do not fit together.
     """
     options = options or SamplingOptions()
-    prefix = _check(model.config, prompts, seeds, grid, prefix_codes)
-    size = _images_in_block(options)
     device = model.embed.weight.device
-    codes = torch.full((len(prompts), grid[0] * grid[1]), -1, device=device)
-    codes[:, : prefix.shape[1]] = prefix.to(device)
+    codes = _given(model.config, prompts, seeds, grid, given_codes).to(device)
+    size = _images_in_block(options)
+    prefix = int((codes >= 0).all(dim=0).int().cumprod(dim=0).sum())  # given in all pictures: no step is needed
+    if prefix == grid[0] * grid[1]:
+        return codes.view(-1, *grid)
     steps = 0
 
     def report() -> None:
@@ -152,7 +154,7 @@ def generate_codes(
             fill = [first] * (rows * size // BLOCK_ROWS - (last - first))
             images = [*range(first, last), *fill]
             _generate_block(model, [prompts[i] for i in images], [seeds[i] for i in images], options, grid,
-                            codes[first:last], prefix.shape[1], report)  # fmt: skip
+                            codes[first:last], prefix, report)  # fmt: skip
     finally:
         model.train(training)
     return codes.view(-1, *grid)
@@ -225,10 +227,10 @@ def _generate_block(
     options: SamplingOptions,
     grid: tuple[int, int],
     codes: Tensor,
-    given: int,
+    prefix: int,
     report: Callable[[], None],
 ) -> None:
-    """Fill `codes` [m, S] from the column `given` on, with the first m of the block's prompts and seeds."""
+    """Fill the gaps (-1) of `codes` [m, S], none before the column `prefix`, by the first m prompts and seeds."""
     config, device = model.config, codes.device
     steps = grid[0] * grid[1]
     guided = options.guidance != 1
@@ -243,13 +245,13 @@ def _generate_block(
 
     slots = tokens.shape[1]
     count = codes.shape[0]
-    block = codes[[*range(count), *([0] * (len(prompts) - count))], :given]  # unused rows repeat the first image
-    prompt = torch.cat([tokens, block.repeat(2 if guided else 1, 1)], dim=1)
-    logits = prefill(model, prompt, positions[:, : slots + given], cache)
-    for step in range(given, steps):
+    given = codes[[*range(count), *([0] * (len(prompts) - count))]]  # unused rows repeat the first image
+    prompt = torch.cat([tokens, given[:, :prefix].repeat(2 if guided else 1, 1)], dim=1)
+    logits = prefill(model, prompt, positions[:, : slots + prefix], cache)
+    for step in range(prefix, steps):
         if guided:
             logits = guide(logits, options.guidance)
-        token = sample(logits, uniforms[:, step], options)
+        token = torch.where(given[:, step] < 0, sample(logits, uniforms[:, step], options), given[:, step])
         codes[:, step] = token[:count]
         report()
         if step + 1 < steps:
@@ -289,17 +291,20 @@ def naive_generate_codes(
     options: SamplingOptions | None = None,
     *,
     grid: tuple[int, int] = (16, 16),
-    prefix_codes: Tensor | None = None,
+    given_codes: Tensor | None = None,
 ) -> Tensor:
     """What `generate_codes` must agree with: no cache, no padding, no batch; the whole row again for every code."""
     options = options or SamplingOptions()
-    prefix = _check(model.config, prompts, seeds, grid, prefix_codes)
+    given = _given(model.config, prompts, seeds, grid, given_codes)
     device = model.embed.weight.device
     pictures = []
-    for i, (text, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        codes = prefix[i].tolist()
+    for row, text, seed in zip(given.tolist(), prompts, seeds, strict=True):
+        codes: list[int] = []
         uniforms = draw_uniforms(seed, grid[0] * grid[1]).to(device)
-        while len(codes) < grid[0] * grid[1]:
+        for code in row:
+            if code >= 0:
+                codes.append(code)
+                continue
             logits = _naive_logits(model, text, codes, grid)
             if options.guidance != 1:
                 logits = guide(torch.cat([logits, _naive_logits(model, [], codes, grid)]), options.guidance)
@@ -322,23 +327,22 @@ def _images_in_block(options: SamplingOptions) -> int:
     return BLOCK_ROWS if options.guidance == 1 else BLOCK_ROWS // 2
 
 
-def _check(
+def _given(
     config: TransformerConfig,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     grid: tuple[int, int],
-    prefix_codes: Tensor | None,
+    given_codes: Tensor | None,
 ) -> Tensor:
-    """The prefix [n, k], with k = 0 if none is given; `ValueError` for anything that does not fit."""
-    steps = grid[0] * grid[1]
+    """A new tensor of the given codes [n, S], -1 where none is; `ValueError` for anything that does not fit."""
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"one seed a prompt is needed, and at least one: {len(prompts)} prompts, {len(seeds)} seeds")
     if min(grid) < 1 or grid[0] > config.grid[0] or grid[1] > config.grid[1]:
         raise ValueError(f"this model draws up to {config.grid[0]}x{config.grid[1]} codes, not {grid[0]}x{grid[1]}")
-    if prefix_codes is None:
-        return torch.empty(len(prompts), 0, dtype=torch.int64)
-    if prefix_codes.ndim != 2 or prefix_codes.shape[0] != len(prompts) or prefix_codes.shape[1] > steps:
-        raise ValueError(f"prefix_codes must be [{len(prompts)}, 0..{steps}], not {list(prefix_codes.shape)}")
-    if prefix_codes.numel() and not (0 <= prefix_codes.min() and prefix_codes.max() < config.num_image_codes):
-        raise ValueError(f"prefix_codes must lie in 0..{config.num_image_codes - 1}")
-    return prefix_codes.to(torch.int64)
+    if given_codes is None:
+        return torch.full((len(prompts), grid[0] * grid[1]), -1)
+    if tuple(given_codes.shape) != (len(prompts), *grid):
+        raise ValueError(f"given_codes must be {[len(prompts), *grid]}, not {list(given_codes.shape)}")
+    if not (given_codes.min() >= -1 and given_codes.max() < config.num_image_codes):
+        raise ValueError(f"given_codes must lie in 0..{config.num_image_codes - 1}, or be -1 where one is to be drawn")
+    return given_codes.to("cpu", torch.int64).flatten(1).clone()

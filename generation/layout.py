@@ -28,10 +28,14 @@ COMMANDS_IN_ROW = 4  # [ROI1] [SIZE] [BOI1] [EOI1]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Image codes 0..N-1, text pieces N..N+T-1, then the 27 commands; rounded up to a multiple of 128."""
+    """Image codes 0..N-1, text pieces N..N+T-1, then the 27 commands; rounded up to a multiple of 128.
+
+    The prompt vectors of an adapter (`generation/adapters.py`) come after that. As raw text pieces they are T, T+1, ...
+    """
 
     num_image_codes: int
     num_text_pieces: int
+    num_prompt_vectors: int = 0
 
     @property
     def image_range(self) -> range:
@@ -47,6 +51,11 @@ class Vocabulary:
     def command_range(self) -> range:
         """Ids of the commands."""
         return range(self.text_range.stop, self.size)
+
+    @property
+    def prompt_pieces(self) -> list[int]:
+        """The prompt vectors as raw text pieces, to be put before those of a text."""
+        return list(range(self.num_text_pieces, self.num_text_pieces + self.num_prompt_vectors))
 
     @property
     def size(self) -> int:
@@ -72,11 +81,12 @@ class Vocabulary:
         raise ValueError(f"a grid of {grid[0]}x{grid[1]} codes has no size command: use 1x1 to 64x64")
 
     def text(self, ids: Iterable[int]) -> list[int]:
-        """Raw text pieces (0..T-1) as ids of this vocabulary; `ValueError` for one outside."""
-        pieces = list(ids)
-        if pieces and not (0 <= min(pieces) and max(pieces) < self.num_text_pieces):
-            raise ValueError(f"text pieces must lie in 0..{self.num_text_pieces - 1}: is this the right tokenizer?")
-        return [self.num_image_codes + piece for piece in pieces]
+        """Raw text pieces (0..T-1, and the prompt vectors) as ids of this vocabulary; `ValueError` for one outside."""
+        pieces, end = list(ids), self.num_text_pieces + self.num_prompt_vectors
+        if pieces and not (0 <= min(pieces) and max(pieces) < end):
+            raise ValueError(f"text pieces must lie in 0..{end - 1}: is this the right tokenizer?")
+        beyond = self.padded_size - self.num_text_pieces
+        return [piece + (self.num_image_codes if piece < self.num_text_pieces else beyond) for piece in pieces]
 
 
 @dataclass(frozen=True)

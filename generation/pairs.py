@@ -54,13 +54,22 @@ def draw_description(sample: Sample, config: CaptionConfig, rng: random.Random) 
 class CodedPairs:
     """Every coded picture of a split, in memory: a million pictures of 256 codes take a gigabyte.
 
-    `codes` is int32 [P, h, w] (PyTorch can do little with uint16).
+    `family` takes the pictures of that one alone. `codes` is int32 [P, h, w] (PyTorch can do little with uint16).
     """
 
-    def __init__(self, folder: Path, split: str, exclude_families: Sequence[str] = ()) -> None:
-        kept = [c for c in read_codes(folder, split) if c.sample.family not in exclude_families]
+    def __init__(
+        self, folder: Path, split: str, exclude_families: Sequence[str] = (), family: str | None = None
+    ) -> None:
+        coded = list(read_codes(folder, split))
+        kept = [c for c in coded if c.sample.family not in exclude_families]
+        if family is not None:
+            kept = [c for c in kept if c.sample.family == family]
         if not kept:
-            raise DataError(f"split {split!r} of {folder} holds no pictures of the chosen families")
+            families = ", ".join(sorted({str(c.sample.family) for c in coded})) or "none"
+            wanted = f" ({family})" if family else ""
+            raise DataError(
+                f"split {split!r} of {folder} holds no pictures of the chosen families{wanted}; it has {families}"
+            )
         if len({c.codes.shape for c in kept}) > 1:
             raise DataError(f"the pictures of {folder} differ in size; tokenize them at one size")
         self.samples = [c.sample for c in kept]

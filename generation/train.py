@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -141,11 +142,17 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     return out
 
 
+class CaptionEncoder(Protocol):
+    """Captions to raw text pieces: `TextTokenizer`, or one that puts prompt vectors in front."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
 class PairBatches:
     """Random training batches; (seed, step) decides the draw, whatever the number of processes."""
 
     def __init__(
-        self, pairs: CodedPairs, text: TextTokenizer, model: TransformerConfig, config: GeneratorTrainConfig
+        self, pairs: CodedPairs, text: CaptionEncoder, model: TransformerConfig, config: GeneratorTrainConfig
     ) -> None:
         self.pairs, self.text, self.model, self.config = pairs, text, model, config
         self.weights = pairs.sampling_weights(config.data.balance)
@@ -188,14 +195,15 @@ class PairBatches:
 
 def held_out_batches(
     pairs: CodedPairs,
-    text: TextTokenizer,
+    text: CaptionEncoder,
     model: TransformerConfig,
     config: GeneratorTrainConfig,
     image_first: bool = False,
+    named_style: bool = True,
 ) -> list[Batch]:
     """Fixed batches of `test_pictures` pictures spread over the split, each with its name in a fixed language."""
     count = min(len(pairs), config.data.test_pictures)
-    captions = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
+    captions = CaptionConfig(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
     draw = draw_description if image_first else draw_caption
     rows = []
     for k in range(count):
@@ -220,7 +228,7 @@ def _row(
     pairs: CodedPairs,
     index: int,
     caption: str,
-    text: TextTokenizer,
+    text: CaptionEncoder,
     model: TransformerConfig,
     image_first: bool = False,
 ) -> Row:

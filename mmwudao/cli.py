@@ -15,6 +15,7 @@ import typer
 from mmwudao import (
     __version__,
     commands_data,
+    commands_describe,
     commands_draw,
     commands_eval,
     commands_import,
@@ -26,13 +27,17 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 
 app = typer.Typer(
-    help="Draw pictures from sentences, in seven languages; prepare data, and train the models that draw.",
+    help="Draw pictures from sentences and describe pictures, in seven languages; prepare data, and train the models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback means a bug of ours: plain text is easiest to report
 )
 app.command()(commands_draw.generate)
 app.command()(commands_draw.replay)
+app.command()(commands_describe.caption)
+app.command()(commands_describe.rerank)
+app.command()(commands_describe.complete)
+app.command()(commands_describe.upscale)
 app.command()(commands_draw.info)
 app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)

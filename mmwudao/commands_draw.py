@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmwudao.pipeline import Progress
 
 PREVIEW_ROWS = 2  # rows of codes between two previews
@@ -22,6 +24,7 @@ MAX_THREADS = 16  # more only wait for each other at the sizes of one picture's 
 Model = Annotated[str, typer.Option(help="A shipped name, a model directory, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Adapter = Annotated[Path | None, typer.Option(help="The folder of a style that `train style` learned.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -37,7 +40,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest codes; 0: from all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Draw so many of each prompt, and keep the n that describe it best.")
+    ] = None,
     model: Model = "emoji",
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the pictures.")] = Path("mmwudao-out"),
@@ -48,28 +55,40 @@ def generate(
 
     Options that are not given are the model's own defaults. Existing files are never overwritten.
     """
-    wanted = [*map(_as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    wanted = [*map(as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise ValueError("no prompt: say what to draw, or give --prompts-file")
-    with _output_folder(out):
-        _choose_threads()
-        from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
+    with output_folder(out):
+        choose_threads()
+        from mmwudao.pictures import unused_path
         from mmwudao.pipeline import load
 
-        pipeline = load(model, device, dtype)
+        pipeline = load(model, device, dtype, adapter)
         preview_path = unused_path(out, "preview") if preview else None
-        with _progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
+        with drawing_progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
             images = pipeline.generate(
-                wanted, n, seed, style, temperature, top_k, top_p, guidance, on_progress=on_progress
+                wanted, n, seed, style, temperature, top_k, top_p, guidance, candidates, on_progress=on_progress
             )
-        files: dict[Path, bytes] = {}
-        for image in images:
-            stem = file_stem(image.info["prompt"], image.info["seed"])
-            files[unused_path(out, stem, taken=frozenset(files))] = encode_png(image)
-        pictures = list(files)
-        sheet = unused_path(out, "grid", taken=frozenset(files))
-        files[sheet] = encode_png(grid(images, columns))
-        write_files(files)
+        pictures, sheet = write_pictures(out, images, columns)
+    print_pictures(pictures, sheet, images, as_json)
+
+
+def write_pictures(out: Path, images: list[Image.Image], columns: int | None) -> tuple[list[Path], Path]:
+    """Write each drawn picture and a sheet of all into `out`, all or none; returns the paths."""
+    from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
+
+    files: dict[Path, bytes] = {}
+    for image in images:
+        stem = file_stem(image.info["prompt"], image.info["seed"])
+        files[unused_path(out, stem, taken=frozenset(files))] = encode_png(image)
+    pictures = list(files)
+    sheet = unused_path(out, "grid", taken=frozenset(files))
+    files[sheet] = encode_png(grid(images, columns))
+    write_files(files)
+    return pictures, sheet
+
+
+def print_pictures(pictures: list[Path], sheet: Path, images: list[Image.Image], as_json: bool) -> None:
     if as_json:
         for path, image in zip(pictures, images, strict=True):
             print(json.dumps({"path": str(path), "grid": str(sheet), **image.info}, ensure_ascii=False))
@@ -85,6 +104,7 @@ def replay(
         Path | None, typer.Option("-o", "--out", help="The file to write; default: PICTURE-replay.png beside it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Where the model is now; default: as recorded.")] = None,
+    adapter: Adapter = None,
     device: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
     as_json: Json = False,
@@ -99,12 +119,12 @@ def replay(
     target = out or unused_path(picture.parent, f"{picture.stem}-replay")
     if out is not None and out.exists():
         raise ValueError(f"{out} exists: choose another file")
-    with _output_folder(target.parent):
-        _choose_threads()
+    with output_folder(target.parent):
+        choose_threads()
         from mmwudao.pipeline import load
 
-        pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"])
-        with _progress(None, None) as on_progress:
+        pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"], adapter)
+        with drawing_progress(None, None) as on_progress:
             image = pipeline.redraw(recipe, on_progress)
         differing = differing_pixels(picture, image)
         write_files({target: encode_png(image)})
@@ -146,7 +166,7 @@ def _format_description(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _as_typed(argument: str) -> str:
+def as_typed(argument: str) -> str:
     """A command line argument as UTF-8, where the locale made Python read its bytes as something else."""
     try:
         return os.fsencode(argument).decode()
@@ -168,7 +188,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _output_folder(folder: Path) -> Iterator[None]:
+def output_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and see that it can be written, before the work; take it away again if the work fails."""
     missing = []
     parent = folder
@@ -188,7 +208,7 @@ def _output_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[Progress], None]]:
+def drawing_progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[Progress], None]]:
     """A callback for `Pipeline.generate` that moves a bar (on a terminal) and keeps `preview` up to date."""
     from tqdm import tqdm
 
@@ -213,7 +233,7 @@ def _progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[P
             raise
 
 
-def _choose_threads() -> None:
+def choose_threads() -> None:
     """As many threads as this process may use cores, unless the user has said how many."""
     if "OMP_NUM_THREADS" in os.environ:
         return

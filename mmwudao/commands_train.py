@@ -1,11 +1,11 @@
-"""`train tokenizer`, `train generator`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
+"""`train ...`, `assemble`, `tokenize`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -35,6 +35,26 @@ def train_generator(config: Config, overrides: Overrides = None, resume: Resume 
     print(main(config, overrides or [], resume))
 
 
+@app.command("style")
+def train_style(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train a style for a frozen model on one family of pictures: prompt vectors, LoRA, or both."""
+    from data.config import load_config
+    from generation.train_style import StyleTrainConfig, train
+    from mmwudao.pipeline import load
+
+    settings = load_config(StyleTrainConfig, config, overrides or [])
+    base = load(settings.base, device="cpu", dtype="float32")
+    print(train(settings, base.generator, base.text, base.config.parts["generator"].hash, resume))
+
+
+@app.command("upscaler")
+def train_upscaler(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train the super-resolution model that `upscale` uses."""
+    from vqvae.train_upscaler import main
+
+    print(main(config, overrides or [], resume))
+
+
 @app.command("retrieval")
 def train_retrieval(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train the two towers that compare pictures with texts. Runs under torchrun too."""
@@ -57,6 +77,9 @@ def assemble(
     top_p: Annotated[float, typer.Option(help="0 switches top-p off,")] = 0.0,
     guidance: Annotated[float, typer.Option(help="1 switches guidance off.")] = 1.0,
     card: Annotated[Path | None, typer.Option(help="The model card, a Markdown file.")] = None,
+    describes: Annotated[
+        Literal["no", "tagged", "untagged"], typer.Option(help="Whether it learned to describe pictures too.")
+    ] = "no",
     upscaler: Annotated[Path | None, typer.Option(help="The folder of a trained upscaler.")] = None,
     towers: Annotated[Path | None, typer.Option(help="The folder of trained retrieval towers.")] = None,
 ) -> None:
@@ -76,6 +99,7 @@ def assemble(
         default_sampling=SamplingOptions(temperature, top_k, top_p, guidance),
         card=card.read_text(encoding="utf-8") if card else None,
         optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
+        describes=describes,
     )
     print(made)
 

@@ -64,6 +64,7 @@ def import_cogview(
                 "generator": Part("generator", generator_hash),
                 "text": Part("text.model", text.content_hash),
             },
+            describes="untagged",
         )
         write_model_config(building, config, COGVIEW_CARD.format(name=name))
         return publish(building, out)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.config import ConfigError, from_dict, to_dict
 from data.text import TextTokenizer
@@ -44,7 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`config.json` of a model directory. `image_size` in pixels, a side."""
+    """`config.json` of a model directory. `image_size` in pixels, a side.
+
+    `describes`: whether the generator also tells what a picture shows, after the language's tag (see
+    `data.styles.tagged`) or, as CogView's, without one.
+    """
 
     name: str
     image_size: int
@@ -52,6 +56,7 @@ class ModelConfig:
     languages: tuple[str, ...]
     default_sampling: SamplingOptions
     parts: dict[str, Part]
+    describes: Literal["no", "tagged", "untagged"] = "no"
 
     @property
     def model_hash(self) -> str:
@@ -170,6 +175,7 @@ def assemble(
     default_sampling: SamplingOptions,
     card: str | None = None,
     optional: dict[str, Path] | None = None,
+    describes: Literal["no", "tagged", "untagged"] = "no",
 ) -> Path:
     """Make the new model directory `out` of the folders and the file that training wrote; returns `out`.
 
@@ -189,6 +195,7 @@ def assemble(
         languages=tuple(languages),
         default_sampling=default_sampling,
         parts={part: Part("text.model" if part == "text" else part, hashes[part]) for part in parts},
+        describes=describes,
     )
     building = new_folder(Path(out))
     try:

@@ -15,7 +15,7 @@ from PIL import Image, ImageChops, PngImagePlugin
 from mmwudao import __version__
 
 SOFTWARE = "mmwudao"
-# Every field a picture can be drawn again from, with its type. `style` alone may be absent.
+# Every field a picture can be drawn again from, with its type. `OPTIONAL_FIELDS` may be absent.
 RECIPE_FIELDS: dict[str, type] = {
     "prompt": str,
     "style": str,
@@ -28,11 +28,14 @@ RECIPE_FIELDS: dict[str, type] = {
     "model": str,
     "model_hash": str,
     "tokenizer_hash": str,
+    "adapter_hash": str,
     "device": str,
     "dtype": str,
     "version": str,
 }
-OPTIONAL_FIELDS = frozenset({"style"})
+OPTIONAL_FIELDS = frozenset({"style", "adapter_hash"})
+# What a picture tells besides: how well it describes its prompt, what was kept of another picture.
+NOTES = ("score", "kept")
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255
 
 
@@ -40,7 +43,7 @@ def encode_png(image: Image.Image) -> bytes:
     """PNG bytes with the recipe in `image.info`, if it holds one, as one iTXt (UTF-8) chunk a field."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("Software", f"{SOFTWARE} {__version__}")
-    for name in RECIPE_FIELDS:
+    for name in (*RECIPE_FIELDS, *NOTES):
         if image.info.get(name) is not None:
             chunks.add_itxt(name, str(image.info[name]))
     buffer = io.BytesIO()
@@ -65,6 +68,8 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
     missing = [name for name in RECIPE_FIELDS if name not in text and name not in OPTIONAL_FIELDS]
     if not text.get("Software", "").startswith(SOFTWARE) or missing:
         raise ValueError(f"{path} holds no recipe: it is not one of the pictures `mmwudao generate` writes")
+    if "kept" in text:
+        raise ValueError(f"{path} was completed from another picture: only pictures drawn whole can be drawn again")
     try:
         return {name: kind(text[name]) for name, kind in RECIPE_FIELDS.items() if name in text}
     except ValueError as error:

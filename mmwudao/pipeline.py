@@ -12,15 +12,25 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.styles import with_style
 from data.text import TextTokenizer
+from generation.adapters import AdapterConfig, apply_adapter
 from generation.decoding import SamplingOptions, count_steps, generate_codes
 from generation.model import Transformer
-from mmwudao import __version__
-from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, copy_model, find_model, read_model_config
-from vqvae.hub import ModelError, content_hash, load_part
+from mmwudao import __version__, tasks, upscaling
+from mmwudao.model_dir import (
+    OPTIONAL_PARTS,
+    ModelConfig,
+    check_hash,
+    check_pairing,
+    copy_model,
+    find_model,
+    read_model_config,
+)
+from vqvae.hub import ModelError, content_hash, load_part, stored_hash
 from vqvae.model import VQVAE
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
@@ -44,21 +54,24 @@ class Progress:
     preview: Callable[[], list[Image.Image]]
 
 
-def load(model: str | Path = "emoji", device: str = "auto", dtype: str = "auto") -> Pipeline:
-    """Load a model by shipped name, folder, or hub id.
+def load(
+    model: str | Path = "emoji", device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+) -> Pipeline:
+    """Load a model by shipped name, folder, or hub id, with the style in the folder `adapter` if there is one.
 
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
     tokenizer is small and stays in float32). Every part is checked against the hashes in `config.json`.
 
     Raises `ValueError` for an unknown or absent device or dtype, `ModelError` (a `ValueError`) for a model that is
-    missing, incomplete or not what its config.json says.
+    missing, incomplete or not what its config.json says, and for an adapter that is damaged or another model's.
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     folder, config, tokenizer, generator, text = _load_parts(model)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
-    return Pipeline(str(model), folder, config, tokenizer, generator, text)
+    style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash) if adapter else None
+    return Pipeline(str(model), folder, config, tokenizer, generator, text, style)
 
 
 def describe(model: str | Path) -> dict[str, Any]:
@@ -72,6 +85,14 @@ def describe(model: str | Path) -> dict[str, Any]:
         tensors = list(module.state_dict().values())
         parts[name] = {
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "dtype": str(tensors[0].dtype).removeprefix("torch."),
+        }
+    for name in config.parts.keys() & set(OPTIONAL_PARTS):
+        stored = folder / config.parts[name].path
+        check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
+        tensors = list(load_file(stored / "model.safetensors").values())
+        parts[name] = {
+            "parameters": sum(tensor.numel() for tensor in tensors),
             "dtype": str(tensors[0].dtype).removeprefix("torch."),
         }
     parts["text"] = {"pieces": text.vocab_size, "dtype": "sentencepiece"}
@@ -112,7 +133,10 @@ def _load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transforme
 
 
 class Pipeline:
-    """A loaded model. `source` is what `load` was asked for, `folder` where it was found."""
+    """A loaded model. `source` is what `load` was asked for, `folder` where it was found.
+
+    `adapter` describes the style that the generator has been given, if any.
+    """
 
     def __init__(
         self,
@@ -122,7 +146,9 @@ class Pipeline:
         tokenizer: VQVAE,
         generator: Transformer,
         text: TextTokenizer,
+        adapter: AdapterConfig | None = None,
     ) -> None:
+        self.adapter = adapter
         self.source, self.folder, self.config = source, folder, config
         self.tokenizer, self.generator, self.text = tokenizer, generator, text
         side = config.image_size // tokenizer.config.stride
@@ -147,50 +173,115 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float | None = None,
+        candidates: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[Image.Image]:
         """Draw `n` pictures of each prompt, prompt by prompt; `.info` of each is the recipe to draw it again.
 
         Picture k of the call is drawn with `seed + k`; without `seed`, one is drawn and recorded. What is None is
-        taken from the model's defaults. `on_progress` is called after every step.
+        taken from the model's defaults. With `candidates`, so many are drawn of each prompt, and the n that describe
+        it best are returned, best first (see `rerank`; `.info["score"]`). `on_progress` is called after every step.
 
-        Raises `ValueError` for an empty or overlong prompt, `n` below 1, an unknown style, or bad sampling options.
+        Raises `ValueError` for an empty or overlong prompt, `n` below 1 or beyond `candidates`, an unknown style, or
+        bad sampling options; `ModelError` for candidates of a model that cannot describe.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("no prompt: say what to draw")
-        for one in prompts:
-            check_prompt(one)
-        if n < 1 or n * len(prompts) > MAX_PICTURES:
-            raise ValueError(f"n must be at least 1, and one call draws at most {MAX_PICTURES} pictures: n is {n}")
-        if style is not None and style not in self.config.styles:
-            raise ValueError(f"unknown style {style!r}; this model knows: {', '.join(self.config.styles) or 'none'}")
-        total = n * len(prompts)
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        if not 0 <= seed < 2**63 - total:
-            raise ValueError(f"the seed must lie in 0..{2**63 - total - 1}, not {seed}")
-        given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        options = replace(self.config.default_sampling, **{k: v for k, v in given.items() if v is not None})
-        texts = [with_style(one, style, guess_language(one)) if style else one for one in prompts]
-        seeds = list(range(seed, seed + total))
-        images = self._draw([text for text in texts for _ in range(n)], seeds, options, on_progress)
-        for k, image in enumerate(images):
-            image.info.update(self._recipe(prompts[k // n], style, texts[k // n], seeds[k], options))
+        drawn = n if candidates is None else candidates
+        if not 1 <= n <= drawn or drawn * len(prompts) > MAX_PICTURES:
+            raise ValueError(
+                f"n must be at least 1, at most the candidates, and one call draws at most {MAX_PICTURES} pictures: "
+                f"n is {n}" + ("" if candidates is None else f", candidates {candidates}")
+            )
+        if candidates is not None and self.config.describes == "no":
+            raise ModelError(f"{self.source} cannot choose among candidates: it was not trained to describe pictures")
+        texts = [self._text(one, style) for one in prompts]
+        seeds = self._seeds(seed, drawn * len(prompts))
+        options = self._options(temperature, top_k, top_p, guidance)
+        codes = self._draw([text for text in texts for _ in range(drawn)], seeds, options, on_progress)
+        images = []
+        for i, one in enumerate(prompts):
+            pictures = range(i * drawn, (i + 1) * drawn)
+            scores: dict[int, float] = {}
+            if candidates is not None:
+                scored = tasks.score_codes(self, one, codes[pictures.start : pictures.stop], guess_language(one))
+                scores = dict(zip(pictures, scored, strict=True))
+            for k in sorted(pictures, key=lambda k: -scores.get(k, 0.0))[:n]:
+                image = self._decode(codes[k])
+                image.info.update(self._recipe(one, style, texts[i], seeds[k], options))
+                if k in scores:
+                    image.info["score"] = scores[k]
+                images.append(image)
         return images
+
+    def caption(self, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
+        """See `tasks.caption`."""
+        return tasks.caption(self, images, language)
+
+    def rerank(self, prompt: str, images: Sequence[Image.Image]) -> list[float]:
+        """How well each picture says the prompt back: its log probability (nats) as a description of the picture.
+
+        CogView's post-selection (section 3.3) by inverse prompting (Zou et al. 2021, arXiv:2103.10685). Scores compare
+        pictures for one prompt, not prompts. Raises `ValueError` for no picture or a bad prompt, `ModelError` for a
+        model that cannot describe.
+        """
+        check_prompt(prompt)
+        return tasks.score_codes(self, prompt, tasks.encode_pictures(self, images), guess_language(prompt))
+
+    def complete(
+        self,
+        image: Image.Image,
+        prompt: str,
+        keep: str | Path | Image.Image = "top:0.5",
+        n: int = 1,
+        seed: int | None = None,
+        style: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Image.Image]:
+        """Keep part of a picture (its centre square; see `tasks.kept_cells`) and draw the rest `n` times.
+
+        What is kept has gone through the image tokenizer. `.info` tells how each was drawn, without being a recipe.
+        Raises `ValueError` as `generate` does, and for a `keep` that cannot be completed.
+        """
+        if not 1 <= n <= MAX_PICTURES:
+            raise ValueError(f"n must lie in 1..{MAX_PICTURES}, not {n}")
+        text, seeds = self._text(prompt, style), self._seeds(seed, n)
+        options = self._options(temperature, top_k, top_p, guidance)
+        kept = tasks.kept_cells(keep, self.grid).to(self.device)
+        given = tasks.encode_pictures(self, [image])[0].masked_fill(~kept, -1)
+        codes = self._draw([text] * n, seeds, options, on_progress, given.expand(n, -1, -1))
+        images = [self._decode(one) for one in codes]
+        for one, drawn_with in zip(images, seeds, strict=True):
+            one.info.update(self._recipe(prompt, style, text, drawn_with, options))
+            one.info["kept"] = keep if isinstance(keep, str) else "a mask"
+        return images
+
+    def upscale(
+        self, images: Sequence[Image.Image], prompt: str | None = None, seed: int | None = None
+    ) -> list[Image.Image]:
+        """See `upscaling.upscale`; CogView draws picture k with `seed + k`."""
+        if prompt is not None:
+            check_prompt(prompt)
+        return upscaling.upscale(self, images, prompt, self._seeds(seed, len(images)))
 
     def redraw(self, recipe: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Image.Image:
         """The picture of a recipe (see `pictures.read_recipe`) again: the same pixels on the same device and dtype.
 
-        Raises `ModelError` when the recipe is another model's.
+        Raises `ModelError` when the recipe is another model's or another adapter's.
         """
         if recipe["model_hash"] != self.config.model_hash:
             raise ModelError(
                 f"the picture was drawn by another model: its hash is {recipe['model_hash'][:12]}, "
                 f"that of {self.source} is {self.config.model_hash[:12]}"
             )
+        self._check_adapter(recipe.get("adapter_hash"))
         options = SamplingOptions(**{name: recipe[name] for name in asdict(self.config.default_sampling)})
-        (image,) = self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)
+        image = self._decode(self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)[0])
         image.info.update(
             self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
         )
@@ -200,34 +291,61 @@ class Pipeline:
         """Copy the model to the new directory `folder`. Raises `ModelError` when it is in use."""
         return copy_model(self.folder, folder)
 
+    def _text(self, prompt: str, style: str | None) -> str:
+        """What the model reads of a prompt: the style is named in the prompt's language."""
+        check_prompt(prompt)
+        if style is not None and style not in self.config.styles:
+            raise ValueError(f"unknown style {style!r}; this model knows: {', '.join(self.config.styles) or 'none'}")
+        return with_style(prompt, style, guess_language(prompt)) if style else prompt
+
+    def _seeds(self, seed: int | None, count: int) -> list[int]:
+        if seed is None:
+            seed = secrets.randbelow(2**31)
+        if not 0 <= seed < 2**63 - count:
+            raise ValueError(f"the seed must lie in 0..{2**63 - count - 1}, not {seed}")
+        return list(range(seed, seed + count))
+
+    def _options(
+        self, temperature: float | None, top_k: int | None, top_p: float | None, guidance: float | None
+    ) -> SamplingOptions:
+        given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        return replace(self.config.default_sampling, **{k: v for k, v in given.items() if v is not None})
+
     def _draw(
         self,
         texts: list[str],
         seeds: list[int],
         options: SamplingOptions,
         on_progress: Callable[[Progress], None] | None,
-    ) -> list[Image.Image]:
+        given_codes: Tensor | None = None,
+    ) -> Tensor:
+        """Codes [n, h, w] of a text and a seed each."""
         rows = [self._encode(text) for text in texts]
-        total = count_steps(len(rows), options, self.grid)
+        prefix = 0
+        if given_codes is not None:
+            prefix = int((given_codes >= 0).flatten(1).all(dim=0).int().cumprod(dim=0).sum())
+        total = count_steps(len(rows), options, self.grid, prefix)
 
         def report(step: int, codes: Tensor) -> None:
             if on_progress is not None:
-                on_progress(Progress(step, total, step // self.grid[1], lambda: self._decode_partial(codes)))
+                rows_done = (prefix + step) // self.grid[1]
+                on_progress(Progress(step, total, rows_done, lambda: self._decode_partial(codes)))
 
-        codes = generate_codes(self.generator, rows, seeds, options, grid=self.grid, on_token=report)
-        # one at a time: a batch's convolutions may round differently from a single picture's
-        return [self._decode(one) for one in codes]
+        return generate_codes(
+            self.generator, rows, seeds, options, grid=self.grid, given_codes=given_codes, on_token=report
+        )
 
     def _encode(self, text: str) -> list[int]:
         pieces = self.text.encode(text)
-        longest = self.generator.config.max_text
+        prompt = self.generator.config.vocabulary.prompt_pieces
+        longest = self.generator.config.max_text - len(prompt)
         if len(pieces) > longest:
             read = self.text.decode(pieces[:longest])
             log.warning("the model reads %d pieces of text at most; it stops after %r", longest, read[-40:])
-        return pieces[:longest]
+        return [*prompt, *pieces[:longest]]
 
     def _decode(self, codes: Tensor) -> Image.Image:
-        """Codes [h, w] to a picture."""
+        """Codes [h, w] to a picture. One at a time: a batch's convolutions may round differently."""
         pixels = (self.tokenizer.decode(codes[None])[0] * 255).round().to("cpu", torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
@@ -254,7 +372,19 @@ class Pipeline:
             "dtype": self.dtype,
             "version": __version__,
         }
+        if self.adapter is not None:
+            recipe["adapter_hash"] = self.adapter.hash
         return recipe
+
+    def _check_adapter(self, recorded: str | None) -> None:
+        """`ModelError` unless the adapter with that hash, or none, is the one in use."""
+        given = self.adapter.hash if self.adapter is not None else None
+        if recorded == given:
+            return
+        if recorded is None:
+            raise ModelError("the picture was drawn without an adapter: give none (--adapter)")
+        found = f"this one is {given[:12]}" if given else "none was given"
+        raise ModelError(f"the picture was drawn with the adapter {recorded[:12]}, and {found}: give it with --adapter")
 
 
 def check_prompt(prompt: str) -> None:

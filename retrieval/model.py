@@ -95,12 +95,14 @@ class RegionHead(nn.Module):
             raise ValueError(f"{len(boxes)} lists of boxes for {len(features)} pictures")
         whole = torch.tensor([[0.0, 0.0, self.image_size, self.image_size]])
         # regions are a set: the whole picture is one of them, as in BriVL
-        padded = [torch.cat([whole.to(features), b.to(features).reshape(-1, 4)]) for b in boxes]
+        precise = features.float()  # the CPU has no RoIAlign in bfloat16
+        padded = [torch.cat([whole.to(precise), b.to(precise).reshape(-1, 4)]) for b in boxes]
         counts = torch.tensor([len(b) for b in padded], device=features.device)
         pooled = roi_align(
-            features, padded, output_size=2, spatial_scale=features.shape[-1] / self.image_size, aligned=True
+            precise, padded, output_size=2, spatial_scale=features.shape[-1] / self.image_size, aligned=True
         ).mean(dim=(2, 3))
-        regions = nn.utils.rnn.pad_sequence(list(pooled.split(counts.tolist())), batch_first=True)
+        vectors = pooled.to(features.dtype).split(counts.tolist())
+        regions = nn.utils.rnn.pad_sequence(list(vectors), batch_first=True)
         return self.head(regions, torch.arange(regions.shape[1], device=counts.device) >= counts[:, None])
 
 
@@ -139,6 +141,7 @@ class EmojiTowers(Towers):
     """The towers of the shipped model; `config` and `text` decide everything but the weights."""
 
     kind: ClassVar[str] = "ours"
+    trunk: Any  # of timm, which has no types
 
     def __init__(self, config: TowersConfig, text: TextTokenizer) -> None:
         """Raises `ConfigError` for a trunk or a text encoder that the libraries cannot build."""

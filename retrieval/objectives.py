@@ -25,24 +25,27 @@ from data.config import ConfigError
 from retrieval.towers import Tokens, Towers
 from vqvae.loop import distributed, rank, world_size
 
+Keys = tuple[Tensor, Tensor] | None
 NO_PAIR = -1  # what is in a queue belongs to no pair of the batch
 
 
 @dataclass
 class ObjectiveConfig:
-    """Which loss, and its knobs; those of the queue are for `moco` alone."""
+    """Which loss, and its knobs; those from `queue` on are for `moco` alone."""
 
     name: Literal["moco", "clip", "siglip"] = "clip"
     # other pictures of the same concept: positives as good as one's own, left out of the loss, or negatives
     same_concept: Literal["positive", "left-out", "negative"] = "positive"
-    temperature: float = 0.07  # at the start; learnt, unless learn_temperature is off
+    temperature: float | None = None  # at the start; left out, it is the towers' own
     learn_temperature: bool = True
+    # of siglip, at the start: near -log(batch), the odds of a positive; the paper's batches hold tens of thousands
+    bias: float = -10.0
     queue: int = 4096  # keys kept of each side; any number, whatever the batch
     momentum: float = 0.99
     top_k: int = 0  # queue slots this near to both keys of a pair are positives too (BriVL's multi-label); 0 = none
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"the temperature is above 0, not {self.temperature}")
         if self.queue < 1 or self.top_k < 0 or not 0 <= self.momentum < 1:
             raise ValueError("queue is 1 or more, top_k 0 or more, momentum from 0 to below 1")
@@ -59,9 +62,14 @@ class Objective(nn.Module):
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         self.towers, self.config = towers, config
-        log_scale = towers.get_parameter("logit_scale").requires_grad_(config.learn_temperature)
-        nn.init.constant_(log_scale, -math.log(config.temperature))
         self.frozen = freeze(towers, frozen)
+        log_scales = [parameter for name, parameter in towers.named_parameters() if _is_scale(name)]
+        if config.temperature is not None and not log_scales:
+            raise ConfigError("the temperature of these towers is fixed: leave objective.temperature out")
+        for log_scale in log_scales:
+            log_scale.requires_grad_(config.learn_temperature)
+            if config.temperature is not None:
+                nn.init.constant_(log_scale, -math.log(config.temperature))
 
     def train(self, mode: bool = True) -> Self:
         """As in PyTorch, but frozen parts keep their batch statistics and drop nothing out."""
@@ -79,13 +87,16 @@ class Objective(nn.Module):
         pair = torch.arange(len(images), device=images.device) + rank() * len(images)
         ids = torch.stack([pair, labels], dim=1)
         text_ids = ids.repeat(len(texts) // len(images), 1)
+        keys = self.encode_keys(pixels, tokens)
         with torch.autocast(images.device.type, enabled=False):  # logits need float32
-            loss = self.loss(images, texts, ids, text_ids, pixels, tokens)
+            loss = self.loss(images, texts, ids, text_ids, keys)
         return {"loss": loss, "temperature": 1 / self.towers.scale.detach()}
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
+        """Features of the same pictures and texts by towers of the past, for objectives that have them."""
+        return None
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
         """A scalar, from features [N, D] and [M, D]; its mean over all processes is the loss of the whole batch."""
         raise NotImplementedError
 
@@ -93,9 +104,7 @@ class Objective(nn.Module):
 class Clip(Objective):
     """CLIP's symmetric cross-entropy (Radford et al. 2021, section 2.3), with any number of positives."""
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
         across = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
         to_texts, to_images = across.get_logits(images, texts, self.towers.scale)
         image_loss = cross_entropy(to_texts, *pairs(ids, gather(text_ids), self.config))
@@ -107,11 +116,9 @@ class SigLip(Objective):
 
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
         super().__init__(towers, config, frozen)
-        self.bias = nn.Parameter(torch.tensor(-10.0))  # as there: at the start nearly all pairs are negative
+        self.bias = nn.Parameter(torch.tensor(config.bias))
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
         if distributed():
             _, texts = gather_features(images, texts, True, True, rank(), world_size())
         logits = SigLipLoss().get_logits(images, texts, self.towers.scale, self.bias)
@@ -140,13 +147,16 @@ class Moco(Objective):
         self.queue_ids: Tensor
         self.pushed: Tensor
 
-    def loss(
-        self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, pixels: Tensor, tokens: Tokens
-    ) -> Tensor:
+    @torch.no_grad()
+    def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
+        if self.training:
+            self.follow()
+        return self.keys.encode_pixels(pixels), self.keys.encode_tokens(tokens)
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
+        assert keys is not None
+        image_keys, text_keys = keys
         with torch.no_grad():
-            if self.training:
-                self.follow()
-            image_keys, text_keys = self.keys.encode_pixels(pixels), self.keys.encode_tokens(tokens)
             first = text_keys[: len(images)]
             filled = min(int(self.pushed), self.config.queue)
             image_queue, text_queue = self.image_queue[:filled].clone(), self.text_queue[:filled].clone()
@@ -176,8 +186,8 @@ class Moco(Objective):
     @torch.no_grad()
     def follow(self) -> None:
         """Move the key towers towards the trained ones (Huo et al. 2021, eqs. 3 and 4)."""
-        keys = list(self.keys.parameters())
-        torch._foreach_lerp_(keys, [p.detach() for p in self.towers.parameters()], 1 - self.config.momentum)
+        for key, trained in zip(self.keys.parameters(), self.towers.parameters(), strict=True):
+            key.lerp_(trained, 1 - self.config.momentum)
 
     @torch.no_grad()
     def push(self, image_keys: Tensor, text_keys: Tensor, ids: Tensor) -> None:
@@ -242,6 +252,10 @@ def freeze(towers: Towers, patterns: Sequence[str]) -> list[str]:
         frozen += names
     for name in frozen:
         modules[name].requires_grad_(False)
-    if not any(parameter.requires_grad for name, parameter in towers.named_parameters() if name != "logit_scale"):
+    if not any(parameter.requires_grad for name, parameter in towers.named_parameters() if not _is_scale(name)):
         raise ConfigError("freeze leaves nothing to train")
     return frozen
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] == "logit_scale"  # as in open_clip

@@ -6,8 +6,10 @@ process takes its part of each batch, and pictures are compared with the texts o
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -122,7 +124,8 @@ def measure_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> 
     figures: dict[str, float] = {}
     sums: dict[str, list[float]] = {}
     for language, (names, labels) in queries_by_language(pictures.samples).items():
-        texts = towers.encode_text(names)
+        with quiet():
+            texts = towers.encode_text(names)
         found = recall_figures(ranks(texts, images, labels, pictures.labels))
         back = recall_figures(ranks(images, texts, pictures.labels, labels))
         figures[f"text_recall@10/{language}"] = found["recall@10"]
@@ -144,8 +147,9 @@ class PairBatches:
         captions = [draw_captions(sample, self.config.captions, rng) for sample in samples]
         texts = [captions[k][view] for view in range(self.config.captions.per_picture) for k in range(len(samples))]
         labels = torch.tensor([label_of(sample) for sample in samples])
-        batch = Batch(pixels, self.towers.tokenize(texts), labels, rng.getrandbits(62))
-        return batch, [sample.id for sample in samples]
+        with quiet():
+            tokens = self.towers.tokenize(texts)
+        return Batch(pixels, tokens, labels, rng.getrandbits(62)), [sample.id for sample in samples]
 
 
 class InMemoryBatches(PairBatches):
@@ -185,6 +189,17 @@ class StreamedBatches(PairBatches):
             )
         for micro in range(self.config.loop.accumulate):
             yield self.batch(*take(self.stream, self.size), f"{seed} {rank()} {micro}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings in `logging`: that the longest captions are cut is known, and said of each would be every step."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _start(config: RetrievalTrainConfig) -> Towers:

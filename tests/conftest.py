@@ -65,6 +65,7 @@ def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
         styles=["noto", "twemoji"],
         languages=["zh", "en", "fr", "de", "cs", "ja", "ko"],
         default_sampling=SamplingOptions(temperature=0.9, top_k=20, top_p=0.95, guidance=2.0),
+        describes="tagged",
     )
 
 

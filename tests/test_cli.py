@@ -25,12 +25,18 @@ COMMANDS = [
     [],
     ["generate"],
     ["replay"],
+    ["caption"],
+    ["rerank"],
+    ["complete"],
     ["info"],
+    ["upscale"],
     ["tokenize"],
     ["assemble"],
     ["train"],
     ["train", "tokenizer"],
     ["train", "generator"],
+    ["train", "style"],
+    ["train", "upscaler"],
     ["data"],
     ["data", "build"],
     ["data", "build", "emoji"],
@@ -465,7 +471,7 @@ def test_threads_follow_the_environment(chosen: str | None, monkeypatch: pytest.
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     else:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    commands_draw._choose_threads()
+    commands_draw.choose_threads()
     assert asked == [] if chosen else 1 <= asked[0] <= 3
 
 

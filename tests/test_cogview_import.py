@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 
 from data.text import TextError, TextTokenizer
 from generation.cogview import parse_query
 from generation.cogview_import import find_checkpoint, import_generator
-from generation.cogview_sampling import fill_sequence
+from generation.cogview_sampling import caption_scores, fill_sequence
 from generation.decoding import SamplingOptions
+from generation.layout import caption_prompt_row
 from generation.model import Transformer
 from mmwudao.cli import run
 from mmwudao.pipeline import load
+from mmwudao.tasks import encode_pictures
 from vqvae.checkpoints import read_checkpoint
 from vqvae.cogview import import_tokenizer
 from vqvae.hub import ModelError, content_hash, load_part
@@ -284,6 +287,13 @@ def test_the_command_makes_a_model_that_draws(text_model, tmp_path, capsys):
     assert pipeline.tokenizer.decode(tokens[:, -64:].view(-1, 8, 8)).shape == (1, 3, 64, 64)
     assert pipeline.tokenizer.quantizer.initialised
     assert isinstance(pipeline.tokenizer.decoder.expand, torch.nn.Identity)
+    assert pipeline.config.describes == "untagged"
+    pictures = [Image.new("RGB", (80, 64), colour) for colour in ("red", "blue")]
+    assert len(pipeline.caption(pictures)) == 2
+    codes = encode_pictures(pipeline, pictures)
+    rows = [caption_prompt_row(vocab, one, pipeline.text.encode("red apple")) for one in codes]
+    expected = caption_scores(pipeline.generator, torch.tensor(rows))
+    torch.testing.assert_close(torch.tensor(pipeline.rerank("red apple", pictures)), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

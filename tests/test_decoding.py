@@ -66,18 +66,36 @@ def test_cached_decoding_draws_what_recomputing_draws(model, options, guidance):
 
 
 def test_a_smaller_grid_and_a_prefix(model):
-    prefix = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    given = torch.tensor([[[3, 1, 4], [-1, -1, -1]], [[1, 5, 9], [-1, -1, -1]]])
     arguments = (model, PROMPTS[:2], SEEDS[:2], SamplingOptions(guidance=2.0))
-    codes = generate_codes(*arguments, grid=(2, 3), prefix_codes=prefix)
+    codes = generate_codes(*arguments, grid=(2, 3), given_codes=given)
     assert codes.shape == (2, 2, 3)
-    assert torch.equal(codes.flatten(1)[:, :3], prefix)
-    assert torch.equal(codes, naive_generate_codes(*arguments, grid=(2, 3), prefix_codes=prefix))
+    assert torch.equal(codes[:, 0], given[:, 0])
+    assert torch.equal(codes, naive_generate_codes(*arguments, grid=(2, 3), given_codes=given))
+
+
+def test_given_codes_between_drawn_ones(model):
+    given = torch.full((2, 4, 4), -1)
+    given[0, :, :2] = 7
+    given[1, 1:3] = 9
+    arguments = (model, PROMPTS[:2], SEEDS[:2], SamplingOptions(guidance=2.0))
+    codes = generate_codes(*arguments, grid=GRID, given_codes=given)
+    assert torch.equal(codes[given >= 0], given[given >= 0])
+    assert torch.equal(codes, naive_generate_codes(*arguments, grid=GRID, given_codes=given))
+    assert (given < 0).any()  # the caller's tensor is not the one that is filled
+
+
+def test_a_picture_given_whole_is_returned(model):
+    whole = torch.arange(16).view(1, 4, 4)
+    assert torch.equal(generate_codes(model, PROMPTS[:1], SEEDS[:1], grid=GRID, given_codes=whole), whole)
 
 
 def test_a_pictures_own_start_gives_the_picture_again():
     model = make_model(PRESETS["modern"])
     whole = generate_codes(model, PROMPTS[:3], SEEDS[:3], grid=GRID)
-    again = generate_codes(model, PROMPTS[:3], SEEDS[:3], grid=GRID, prefix_codes=whole.flatten(1)[:, :7])
+    given = whole.clone()
+    given.flatten(1)[:, 7:] = -1
+    again = generate_codes(model, PROMPTS[:3], SEEDS[:3], grid=GRID, given_codes=given)
     assert torch.equal(again, whole)
 
 
@@ -254,8 +272,8 @@ def test_impossible_options_are_refused(options):
         ({"seeds": [1]}, "one seed a prompt"),
         ({"grid": (5, 4)}, "up to 4x4"),
         ({"prompts": [[50], [1]]}, "0..49"),
-        ({"prefix_codes": torch.zeros(2, 17)}, "prefix_codes"),
-        ({"prefix_codes": torch.full((2, 1), 32)}, r"0\.\.31"),
+        ({"given_codes": torch.zeros(2, 17)}, "given_codes"),
+        ({"given_codes": torch.full((2, 4, 4), 32)}, r"0\.\.31"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
@@ -20,6 +20,7 @@ from data.shards import Manifest, ShardWriter, write_manifest
 from data.styles import LANGUAGES, STYLE_PHRASES
 from data.text import TextTokenizer
 from generation import train as train_module
+from generation.captions import caption_log_probabilities
 from generation.layout import collate, training_row
 from generation.model import Transformer, TransformerConfig
 from generation.pairs import CaptionConfig, CodedPairs, draw_caption, unigram_bits
@@ -259,10 +260,11 @@ def test_held_out_batches_are_fixed_and_spread_over_the_split(workspace, tmp_pat
     assert torch.equal(found[0].tokens, again[0].tokens)
     first_codes = [row[mask][0] for row, mask in zip(found[0].targets, found[0].image_mask, strict=True)]
     assert first_codes == [batches.pairs.codes[index][0, 0] for index in (0, 10, 20, 30)]
+    decode = TextTokenizer(workspace / "text.model").decode
     text_range = batches.model.vocabulary.text_range
     offset = text_range.start
     for row, index in zip(found[0].tokens, (0, 10, 20, 30), strict=True):
-        text = batches.text.decode([int(t) - offset for t in row if int(t) in text_range])
+        text = decode([int(t) - offset for t in row if int(t) in text_range])
         item = batches.pairs.samples[index]
         names = {STYLE_PHRASES[k].format(caption=c.name, family=item.family) for k, c in item.captions.items()}
         assert any(name.startswith(text) for name in names)  # cut to max_text pieces
@@ -346,6 +348,48 @@ def test_a_resumed_training_is_the_uninterrupted_one(workspace, tmp_path, monkey
         train(make_config(workspace, tmp_path / "run", ema=0.9))
     resumed = train(make_config(workspace, tmp_path / "run", ema=0.9), resume=True)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_one_generator_learns_both_directions(workspace, tmp_path):
+    loop = {"steps": 160, "batch_size": 16, "learning_rate": 1e-2, "eval_every": 80, "log_every": 80}
+    captions = {"image_first": 0.5, "name": 1.0, "keywords": 0.0}
+    folder = train(make_config(workspace, tmp_path, captions=captions, model={"width": 32}, **loop))
+    first, last = logged(tmp_path, "test/test-family/caption_bits")
+    assert last < first < 3
+    images = logged(tmp_path, "test/test-family/image_bits")
+    assert images[-1] < images[0]
+    # a caption is likelier for the picture that it describes than for others
+    model, text = load_part(Transformer, folder).float(), TextTokenizer(workspace / "text.model")
+    codes = torch.stack([torch.from_numpy(coded(number).codes.astype(numpy.int64)) for number in range(8)])
+    scores = torch.stack([caption_log_probabilities(model, codes, text.encode(f"en: red {n}")) for n in range(8)])
+    assert float(scores.diagonal().mean() - scores.mean()) > 0.5
+
+
+def test_the_share_of_rows_with_the_image_first(workspace, tmp_path):
+    rows = []
+    for share in (0.0, 0.25):
+        config = make_config(workspace, tmp_path, captions={"image_first": share}, batch_size=32)
+        pairs = CodedPairs(workspace / "codes", "train")
+        text = TextTokenizer(workspace / "text.model")
+        model = replace(config.model, num_text_pieces=text.vocab_size, grid=(4, 4))
+        batches = PairBatches(pairs, text, model, config)
+        first = [row for step in range(20) for (batch, _), _ in batches(step) for row in batch.tokens[:, 0].tolist()]
+        rows.append(sum(token != model.vocabulary.command("[ROI1]") for token in first) / len(first))
+    assert rows[0] == 0
+    assert rows[1] == pytest.approx(0.25, abs=0.06)
+
+
+def test_training_starts_from_a_trained_generator(workspace, tmp_path):
+    folder = train(make_config(workspace, tmp_path / "first", steps=40))
+    again = make_config(workspace, tmp_path / "second", steps=1, learning_rate=1e-9, eval_every=1)
+    again.start_from = str(folder)
+    train(again)
+    before, after = (logged(tmp_path / run, "test/test-family/image_bits")[-1] for run in ("first", "second"))
+    assert after == pytest.approx(before, abs=0.02)  # it was stored in bfloat16
+    other = make_config(workspace, tmp_path / "third", model={"width": 32})
+    other.start_from = str(folder)
+    with pytest.raises(ConfigError, match="another configuration"):
+        train(other)
 
 
 def test_a_loss_that_is_not_finite_names_the_samples(workspace, tmp_path, monkeypatch):

@@ -92,6 +92,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Source], path: Path) -> torch.dtype:
     """`ModelError` that names every missing, unexpected and mis-shaped tensor; else the one dtype of them all."""
     wanted = {source.key: source.shape for source in expected.values()}
+    check_shapes(found, wanted, path)
+    dtypes = {found[key].dtype for key in wanted}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ModelError(f"{path} does not fit: tensors of {names} instead of one floating type")
+    return dtypes.pop()
+
+
+def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """`ModelError` that names every missing, unexpected and mis-shaped tensor."""
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(map(str, found.keys() - wanted.keys())),
@@ -106,18 +116,11 @@ def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Source], path
     parts = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
     if parts:
         raise ModelError(f"{path} does not fit: {'; '.join(parts)}")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(f"{path} does not fit: tensors of {names} instead of one floating type")
-    return dtypes.pop()
 
 
 def converted(found: Mapping[str, Any], expected: Mapping[str, Source]) -> dict[str, Tensor]:
     """Our names with their tensors: views of the mapped file, which has been checked."""
-    return {
-        name: found[source.key].T if source.transpose else found[source.key] for name, source in expected.items()
-    }
+    return {name: found[source.key].T if source.transpose else found[source.key] for name, source in expected.items()}
 
 
 def stream_part(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,109 @@
+"""Pictures to text: the likeliest caption by beam search, and how likely a given one is.
+
+For rows with the image first (`generation.layout.caption_row`): a generator that learned both directions, or CogView's
+caption model, whose text has no end mark and is scored by `generation.cogview_sampling.caption_scores`.
+Shapes: n pictures of h x w codes, W beams, V vocabulary (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generation.layout import caption_prompt_row, caption_row, caption_row_positions, collate
+from generation.model import KVCache, Transformer
+
+
+@dataclass(frozen=True)
+class Description:
+    """Raw text pieces after the given ones, and their log probability (nats, the end mark included)."""
+
+    pieces: tuple[int, ...]
+    log_probability: float
+
+
+@torch.inference_mode()
+def describe(
+    model: Transformer,
+    codes: Tensor,
+    start: Sequence[int] = (),
+    *,
+    beams: int = 4,
+    max_pieces: int | None = None,
+    ends: bool = True,
+) -> list[Description]:
+    """The `beams` likeliest texts for `codes` [h, w] that beam search finds, likeliest first.
+
+    `start` are raw text pieces that every text begins with and that are not returned. With `ends`, a text is over at
+    [SEP]; without, it has `max_pieces` pieces (default: what the model reads). One beam is greedy search.
+    Raises `ValueError` for codes that do not fit, less than one beam, or a start that leaves no room.
+    """
+    config, vocab, device = model.config, model.config.vocabulary, model.embed.weight.device
+    grid = (codes.shape[0], codes.shape[1])
+    room = min(max_pieces or config.max_text, config.max_text) - len(start)
+    if beams < 1 or room < 1:
+        raise ValueError(f"beams={beams} and {room} pieces of text to be found: both must be at least 1")
+    if grid[0] > config.grid[0] or grid[1] > config.grid[1]:
+        raise ValueError(f"this model describes up to {config.grid[0]}x{config.grid[1]} codes, not {grid[0]}x{grid[1]}")
+    row = torch.tensor([caption_prompt_row(vocab, codes, start)], device=device)
+    given = row.shape[1]
+    positions = caption_row_positions(len(start) + room, grid, config.max_text, config.position_kind).to(device)
+    allowed = torch.full((vocab.padded_size,), -torch.inf, device=device)
+    allowed[vocab.text_range.start : vocab.text_range.stop] = 0
+    end = vocab.command("[SEP]")
+    if ends:
+        allowed[end] = 0
+    # on a CPU attention to one query is faster in float32 (as in `decoding`)
+    dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
+    cache = KVCache(config, torch.zeros(1, given + room, dtype=torch.bool), dtype=dtype, device=device)
+    hidden = model(row, positions[:given].unsqueeze(0), cache)
+    found: list[Description] = []
+    texts = torch.empty(1, 0, dtype=torch.int64, device=device)  # [W, pieces so far]
+    scores = torch.zeros(1, device=device)
+    for step in range(room + 1):
+        logits = model.logits(hidden[:, -1]).float() + allowed
+        totals = scores[:, None] + logits.log_softmax(-1)  # [W, V]
+        if ends:
+            found += _descriptions(texts, totals[:, end], vocab.num_image_codes)
+            totals[:, end] = -torch.inf
+        if step == room:
+            break
+        scores, best = totals.flatten().topk(min(beams, int(totals.isfinite().sum())))
+        parents, pieces = best // vocab.padded_size, best % vocab.padded_size
+        texts = torch.cat([texts[parents], pieces[:, None]], dim=1)
+        found = sorted(found, key=lambda text: -text.log_probability)[:beams]
+        if len(found) == beams and float(scores[0]) < found[-1].log_probability:
+            break  # a text only becomes less likely as it grows
+        if step + 1 == room and not ends:
+            break
+        cache.take_rows(parents)
+        hidden = model(pieces[:, None], positions[given + step].expand(len(pieces), 1, *positions.shape[1:]), cache)
+    if not ends:
+        found = _descriptions(texts, scores, vocab.num_image_codes)
+    return sorted(found, key=lambda text: -text.log_probability)[:beams]
+
+
+def _descriptions(texts: Tensor, scores: Tensor, first_piece: int) -> list[Description]:
+    rows = (texts - first_piece).tolist()
+    return [Description(tuple(row), score) for row, score in zip(rows, scores.tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def caption_log_probabilities(model: Transformer, codes: Tensor, text: Sequence[int], start: int = 0) -> Tensor:
+    """Log probability (nats) of `text` and its end for each picture of `codes` [n, h, w]: [n], float32, on the CPU.
+
+    Inverse prompting (Zou et al. 2021, arXiv:2103.10685): pictures that say the prompt back suit it best. The first
+    `start` of the raw text pieces are given, as a language tag is. Compare pictures for one text, not texts.
+    """
+    config, device = model.config, model.embed.weight.device
+    rows = [caption_row(config.vocabulary, text, one, config.max_text, config.position_kind) for one in codes.cpu()]
+    batch = collate(config.vocabulary, rows).to(device)
+    begin = batch.tokens.shape[1] - len(text[: config.max_text]) + start - 1  # its target is the first scored piece
+    hidden = model(batch.tokens, batch.positions)[:, begin:]
+    logits = model.logits(hidden).float()
+    logits[..., : config.num_image_codes] = -torch.inf
+    targets = batch.targets[:, begin:, None]
+    return logits.log_softmax(-1).gather(-1, targets).sum(dim=(1, 2)).cpu()

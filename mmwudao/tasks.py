@@ -1,0 +1,135 @@
+"""What a loaded model does besides drawing: describe pictures, choose among them, complete one.
+
+Functions of a `Pipeline`, whose methods of the same names they are. Shapes: n pictures of h x w codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.images import open_image, to_square, to_tensor
+from data.sample import DataError
+from data.styles import tagged
+from generation.captions import caption_log_probabilities, describe
+from generation.cogview_sampling import caption_scores
+from generation.layout import caption_prompt_row
+from vqvae.hub import ModelError
+
+if TYPE_CHECKING:
+    from mmwudao.pipeline import Pipeline
+
+COGVIEW_PIECES = 20  # of a caption by CogView's own model, whose text has no end mark; its script draws as many
+BEAMS = 4
+
+
+def read_pictures(paths: Sequence[Path]) -> list[Image.Image]:
+    """Decode the pictures. Raises `ValueError` naming the first file that is missing or no picture."""
+    pictures = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"no picture at {path}")
+        try:
+            pictures.append(open_image(path))
+        except DataError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return pictures
+
+
+def encode_pictures(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
+    """Codes [n, h, w] of pictures of any size: the centre square of each, at the model's size."""
+    if not images:
+        raise ValueError("no picture: give at least one")
+    size = pipeline.config.image_size
+    # one at a time: a batch's convolutions may round differently from a single picture's
+    squares = [to_tensor(to_square(image.convert("RGB"), size))[None].to(pipeline.device) for image in images]
+    with torch.inference_mode():
+        return torch.cat([pipeline.tokenizer.encode(square) for square in squares])
+
+
+def caption(pipeline: Pipeline, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
+    """The likeliest description of each picture that beam search finds, in `language` (default: the model's first).
+
+    Raises `ModelError` for a model that cannot describe, `ValueError` for a language it does not know or no picture.
+    """
+    kind, languages = _describing(pipeline), pipeline.config.languages
+    if language is not None and language not in languages:
+        raise ValueError(f"unknown language {language!r}; this model describes in: {', '.join(languages)}")
+    start = pipeline.text.encode(tagged("", language or languages[0]).rstrip()) if kind == "tagged" else []
+    captions = []
+    for codes in encode_pictures(pipeline, images):
+        found = describe(
+            pipeline.generator,
+            codes,
+            start,
+            beams=BEAMS,
+            max_pieces=None if kind == "tagged" else COGVIEW_PIECES,
+            ends=kind == "tagged",
+        )
+        captions.append(pipeline.text.decode(found[0].pieces).strip())
+    return captions
+
+
+def score_codes(pipeline: Pipeline, prompt: str, codes: Tensor, language: str) -> list[float]:
+    """Log probability (nats) of the prompt as a description of each picture of `codes` [n, h, w]. See `rerank`."""
+    kind = _describing(pipeline)
+    if kind == "tagged":
+        start = pipeline.text.encode(tagged("", language).rstrip())
+        text = pipeline.text.encode(tagged(prompt, language))
+        # the tag is spelled alike with and without a text behind it, or it would not be what was learned
+        common = next((i for i, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), len(start))
+        return caption_log_probabilities(pipeline.generator, codes, text, common).tolist()
+    text = pipeline.text.encode(prompt)[: pipeline.generator.config.max_text]
+    rows = [caption_prompt_row(pipeline.generator.config.vocabulary, one, text) for one in codes.cpu()]
+    return caption_scores(pipeline.generator, torch.tensor(rows)).tolist()
+
+
+def kept_cells(keep: str | Path | Image.Image, grid: tuple[int, int]) -> Tensor:
+    """Which codes [h, w] stay (bool): `top:0.5`, `left:0.5`, or a mask whose white pixels stay (a file, or a picture).
+
+    Raises `ValueError` for anything else, and for a mask that is neither a start in raster order nor a left part: a
+    code is drawn in sight of what comes before it, so it could not fit what is kept behind it.
+    """
+    height, width = grid
+    cells = torch.zeros(grid, dtype=torch.bool)
+    side, _, share = str(keep).partition(":")
+    if isinstance(keep, str) and side in ("top", "left") and share:
+        try:
+            part = float(share)
+        except ValueError as error:
+            raise ValueError(f"keep {keep!r}: a share is a number such as 0.5") from error
+        count = round(part * (height if side == "top" else width)) if 0 < part < 1 else 0
+        if not 0 < count < (height if side == "top" else width):
+            raise ValueError(f"keep {keep!r}: the share must leave something to keep and something to draw")
+        cells[(slice(count),) if side == "top" else (slice(None), slice(count))] = True
+        return cells
+    if isinstance(keep, str) and not Path(keep).is_file():
+        raise ValueError(f"keep {keep!r}: say top:0.5, left:0.5, or name a mask picture whose white part stays")
+    mask = keep if isinstance(keep, Image.Image) else read_pictures([Path(keep)])[0]
+    # a cell stays if all of it is white
+    pixels = numpy.asarray(mask.convert("L").resize((width * 8, height * 8), Image.Resampling.NEAREST)) >= 128
+    cells = torch.from_numpy(pixels.reshape(height, 8, width, 8).all(axis=(1, 3)))
+    if cells.all() or not cells.any():
+        raise ValueError("the mask must leave something to keep (white) and something to draw (black)")
+    count = int(cells.sum())
+    raster = bool(cells.flatten()[:count].all())
+    left = bool((cells == cells[:1]).all()) and bool(cells[0, : int(cells[0].sum())].all())
+    if not (raster or left):
+        raise ValueError(
+            "this mask cannot be completed: a picture is drawn row by row from the top left, so what stays must be "
+            "its top or its left part"
+        )
+    return cells
+
+
+def _describing(pipeline: Pipeline) -> str:
+    kind = pipeline.config.describes
+    if kind == "no":
+        raise ModelError(f"{pipeline.source} only draws: it was not trained to describe pictures")
+    return kind

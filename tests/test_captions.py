@@ -1,0 +1,253 @@
+"""Pictures to text: rows with the image first, beam search, scores, and the pipeline's tasks on a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from data.sample import Caption, Sample
+from generation.captions import caption_log_probabilities, describe
+from generation.cogview_sampling import caption_scores
+from generation.layout import (
+    Vocabulary,
+    caption_prompt_row,
+    caption_row,
+    caption_row_positions,
+    collate,
+    row_positions,
+    training_row,
+)
+from generation.model import Transformer, TransformerConfig
+from generation.pairs import CaptionConfig, draw_description
+from mmwudao.pipeline import load
+from mmwudao.tasks import encode_pictures, kept_cells
+
+VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
+CODES = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def test_a_row_that_describes_is_spelled_image_first():
+    row = caption_row(VOCAB, [7, 8], CODES, max_text=5)
+    names = {name: VOCAB.command(name) for name in ("[TINY]", "[BOI1]", "[EOI1]", "[ROI1]", "[SEP]")}
+    whole = [names["[TINY]"], names["[BOI1]"], 1, 2, 3, 4, 5, 6, names["[EOI1]"], names["[ROI1]"], 71, 72]
+    assert row.tokens.tolist() == whole
+    assert row.targets.tolist() == [*whole[1:], names["[SEP]"]]
+    assert row.image_mask.tolist() == [False, *[True] * 6, *[False] * 5]
+    assert caption_prompt_row(VOCAB, CODES, [7, 8]) == whole
+
+
+def test_text_and_codes_stand_where_they_stand_in_a_row_that_draws():
+    drawing = row_positions(2, (2, 3), 5, "grid")
+    describing = caption_row_positions(2, (2, 3), 5, "grid")
+    assert torch.equal(describing[2:8], drawing[5:11])  # codes
+    assert torch.equal(describing[8], drawing[11])  # [EOI1]
+    assert torch.equal(describing[9:12], drawing[:3])  # [ROI1] and the text
+    # nothing before the text may tell how long it is
+    assert torch.equal(describing[:10], caption_row_positions(4, (2, 3), 5, "grid")[:10])
+    assert torch.equal(caption_row_positions(2, (2, 3), 5, "sequence"), torch.arange(13))
+
+
+def test_no_position_is_outside_the_models_tables():
+    for preset in (TransformerConfig.cogview, TransformerConfig.modern):
+        config = preset(num_image_codes=64, num_text_pieces=100, width=16, depth=1, heads=2, max_text=5, grid=(2, 3))
+        row = caption_row(config.vocabulary, range(9), CODES, config.max_text, config.position_kind)
+        assert int(row.positions.max()) < config.num_positions
+        Transformer(config).loss(collate(config.vocabulary, [row]))
+
+
+def test_the_caption_weight_is_for_text_behind_the_picture():
+    rows = [caption_row(VOCAB, [7, 8], CODES, 5), training_row(VOCAB, [7, 8], CODES, 5)]
+    batch = collate(VOCAB, rows, text_weight=0.25, caption_weight=0.5)
+    for i, text_weight in ((0, 0.5), (1, 0.25)):
+        known = batch.weights[i] > 0
+        image = batch.image_mask[i]
+        assert (batch.weights[i][image] == 1).all()
+        assert (batch.weights[i][known & ~image] == text_weight).all()
+
+
+def test_descriptions_name_their_language():
+    sample = Sample("x", b"", "png", {"zh": Caption("红心", ()), "en": Caption("red heart", ())}, family="noto")
+    drawn = {draw_description(sample, CaptionConfig(), random.Random(seed)) for seed in range(40)}
+    assert drawn == {"zh: 红心", "en: red heart"}  # and never the style
+
+
+def small_model(**changes: object) -> Transformer:
+    torch.manual_seed(3)
+    settings = {"num_image_codes": 16, "num_text_pieces": 5, "width": 32, "depth": 2, "heads": 2, "max_text": 4}
+    model = Transformer(TransformerConfig.modern(**settings, grid=(3, 3), **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # far from uniform
+    return model.eval()
+
+
+@pytest.mark.parametrize("position", ["rotary_2d", "sequence"])
+def test_beam_search_with_enough_beams_finds_the_likeliest_of_all_texts(position):
+    model = small_model(position=position)
+    codes = torch.arange(9).view(3, 3)
+    start, room = [2], 3
+    texts = [[*start, *rest] for length in range(room + 1) for rest in itertools.product(range(5), repeat=length)]
+    vocab = model.config.vocabulary
+    allowed = torch.full((vocab.padded_size,), -torch.inf)
+    allowed[[*vocab.text_range, vocab.command("[SEP]")]] = 0
+    expected = {}
+    for text in texts:
+        row = caption_row(vocab, text, codes, 4, model.config.position_kind)
+        with torch.no_grad():
+            hidden = model(row.tokens[None], row.positions[None])[0]
+            places = slice(len(row.tokens) - len(text) + len(start) - 1, None)
+            logits = (model.logits(hidden[places]) + allowed).log_softmax(-1)
+        expected[tuple(text[1:])] = float(logits.gather(1, row.targets[places, None]).sum())
+    found = describe(model, codes, start, beams=200)
+    assert found[0].pieces == max(expected, key=expected.__getitem__)
+    assert len(found) == len(expected)
+    for one in found:
+        assert one.log_probability == pytest.approx(expected[one.pieces], abs=1e-4)
+    few = describe(model, codes, start, beams=2)
+    assert few[0].log_probability <= found[0].log_probability + 1e-5
+
+
+def test_without_an_end_mark_every_text_has_the_same_length():
+    found = describe(small_model(), torch.arange(9).view(3, 3), beams=3, max_pieces=2, ends=False)
+    assert [len(one.pieces) for one in found] == [2, 2, 2]
+
+
+def test_what_cannot_be_described_is_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="at least 1"):
+        describe(model, torch.zeros(3, 3, dtype=torch.int64), beams=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        describe(model, torch.zeros(3, 3, dtype=torch.int64), [0, 1, 2, 3])
+    with pytest.raises(ValueError, match="up to 3x3"):
+        describe(model, torch.zeros(4, 3, dtype=torch.int64))
+
+
+def test_scores_do_not_depend_on_the_batch_and_agree_with_cogviews():
+    model = small_model(position="sequence")
+    codes = torch.randint(16, (3, 3, 3))
+    together = caption_log_probabilities(model, codes, [1, 2, 3])
+    apart = torch.cat([caption_log_probabilities(model, one[None], [1, 2, 3]) for one in codes])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    # CogView's score lacks the end mark: the end's own share is what is left
+    rows = torch.tensor([caption_prompt_row(model.config.vocabulary, one, [1, 2, 3]) for one in codes])
+    end = together - caption_log_probabilities(model, codes, [1, 2, 3], start=3)
+    torch.testing.assert_close(caption_scores(model, rows), end, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keep", ["top:0.5", "left:0.25"])
+def test_what_stays(keep):
+    cells = kept_cells(keep, (4, 8))
+    expected = torch.zeros(4, 8, dtype=torch.bool)
+    if keep.startswith("top"):
+        expected[:2] = True
+    else:
+        expected[:, :2] = True
+    assert torch.equal(cells, expected)
+
+
+def test_masks_are_starts_in_raster_order_or_left_parts(tmp_path):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 64, 30))  # 3 whole rows of 8 pixels
+    mask.save(tmp_path / "mask.png")
+    for keep in (mask, str(tmp_path / "mask.png")):
+        assert kept_cells(keep, (8, 8)).sum(dim=1).tolist() == [8, 8, 8, 0, 0, 0, 0, 0]
+    left = Image.new("L", (32, 32), 0)
+    left.paste(255, (0, 0, 16, 32))
+    assert kept_cells(left, (4, 4)).tolist() == [[True, True, False, False]] * 4
+
+
+@pytest.mark.parametrize("box", [(0, 32, 64, 64), (32, 0, 64, 64), (16, 16, 48, 48)])
+def test_other_masks_are_refused(box):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, box)
+    with pytest.raises(ValueError, match="top or its left part"):
+        kept_cells(mask, (8, 8))
+
+
+@pytest.mark.parametrize("keep", ["top:0", "top:1", "left:-1", "top:nan", "bottom:0.5", "no-such-file.png", "top:x"])
+def test_what_cannot_stay_is_refused_in_one_line(keep):
+    with pytest.raises(ValueError, match="keep") as error:
+        kept_cells(keep, (8, 8))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("colour", [0, 255])
+def test_a_mask_of_one_colour_is_refused(colour):
+    with pytest.raises(ValueError, match="something to"):
+        kept_cells(Image.new("L", (8, 8), colour), (8, 8))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model_dir):
+    return load(tiny_model_dir, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.new("RGB", (48, 40), colour) for colour in ("red", "navy", "white")]
+
+
+def test_captions_in_every_language(pipeline, pictures):
+    for language in (None, *pipeline.config.languages):
+        captions = pipeline.caption(pictures, language)
+        assert len(captions) == 3
+        assert all(isinstance(one, str) for one in captions)
+    with pytest.raises(ValueError, match="unknown language 'tlh'"):
+        pipeline.caption(pictures, "tlh")
+    with pytest.raises(ValueError, match="no picture"):
+        pipeline.caption([])
+
+
+def test_candidates_are_the_best_of_what_would_be_drawn(pipeline):
+    drawn = pipeline.generate(["红心", "a red apple"], n=5, seed=3)
+    kept = pipeline.generate(["红心", "a red apple"], n=2, seed=3, candidates=5)
+    assert [one.info["prompt"] for one in kept] == ["红心", "红心", "a red apple", "a red apple"]
+    by_seed = {one.info["seed"]: one for one in drawn}
+    for first, second in (kept[:2], kept[2:]):
+        assert first.info["score"] >= second.info["score"]
+    for one in kept:
+        assert one.tobytes() == by_seed[one.info["seed"]].tobytes()
+        again = {key: value for key, value in one.info.items() if key != "score"}
+        assert pipeline.redraw(again).tobytes() == one.tobytes()
+    with pytest.raises(ValueError, match="candidates 1"):
+        pipeline.generate("红心", n=2, candidates=1)
+
+
+def test_a_kept_picture_scores_as_rerank_would_score_its_codes(pipeline, pictures):
+    scores = pipeline.rerank("红心", pictures)
+    codes = encode_pictures(pipeline, pictures)
+    text = pipeline.text.encode("zh: 红心")
+    start = len(pipeline.text.encode("zh:"))
+    assert text[:start] == pipeline.text.encode("zh:")
+    torch.testing.assert_close(
+        torch.tensor(scores), caption_log_probabilities(pipeline.generator, codes, text, start), atol=1e-5, rtol=0
+    )
+    with pytest.raises(ValueError, match="empty prompt"):
+        pipeline.rerank(" ", pictures)
+
+
+def test_what_is_kept_is_kept(pipeline, pictures):
+    codes = encode_pictures(pipeline, pictures[:1])[0]
+    drawn = pipeline._draw(["红心"] * 2, [1, 2], pipeline.config.default_sampling, None,
+                           codes.masked_fill(~kept_cells("left:0.5", (4, 4)), -1).expand(2, -1, -1))  # fmt: skip
+    assert torch.equal(drawn[:, :, :2], codes[None, :, :2].expand(2, -1, -1))
+    completed = pipeline.complete(pictures[0], "红心", "left:0.5", n=2, seed=1)
+    assert [one.tobytes() for one in completed] == [pipeline._decode(one).tobytes() for one in drawn]
+    assert completed[0].info["kept"] == "left:0.5"
+
+
+def test_a_model_that_only_draws_says_so(tiny_model_dir, pictures):
+    pipe = load(tiny_model_dir, device="cpu", dtype="float32")
+    pipe.config = replace(pipe.config, describes="no")
+    for call in (
+        lambda: pipe.caption(pictures),
+        lambda: pipe.rerank("红心", pictures),
+        lambda: pipe.generate("红心", candidates=3),
+    ):
+        with pytest.raises(ValueError, match="not trained to describe"):
+            call()
