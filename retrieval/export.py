@@ -170,14 +170,17 @@ def _export(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
 
 
 def _quantise(path: Path) -> Path:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_suffix(".int8.onnx")
+    model = onnx.load(path)
+    del model.graph.value_info[:]  # the exporter's shapes, which do not hold for weights that are turned over
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises its own preprocessing through the root logger
     try:
         # onnxruntime's integer convolution has unsigned weights only
-        quantize_dynamic(path, target, weight_type=QuantType.QUInt8)
+        quantize_dynamic(model, target, weight_type=QuantType.QUInt8)
     finally:
         logging.root.setLevel(level)
     return target

@@ -34,10 +34,10 @@ def tiny_towers():
         embed_dim=32,
         image_size=32,
         grids=[1, 2],
-        head_width=32,
+        head_width=16,
         head_heads=2,
         text_encoder={
-            "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "model_type": "bert", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 64,
         },
         max_text=16,
