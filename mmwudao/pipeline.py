@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from data.styles import with_style
 from data.text import TextTokenizer
+from generation.cogview import PRESETS, cogview_config
 from generation.decoding import SamplingOptions, count_steps, generate_codes
-from generation.model import Transformer
+from generation.memory import DrawingMemory, check_memory, plan_drawing
+from generation.model import Transformer, TransformerConfig
 from mmwudao import __version__
 from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, copy_model, find_model, read_model_config
 from vqvae.hub import ModelError, content_hash, load_part
-from vqvae.model import VQVAE
+from vqvae.model import VQVAE, VQVAEConfig
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
 MAX_PICTURES = 1000  # a call
@@ -50,22 +53,28 @@ def load(model: str | Path = "emoji", device: str = "auto", dtype: str = "auto")
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
     tokenizer is small and stays in float32). Every part is checked against the hashes in `config.json`.
 
-    Raises `ValueError` for an unknown or absent device or dtype, `ModelError` (a `ValueError`) for a model that is
-    missing, incomplete or not what its config.json says.
+    Raises `ValueError` for an unknown or absent device or dtype and for a model that the device has no room for,
+    `ModelError` (a `ValueError`) for a model that is missing, incomplete or not what its config.json says.
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     folder, config, tokenizer, generator, text = _load_parts(model)
+    # the parts are still the mapped files, which take no memory that others need
+    plan = plan_drawing(generator.config, tokenizer.config, chosen_dtype, chosen_device.type)
+    check_memory(plan.total, chosen_device, chosen_dtype)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
     return Pipeline(str(model), folder, config, tokenizer, generator, text)
 
 
-def describe(model: str | Path) -> dict[str, Any]:
+def describe(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
     """What `mmwudao info` prints: the parts of a model with sizes in bytes, parameter counts, dtypes and hashes.
 
-    Raises `ModelError` as `load` does.
+    `memory` is what drawing takes (`generation.memory`) on a CPU and a GPU. A name in `generation.cogview.PRESETS` is
+    described without weights. Raises `ModelError` as `load` does, `ValueError` for an unknown dtype.
     """
+    if model in PRESETS and not Path(model).is_dir():
+        return _describe_preset(str(model), dtype)
     folder, config, tokenizer, generator, text = _load_parts(model)
     parts: dict[str, dict[str, Any]] = {}
     for name, module in (("tokenizer", tokenizer), ("generator", generator)):
@@ -87,7 +96,26 @@ def describe(model: str | Path) -> dict[str, Any]:
         "model_hash": config.model_hash,
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
+        "memory": _plans(generator.config, tokenizer.config, dtype),
     }
+
+
+def _describe_preset(name: str, dtype: str) -> dict[str, Any]:
+    config, tokenizer = cogview_config(name), VQVAEConfig.cogview()
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    image_size = config.grid[0] * tokenizer.stride
+    memory = _plans(config, tokenizer, dtype)
+    return {"name": name, "image_size": image_size, "parameters": parameters, "memory": memory}
+
+
+def _plans(config: TransformerConfig, tokenizer: VQVAEConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    plans = {}
+    for device, usual in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        chosen = usual if dtype == "auto" else choose_dtype(dtype, torch.device(device))
+        plan = plan_drawing(config, tokenizer, chosen, device)
+        plans[device] = {"dtype": str(chosen).removeprefix("torch."), **asdict(plan), "total": plan.total}
+    return plans
 
 
 def _load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer, TextTokenizer]:
@@ -132,6 +160,12 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    @cached_property
+    def memory(self) -> DrawingMemory:
+        """What drawing takes."""
+        dtype = next(self.generator.parameters()).dtype
+        return plan_drawing(self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid)
+
     @property
     def dtype(self) -> str:
         """The name of the transformer's number format, as `load` takes it."""
@@ -154,7 +188,8 @@ class Pipeline:
         Picture k of the call is drawn with `seed + k`; without `seed`, one is drawn and recorded. What is None is
         taken from the model's defaults. `on_progress` is called after every step.
 
-        Raises `ValueError` for an empty or overlong prompt, `n` below 1, an unknown style, or bad sampling options.
+        Raises `ValueError` for an empty or overlong prompt, `n` below 1, an unknown style, bad sampling options, or
+        when the device has too little memory left.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -207,8 +242,9 @@ class Pipeline:
         options: SamplingOptions,
         on_progress: Callable[[Progress], None] | None,
     ) -> list[Image.Image]:
+        check_memory(self.memory.working, self.device, DTYPES[self.dtype])
         rows = [self._encode(text) for text in texts]
-        total = count_steps(len(rows), options, self.grid)
+        total = count_steps(len(rows), options, self.grid, rows=self.memory.rows)
 
         def report(step: int, codes: Tensor) -> None:
             if on_progress is not None:
