@@ -21,7 +21,7 @@ def resident(field: str) -> int:
 
 
 def measure(model: str, width: int, depth: int) -> dict[str, object]:
-    """Draw one block of pictures (a small grid of random weights, if `model` is empty)."""
+    """Draw a picture; without `model` with random weights, most of its codes given."""
     import torch
 
     from generation.decoding import SamplingOptions, generate_codes
@@ -40,9 +40,8 @@ def measure(model: str, width: int, depth: int) -> dict[str, object]:
         before = resident("VmRSS")
         config = TransformerConfig.modern(width=width, depth=depth, heads=width // 64, max_text=48, grid=(16, 16))
         generator, tokenizer = Transformer(config).eval(), VQVAE(VQVAEConfig()).eval()
-        plan = plan_drawing(config, tokenizer.config, torch.float32, "cpu")
-        prefix = torch.zeros(16, 250, dtype=torch.int64)
-        generate_codes(generator, [[1]] * 16, list(range(16)), SamplingOptions(), prefix_codes=prefix)
+        prefix = torch.zeros(1, 250, dtype=torch.int64)
+        generate_codes(generator, [[1]], [0], SamplingOptions(), prefix_codes=prefix)
         plan = plan_drawing(config, tokenizer.config, torch.float32, "cpu", given=250)
     peak = resident("VmHWM")
     return {

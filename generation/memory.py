@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from generation.decoding import cache_shape, full_block
 from generation.layout import COMMANDS_IN_ROW
 from generation.model import Transformer, TransformerConfig
 from vqvae.model import VQVAE, VQVAEConfig
 
-SAMPLING = 64  # bytes a logit: copies in float32 and float64, a sort and its indices
+SAMPLING = 32  # bytes a logit: copies in float32 and float64, a sort and its indices
 
 
 @dataclass(frozen=True)
@@ -56,43 +58,46 @@ def plan_drawing(
     rows = full_block(config, grid)
     size = dtype.itemsize
     prompt = config.max_text + COMMANDS_IN_ROW - 1
-    activations = max(
+    needs = [
         _layer_bytes(config, rows, prompt + given, prompt + given, size),
         _layer_bytes(config, rows, 1, prompt + grid[0] * grid[1] - 1, size),
-    )
-    activations += rows * config.num_image_codes * SAMPLING
+        rows * config.num_image_codes * SAMPLING,
+    ]
     if device == "cpu":
-        activations += _trial_bytes(config, rows, prompt)
+        trial = _trial_bytes(config, rows, prompt)
+        needs += [trial + _layer_bytes(config, rows, prompt, prompt, size), 2 * trial]
     return DrawingMemory(
-        transformer=_weight_bytes(Transformer, config, size),
-        tokenizer=_weight_bytes(VQVAE, tokenizer, 4),
+        transformer=_weight_bytes(lambda: Transformer(config), size),
+        tokenizer=_weight_bytes(lambda: VQVAE(tokenizer), 4),
         rows=rows,
         cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does
-        activations=activations,
+        activations=max(needs),
         picture=_picture_bytes(tokenizer, grid),
     )
 
 
-def _weight_bytes(kind: type[Transformer] | type[VQVAE], config: TransformerConfig | VQVAEConfig, size: int) -> int:
+def _weight_bytes(build: Callable[[], nn.Module], size: int) -> int:
     with torch.device("meta"):
-        module = kind(config)  # type: ignore[arg-type]
+        module = build()
     return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers())) * size
 
 
 def _layer_bytes(config: TransformerConfig, rows: int, queries: int, keys: int, size: int) -> int:
-    """What is alive at the end of an MLP: its input and hidden layer with copies; and the mask, scores if unfused."""
-    copies = 4 if config.mlp == "swiglu" else 2
-    stream = rows * queries * (5 * config.width + copies * config.hidden_width) * size
-    mask = rows * queries * keys * (2 * 4 + size)
-    scores = 4 * rows * config.heads * queries * keys * size if config.pb_relax or queries == 1 else 0
-    return stream + mask + scores
+    """The most that is alive in a layer: in the MLP, or where attention keeps its scores."""
+    width, hidden = config.width, config.hidden_width
+    # the layer's input, that of the MLP before and after its norm, the attention's output; then the hidden copies
+    mlp = 4 * width + 4 * hidden if config.mlp == "swiglu" else 5 * width + 2 * hidden
+    # one query on a CPU takes no fused kernel; relaxation takes none anywhere
+    unfused = config.pb_relax > 0 or queries == 1
+    attention = 8 * width + (3 * config.heads * keys if unfused else 0)
+    return rows * queries * (max(mlp, attention) * size + 4 * keys)  # 4: the mask
 
 
 def _trial_bytes(config: TransformerConfig, rows: int, prompt: int) -> int:
-    """What the trial of small blocks (`decoding.block_rows`) compares: the outputs of all linear layers, twice."""
+    """What the trial of small blocks (`decoding.block_rows`) compares: the outputs of all linear layers."""
     gates = 2 if config.mlp == "swiglu" else 1
     outputs = 5 * config.width + gates * config.hidden_width + config.num_image_codes
-    return 2 * rows * (prompt + 1) * outputs * 4
+    return rows * (prompt + 1) * outputs * 4
 
 
 def _picture_bytes(config: VQVAEConfig, grid: tuple[int, int]) -> int:

@@ -25,7 +25,8 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
                 address = storage.data_ptr()
-                if address not in self.known and address not in before and storage.nbytes():
+                made = address not in self.known and address not in before and storage.device.type != "meta"
+                if made and storage.nbytes():
                     self.known.add(address)
                     self.live += storage.nbytes()
                     self.peak = max(self.peak, self.live)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from live_memory import LiveMemory
 
+from data.config import to_dict
 from generation import decoding, memory
 from generation.cogview import cogview_config
-from generation.decoding import SamplingOptions, cache_shape, full_block, generate_codes, prefill
+from generation.decoding import SamplingOptions, cache_shape, full_block, generate_codes
 from generation.memory import available_bytes, check_memory, plan_drawing
 from generation.model import KVCache, Transformer, TransformerConfig
 from mmwudao.cli import run
-from mmwudao.pipeline import Pipeline, describe, load
+from mmwudao.pipeline import describe, load
+from vqvae.hub import _build_empty, load_part, save_part
 from vqvae.model import VQVAE, VQVAEConfig
 
 TOKENIZER = VQVAEConfig(channels=[32, 64, 192])
@@ -50,10 +52,7 @@ def test_weights_and_cache_are_exact():
     cache = KVCache(config, torch.zeros(rows, slots, dtype=torch.bool), dtype=torch.bfloat16, device="cpu")
     assert plan.cache == cache.keys.nbytes + cache.values.nbytes
     assert plan_drawing(config, TOKENIZER, torch.bfloat16, "cpu").cache == 2 * plan.cache, "float32 on a CPU"
-    tokens, hidden, positions = decoding._left_padded(config, [[1]] * rows, (6, 6))
-    assert hidden.shape == (rows, slots)
-    prefill(Transformer(config), tokens, positions[:, : tokens.shape[1]],
-            KVCache(config, hidden, dtype=torch.float32, device="cpu"))  # fmt: skip
+    assert decoding._left_padded(config, [[1]] * rows, (6, 6))[1].shape == (rows, slots)
 
 
 def test_decoding_a_picture():
@@ -79,8 +78,8 @@ def test_small_models_draw_in_full_blocks(monkeypatch):
     config = CONFIGS["modern"]
     assert full_block(config, (6, 6)) == decoding.BLOCK_ROWS
     # a limit for six rows of this model: the next smaller half is four
-    monkeypatch.setattr(decoding, "MOST_CACHED", 12 * 2 * 256 * 79)
-    assert cache_shape(config, 6, (6, 6)) == (2, 6, 79, 256)
+    monkeypatch.setattr(decoding, "MOST_CACHED", 2 * 2 * 6 * 78 * 256)
+    assert cache_shape(config, 6, (6, 6)) == (2, 6, 78, 256)
     assert full_block(config, (6, 6)) == 4
     monkeypatch.setattr(decoding, "MOST_CACHED", 1)
     assert full_block(config, (6, 6)) == 2
@@ -99,6 +98,32 @@ def test_pictures_do_not_depend_on_the_batch_in_smaller_blocks(monkeypatch, guid
     assert steps == list(range(1, decoding.count_steps(3, options, (2, 3), rows=2) + 1))
     alone = generate_codes(model, [[2, 3]], [6], options, grid=(2, 3))
     assert torch.equal(codes[1:2], alone)
+
+
+# loading
+
+
+def test_loading_makes_no_second_copy(tmp_path: Path):
+    config = TransformerConfig.modern(**SIZES, grid=(6, 6))
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    save_part(model, tmp_path / "part", torch.float32)
+    with LiveMemory() as measured:
+        empty = _build_empty(Transformer, to_dict(config))
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert measured.peak < 1.2 * largest, "one parameter at a time, and only until it is registered"
+    loaded = load_part(Transformer, tmp_path / "part")
+    # the tables of the positions are not in the file
+    assert torch.equal(loaded.angles_cos, model.angles_cos)
+    tokens = torch.arange(12).view(1, -1)
+    positions = tokens.unsqueeze(-1).expand(-1, -1, 2)
+    assert torch.equal(loaded(tokens, positions), model(tokens, positions))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    with torch.no_grad():  # a mapped file is not written to
+        loaded.embed.weight.add_(1)
+    assert torch.equal(load_part(Transformer, tmp_path / "part").embed.weight, model.embed.weight)
+    assert next(Transformer(config).parameters()).device.type == "cpu", "the hook is gone"
 
 
 # what is left
@@ -142,7 +167,6 @@ def test_loading_and_drawing_look_first(tiny_model_dir: Path, tmp_path: Path, mo
     assert run(["generate", "cat", "--model", str(tiny_model_dir), "--device", "cpu", "-o", str(out)]) == 2
     assert "GB are free: use" in capsys.readouterr().err
     assert not out.exists()
-    assert isinstance(pipe, Pipeline)
 
 
 def test_info_prints_the_plan(tiny_model_dir: Path, capsys):

@@ -83,7 +83,7 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / 'model.safetensors'} is truncated or damaged ({error})") from error
     try:
-        module: Any = _build_empty(cls, config)
+        module = _build_empty(cls, config)
         tensors = load_file(folder / "model.safetensors")
         _check_names(module, tensors, folder)
         module.load_state_dict(tensors, assign=True)
@@ -117,7 +117,7 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
     return content_hash(stored)
 
 
-def _build_empty(cls: type[T], record: dict[str, Any]) -> T:
+def _build_empty(cls: Any, record: dict[str, Any]) -> Any:
     """A part whose parameters have no storage. Buffers have: those that are not saved must hold their numbers."""
 
     def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
