@@ -46,7 +46,7 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -120,7 +120,7 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
 def _build_empty(cls: Any, record: dict[str, Any]) -> Any:
     """A part whose parameters have no storage. Buffers have: those that are not saved must hold their numbers."""
 
-    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:  # PyTorch declares None, and takes it
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     kind = get_type_hints(cls.__init__)["config"]
