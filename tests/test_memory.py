@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_memory import LiveMemory
 
 from data.config import to_dict
 from generation import decoding, memory
@@ -17,6 +16,7 @@ from generation.memory import available_bytes, check_memory, plan_drawing
 from generation.model import KVCache, Transformer, TransformerConfig
 from mmwudao.cli import run
 from mmwudao.pipeline import describe, load
+from tests.live_memory import LiveMemory
 from vqvae.hub import _build_empty, load_part, save_part
 from vqvae.model import VQVAE, VQVAEConfig
 

@@ -120,7 +120,8 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
 def _build_empty(cls: Any, record: dict[str, Any]) -> Any:
     """A part whose parameters have no storage. Buffers have: those that are not saved must hold their numbers."""
 
-    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:  # PyTorch declares None, and takes it
+    # PyTorch declares that a hook returns None, but uses what it returns
+    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
     kind = get_type_hints(cls.__init__)["config"]
