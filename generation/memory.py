@@ -19,6 +19,7 @@ from torch import nn
 from generation.decoding import cache_shape, full_block
 from generation.layout import COMMANDS_IN_ROW
 from generation.model import Transformer, TransformerConfig
+from vqvae.hub import without_weights
 from vqvae.model import VQVAE, VQVAEConfig
 
 SAMPLING = 32  # bytes a logit: copies in float32 and float64, a sort and its indices
@@ -77,7 +78,7 @@ def plan_drawing(
 
 
 def _weight_bytes(build: Callable[[], nn.Module], size: int) -> int:
-    with torch.device("meta"):
+    with without_weights():
         module = build()
     return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers())) * size
 

@@ -23,7 +23,7 @@ from generation.memory import DrawingMemory, check_memory, plan_drawing
 from generation.model import Transformer, TransformerConfig
 from mmwudao import __version__
 from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, copy_model, find_model, read_model_config
-from vqvae.hub import ModelError, content_hash, load_part
+from vqvae.hub import ModelError, content_hash, load_part, without_weights
 from vqvae.model import VQVAE, VQVAEConfig
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
@@ -102,7 +102,7 @@ def describe(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
 
 def _describe_preset(name: str, dtype: str) -> dict[str, Any]:
     config, tokenizer = cogview_config(name), VQVAEConfig.cogview()
-    with torch.device("meta"):
+    with without_weights():
         parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
     image_size = config.grid[0] * tokenizer.stride
     memory = _plans(config, tokenizer, dtype)

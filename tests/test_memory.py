@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from generation.model import KVCache, Transformer, TransformerConfig
 from mmwudao.cli import run
 from mmwudao.pipeline import describe, load
 from tests.live_memory import LiveMemory
-from vqvae.hub import _build_empty, load_part, save_part
+from vqvae.hub import _empty_part, load_part, save_part, without_weights
 from vqvae.model import VQVAE, VQVAEConfig
 
 TOKENIZER = VQVAEConfig(channels=[32, 64, 192])
@@ -28,6 +30,7 @@ CONFIGS = {
     "relaxed": TransformerConfig.cogview(**SIZES, grid=(6, 6), pb_relax=32.0),
 }
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -109,7 +112,7 @@ def test_loading_makes_no_second_copy(tmp_path: Path):
     model = Transformer(config).eval()
     save_part(model, tmp_path / "part", torch.float32)
     with LiveMemory() as measured:
-        empty = _build_empty(Transformer, to_dict(config))
+        empty = _empty_part(Transformer, to_dict(config))
     assert all(parameter.is_meta for parameter in empty.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
     assert measured.peak < 1.2 * largest, "one parameter at a time, and only until it is registered"
@@ -124,6 +127,20 @@ def test_loading_makes_no_second_copy(tmp_path: Path):
         loaded.embed.weight.add_(1)
     assert torch.equal(load_part(Transformer, tmp_path / "part").embed.weight, model.embed.weight)
     assert next(Transformer(config).parameters()).device.type == "cpu", "the hook is gone"
+
+
+def test_nothing_is_imported_to_make_an_empty_module():
+    """PyTorch's compiler, which random numbers on the meta device need, takes seconds to import."""
+    code = "import sys; from generation.cogview import cogview_config; from generation.model import Transformer\n"
+    code += "from vqvae.hub import without_weights\nbefore = set(sys.modules)\n"
+    code += "with without_weights(): Transformer(cogview_config('cogview-small'))\n"
+    code += "print(len([name for name in set(sys.modules) - before if name.startswith('torch')]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 20
+    with without_weights():
+        frozen = torch.nn.Linear(3, 4).requires_grad_(False)
+    assert frozen.weight.shape == (4, 3)
+    assert not frozen.weight.requires_grad
 
 
 # what is left

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -16,6 +17,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
@@ -83,7 +85,7 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / 'model.safetensors'} is truncated or damaged ({error})") from error
     try:
-        module = _build_empty(cls, config)
+        module = _empty_part(cls, config)
         tensors = load_file(folder / "model.safetensors")
         _check_names(module, tensors, folder)
         module.load_state_dict(tensors, assign=True)
@@ -117,21 +119,44 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
     return content_hash(stored)
 
 
-def _build_empty(cls: Any, record: dict[str, Any]) -> Any:
-    """A part whose parameters have no storage. Buffers have: those that are not saved must hold their numbers."""
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made inside have parameters of the right shape but no storage; their buffers are ordinary ones.
+
+    `torch.device("meta")` would empty the buffers too, of which those that are not saved must hold their numbers; and
+    PyTorch imports its compiler, for seconds, to fill a tensor on that device at random.
+    """
 
     # PyTorch declares that a hook returns None, but uses what it returns
-    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
 
+    hook = register_module_parameter_registration_hook(empty)
+    try:
+        with _NoFilling():
+            yield
+    finally:
+        hook.remove()
+
+
+class _NoFilling(TorchFunctionMode):
+    """Leaves out the functions of `nn.init`, and the methods under them, on tensors without storage."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            if getattr(nn.init, func.__name__, None) is func or func.__name__ in ("normal_", "uniform_"):
+                return tensor
+        return func(*args, **kwargs)
+
+
+def _empty_part(cls: Any, record: dict[str, Any]) -> Any:
     kind = get_type_hints(cls.__init__)["config"]
     known = {field.name for field in fields(kind)}
     config = kind(**{name: value for name, value in record.items() if name in known})
-    hook = register_module_parameter_registration_hook(without_storage)
-    try:
+    with without_weights():
         return cls(config)
-    finally:
-        hook.remove()
 
 
 def _check_names(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
