@@ -4,7 +4,7 @@ Image k is the same picture, bit for bit, whatever else is in the batch (on one 
 * all its random numbers come from its own CPU generator, drawn before the first step, and a code is found by
   inverting the cumulative distribution, so no library's sampling order matters;
 * floating-point products may add up in another order when a matrix has another shape, so the model only ever sees
-  blocks of `BLOCK_ROWS` rows, with every prompt padded to the model's `max_text` on the left. Unused rows are filled.
+  blocks of `full_block` rows, with every prompt padded to the model's `max_text` on the left. Unused rows are filled.
   A block for few images is smaller where a trial on this CPU finds the same bits in it (`block_rows`).
 
 Shapes: n images, R rows of a block, P prompt slots, N image codes, S = h * w codes of a picture.
@@ -25,6 +25,7 @@ from generation.model import KVCache, Transformer, TransformerConfig
 
 BLOCK_ROWS = 16  # a guided image takes two of them
 SMALL_BLOCKS = (4, 8)
+MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
 
 OnToken = Callable[[int, Tensor], None]
 
@@ -107,9 +108,14 @@ def decode_one_token(model: Transformer, codes: Tensor, positions: Tensor, cache
     return model.logits(hidden[:, 0], image_only=True).float()
 
 
-def count_steps(n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0) -> int:
-    """How many times `generate_codes` calls `on_token` for `n` images that all begin with `prefix` given codes."""
-    return math.ceil(n / _images_in_block(options)) * (grid[0] * grid[1] - prefix)
+def count_steps(
+    n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0, rows: int = BLOCK_ROWS
+) -> int:
+    """How many times `generate_codes` calls `on_token` for `n` images that all begin with `prefix` given codes.
+
+    `rows` is the model's `full_block`.
+    """
+    return math.ceil(n / _images_in_block(options, rows)) * (grid[0] * grid[1] - prefix)
 
 
 @torch.inference_mode()
@@ -131,9 +137,10 @@ def generate_codes(
     so copy what you keep. Raises `ValueError` for arguments that do not fit together.
     """
     options = options or SamplingOptions()
+    full = full_block(model.config, grid)
+    size = _images_in_block(options, full)
     device = model.embed.weight.device
     codes = _given(model.config, prompts, seeds, grid, given_codes).to(device)
-    size = _images_in_block(options)
     prefix = int((codes >= 0).all(dim=0).int().cumprod(dim=0).sum())  # given in all pictures: no step is needed
     if prefix == grid[0] * grid[1]:
         return codes.view(-1, *grid)
@@ -150,8 +157,8 @@ def generate_codes(
     try:
         for first in range(0, len(prompts), size):
             last = min(first + size, len(prompts))
-            rows = block_rows(model, (last - first) * BLOCK_ROWS // size, grid)
-            fill = [first] * (rows * size // BLOCK_ROWS - (last - first))
+            rows = block_rows(model, (last - first) * full // size, grid)
+            fill = [first] * (rows * size // full - (last - first))
             images = [*range(first, last), *fill]
             _generate_block(model, [prompts[i] for i in images], [seeds[i] for i in images], options, grid,
                             codes[first:last], prefix, report)  # fmt: skip
@@ -160,24 +167,41 @@ def generate_codes(
     return codes.view(-1, *grid)
 
 
+def cache_shape(config: TransformerConfig, rows: int, grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Layers, rows, slots and width of the keys (and of the values) that drawing keeps."""
+    return config.depth, rows, config.max_text + COMMANDS_IN_ROW + grid[0] * grid[1] - 2, config.width
+
+
+def full_block(config: TransformerConfig, grid: tuple[int, int]) -> int:
+    """The rows of a full block: `BLOCK_ROWS`, halved until the cache holds at most `MOST_CACHED` numbers; 2 at least.
+
+    The model decides, not the memory that is free: a picture would differ between two cards.
+    """
+    rows = BLOCK_ROWS
+    while rows > 2 and 2 * math.prod(cache_shape(config, rows, grid)) > MOST_CACHED:
+        rows //= 2
+    return rows
+
+
 def block_rows(model: Transformer, needed: int, grid: tuple[int, int]) -> int:
-    """The rows of a block for `needed` of them: `BLOCK_ROWS`, or fewer if this CPU then computes the same bits.
+    """The rows of a block for `needed` of them: `full_block`, or fewer if this CPU then computes the same bits.
 
     A trial tells: does every row of a small block, and of a full one, get what the first row of a full block gets?
     It runs once for each model shape, dtype and thread count.
     """
+    most = full_block(model.config, grid)
     if model.embed.weight.device.type != "cpu":
-        return BLOCK_ROWS  # a step of few rows is no faster there
+        return most  # a step of few rows is no faster there
     for rows in SMALL_BLOCKS:
-        if needed <= rows:
+        if needed <= rows < most:
             shape = replace(model.config, tokenizer_hash="", text_hash="")
-            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, BLOCK_ROWS, grid)
+            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid)
             if key not in _trials:
-                full, small = _trial(model, BLOCK_ROWS, grid), _trial(model, rows, grid)
+                full, small = _trial(model, most, grid), _trial(model, rows, grid)
                 _trials[key] = bool((full == full[:1]).all() and (small == full[:1]).all())
             if _trials[key]:
                 return rows
-    return BLOCK_ROWS
+    return most
 
 
 _trials: dict[tuple[object, ...], bool] = {}
@@ -323,8 +347,8 @@ def _naive_logits(model: Transformer, text: Sequence[int], codes: list[int], gri
     return model.logits(hidden[:, -1], image_only=True).float()
 
 
-def _images_in_block(options: SamplingOptions) -> int:
-    return BLOCK_ROWS if options.guidance == 1 else BLOCK_ROWS // 2
+def _images_in_block(options: SamplingOptions, rows: int) -> int:
+    return rows if options.guidance == 1 else rows // 2
 
 
 def _given(

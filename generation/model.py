@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from generation.layout import COMMANDS_IN_ROW, Batch, PositionKind, Vocabulary
+from generation.sparse import draw_pivots, sparse_attention
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
 # from the signature of `Transformer.__init__` to rebuild it from config.json.
@@ -41,6 +43,10 @@ class TransformerConfig:
     rotary_base: float = 10000.0
     qk_norm: bool = True
     pb_relax: float = 0.0  # alpha of precision-bottleneck relaxation; 0: plain attention
+    # attention over three regions while training (`generation.sparse`); 0: dense. Dense in eval mode and with a cache
+    sparse_window: int = 0
+    sparse_windows: int = 4  # the published settings: 64, 4, 256
+    sparse_pivots: int = 256
     bias: bool = False
     dropout: float = 0.0
     tie_embeddings: bool = True
@@ -59,6 +65,8 @@ class TransformerConfig:
             raise ValueError(f"rotary_2d needs width / heads to be a multiple of 4, not {self.head_width}")
         if self.max_text < 0 or self.pb_relax < 0 or not 0 <= self.dropout < 1:
             raise ValueError("max_text and pb_relax must not be negative, and dropout must lie in [0, 1)")
+        if self.sparse_window < 0 or min(self.sparse_windows, self.sparse_pivots) < 1:
+            raise ValueError("sparse_window must be 0 (dense) or more, sparse_windows and sparse_pivots at least 1")
 
     @classmethod
     def cogview(cls, **overrides: Any) -> "TransformerConfig":
@@ -173,7 +181,7 @@ def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alph
     """Attention with precision-bottleneck relaxation (CogView section 2.4, equations 3 and 4).
 
     softmax((Q^T K / (alpha sqrt(d)) - max) * alpha): the same numbers as plain attention, but the product stays
-    alpha times smaller, inside the range of float16. `bias` is 0 or minus infinity, None for causal.
+    alpha times smaller, inside the range of float16. `bias` is added to the scores; None is causal.
     """
     scores = (q / (alpha * math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)  # [B, H, T, S]
     if bias is None:
@@ -181,7 +189,7 @@ def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alph
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
     else:
-        scores = scores + bias.to(scores.dtype)
+        scores = scores + (bias / alpha).to(scores.dtype)
     scores = (scores - scores.amax(-1, keepdim=True).detach()) * alpha
     return F.dropout(scores.softmax(-1), dropout) @ v
 
@@ -244,7 +252,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        bias: Tensor | None,
+        pivots: Tensor | None,
     ) -> Tensor:
         rows, length, width = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.config.heads, self.config.head_width)
@@ -255,17 +268,24 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.store(self.layer, k, v)
-        dropout = self.config.dropout if self.training else 0.0
-        if self.config.pb_relax:
-            x = relaxed_attention(q, k.to(q.dtype), v.to(q.dtype), bias, self.config.pb_relax, dropout)
-        elif bias is not None and length == 1 and x.device.type == "cpu":
+        if pivots is not None:
+            sizes = self.config.sparse_window, self.config.sparse_windows
+            # recomputed in the backward pass: what is gathered for the blocks is many times as large as k and v
+            x = checkpoint(sparse_attention, q, k, v, pivots, *sizes, self._attend, use_reentrant=False)
+        elif bias is not None and length == 1 and x.device.type == "cpu" and not self.config.pb_relax:
             # the fused CPU kernel is made for many queries: with one it takes 3 times as long as two products
             x = single_query_attention(q, k, v, bias)
         else:
-            k, v = k.to(q.dtype), v.to(q.dtype)
-            bias = None if bias is None else bias.to(q.dtype)
-            x = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
+            x = self._attend(q, k.to(q.dtype), v.to(q.dtype), bias)
         return self.project(x.transpose(1, 2).reshape(rows, length, width))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Dense attention [B, H, T, d]; `bias` is added to the scores, None is causal."""
+        dropout = self.config.dropout if self.training else 0.0
+        if self.config.pb_relax:
+            return relaxed_attention(q, k, v, bias, self.config.pb_relax, dropout)
+        bias = None if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
 
 
 class MLP(nn.Module):
@@ -300,9 +320,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        bias: Tensor | None,
+        pivots: Tensor | None,
     ) -> Tensor:
-        branch = self.attention(self.attention_norm(x), rotation, cache, bias)
+        branch = self.attention(self.attention_norm(x), rotation, cache, bias, pivots)
         x = x + self.attention_out_norm(self.dropout(branch))
         branch = self.mlp(self.mlp_norm(x))
         return x + self.mlp_out_norm(self.dropout(branch))
@@ -366,8 +391,11 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             )
         x = self.dropout(x)
         bias = None if cache is None else cache.bias(tokens.shape[1])
+        # rows inside the windows see all of themselves, which is dense attention
+        within = self.config.sparse_window * self.config.sparse_windows
+        sparse = self.training and cache is None and 0 < within < tokens.shape[1]
         for block in self.blocks:
-            x = block(x, rotation, cache, bias)
+            x = block(x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None)
         if cache is not None:
             cache.used += tokens.shape[1]
         return self.norm(x)
@@ -400,6 +428,10 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         """Float32 cross entropy [n] at the n places of `mask` [B, T]."""
         logits = self.logits(hidden[mask], image_only=image_only)
         return F.cross_entropy(logits.float(), batch.targets[mask], reduction="none")
+
+    def _draw_pivots(self, tokens: Tensor) -> Tensor:
+        vocab = self.config.vocabulary
+        return draw_pivots(tokens, vocab.num_image_codes, vocab.command("[PAD]"), self.config.sparse_pivots)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the matrix products: autocast's where it is on."""

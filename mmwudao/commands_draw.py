@@ -140,17 +140,24 @@ def replay(
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A shipped name, a model directory, or a hub id.")] = "emoji",
+    model: Annotated[
+        str, typer.Argument(help="A shipped name, a model directory, a hub id, or a preset such as cogview-4b.")
+    ] = "emoji",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Print a model's parts with their sizes and hashes, its styles, languages and sampling defaults."""
-    from mmwudao.pipeline import describe
+    """Print a model's parts with their sizes and hashes, its styles and defaults, and the memory that drawing takes."""
+    from mmwudao.info import describe
 
-    description = describe(model)
+    description = describe(model, dtype)
     print(json.dumps(description, ensure_ascii=False) if as_json else _format_description(description))
 
 
 def _format_description(description: dict[str, Any]) -> str:
+    if "parts" not in description:
+        size, count = description["image_size"], description["parameters"]
+        first = f"{description['name']}: {size} x {size} pixels, {count:,} parameters (a preset, no weights here)"
+        return "\n".join([first, *_format_memory(description["memory"])])
     sampling = ", ".join(f"{name} {value}" for name, value in description["default_sampling"].items())
     lines = [
         f"{description['name']}: {description['image_size']} x {description['image_size']} pixels, "
@@ -163,7 +170,20 @@ def _format_description(description: dict[str, Any]) -> str:
     for name, part in description["parts"].items():
         count = f"{part['parameters']:,} parameters" if "parameters" in part else f"{part['pieces']:,} pieces"
         lines.append(f"{name:<10} {count}, {part['bytes'] / 1e6:.1f} MB, {part['dtype']}, {part['hash']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_format_memory(description["memory"])])
+
+
+def _format_memory(memory: dict[str, dict[str, Any]]) -> list[str]:
+    """A line a device: what drawing takes on top of PyTorch itself."""
+    lines = []
+    for device, plan in memory.items():
+        gb = {name: f"{value / 1e9:.2f}" for name, value in plan.items() if isinstance(value, int)}
+        lines.append(
+            f"memory     {device}, {plan['dtype']}: {gb['total']} GB = transformer {gb['transformer']} + image "
+            f"tokenizer {gb['tokenizer']} + cache of {plan['rows']} rows {gb['cache']} + activations "
+            f"{gb['activations']}; decoding a picture {gb['picture']}"
+        )
+    return lines
 
 
 def as_typed(argument: str) -> str:

@@ -7,22 +7,22 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data.styles import with_style
 from data.text import TextTokenizer
 from generation.adapters import AdapterConfig, apply_adapter
 from generation.decoding import SamplingOptions, count_steps, generate_codes
+from generation.memory import DrawingMemory, check_memory, plan_drawing
 from generation.model import Transformer
 from mmwudao import __version__, tasks, upscaling
 from mmwudao.model_dir import (
-    OPTIONAL_PARTS,
     ModelConfig,
     check_hash,
     check_pairing,
@@ -30,7 +30,7 @@ from mmwudao.model_dir import (
     find_model,
     read_model_config,
 )
-from vqvae.hub import ModelError, content_hash, load_part, stored_hash
+from vqvae.hub import ModelError, content_hash, load_part
 from vqvae.model import VQVAE
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
@@ -62,56 +62,23 @@ def load(
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
     tokenizer is small and stays in float32). Every part is checked against the hashes in `config.json`.
 
-    Raises `ValueError` for an unknown or absent device or dtype, `ModelError` (a `ValueError`) for a model that is
-    missing, incomplete or not what its config.json says, and for an adapter that is damaged or another model's.
+    Raises `ValueError` for an unknown or absent device or dtype and for a model that the device has no room for,
+    `ModelError` (a `ValueError`) for a model that is missing, incomplete or not what its config.json says, and for an
+    adapter that is damaged or another model's.
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    folder, config, tokenizer, generator, text = _load_parts(model)
+    folder, config, tokenizer, generator, text = load_parts(model)
+    # the parts are still the mapped files, which take no memory that others need
+    plan = plan_drawing(generator.config, tokenizer.config, chosen_dtype, chosen_device.type)
+    check_memory(plan.total, chosen_device, chosen_dtype)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
     style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash) if adapter else None
     return Pipeline(str(model), folder, config, tokenizer, generator, text, style)
 
 
-def describe(model: str | Path) -> dict[str, Any]:
-    """What `mmwudao info` prints: the parts of a model with sizes in bytes, parameter counts, dtypes and hashes.
-
-    Raises `ModelError` as `load` does.
-    """
-    folder, config, tokenizer, generator, text = _load_parts(model)
-    parts: dict[str, dict[str, Any]] = {}
-    for name, module in (("tokenizer", tokenizer), ("generator", generator)):
-        tensors = list(module.state_dict().values())
-        parts[name] = {
-            "parameters": sum(parameter.numel() for parameter in module.parameters()),
-            "dtype": str(tensors[0].dtype).removeprefix("torch."),
-        }
-    for name in config.parts.keys() & set(OPTIONAL_PARTS):
-        stored = folder / config.parts[name].path
-        check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
-        tensors = list(load_file(stored / "model.safetensors").values())
-        parts[name] = {
-            "parameters": sum(tensor.numel() for tensor in tensors),
-            "dtype": str(tensors[0].dtype).removeprefix("torch."),
-        }
-    parts["text"] = {"pieces": text.vocab_size, "dtype": "sentencepiece"}
-    for name, part in config.parts.items():
-        parts[name] |= {"hash": part.hash, "bytes": _size(folder / part.path)}
-    return {
-        "name": config.name,
-        "folder": str(folder),
-        "image_size": config.image_size,
-        "styles": config.styles,
-        "languages": config.languages,
-        "default_sampling": asdict(config.default_sampling),
-        "model_hash": config.model_hash,
-        "bytes": sum(part["bytes"] for part in parts.values()),
-        "parts": parts,
-    }
-
-
-def _load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer, TextTokenizer]:
+def load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer, TextTokenizer]:
     """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
     folder = find_model(model)
     config = read_model_config(folder)
@@ -158,6 +125,12 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    @cached_property
+    def memory(self) -> DrawingMemory:
+        """What drawing takes."""
+        dtype = next(self.generator.parameters()).dtype
+        return plan_drawing(self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid)
+
     @property
     def dtype(self) -> str:
         """The name of the transformer's number format, as `load` takes it."""
@@ -182,8 +155,9 @@ class Pipeline:
         taken from the model's defaults. With `candidates`, so many are drawn of each prompt, and the n that describe
         it best are returned, best first (see `rerank`; `.info["score"]`). `on_progress` is called after every step.
 
-        Raises `ValueError` for an empty or overlong prompt, `n` below 1 or beyond `candidates`, an unknown style, or
-        bad sampling options; `ModelError` for candidates of a model that cannot describe.
+        Raises `ValueError` for an empty or overlong prompt, `n` below 1 or beyond `candidates`, an unknown style, bad
+        sampling options, or when the device has too little memory left; `ModelError` for candidates of a model that
+        cannot describe.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -320,11 +294,12 @@ class Pipeline:
         given_codes: Tensor | None = None,
     ) -> Tensor:
         """Codes [n, h, w] of a text and a seed each."""
+        check_memory(self.memory.working, self.device, DTYPES[self.dtype])
         rows = [self._encode(text) for text in texts]
         prefix = 0
         if given_codes is not None:
             prefix = int((given_codes >= 0).flatten(1).all(dim=0).int().cumprod(dim=0).sum())
-        total = count_steps(len(rows), options, self.grid, prefix)
+        total = count_steps(len(rows), options, self.grid, prefix, self.memory.rows)
 
         def report(step: int, codes: Tensor) -> None:
             if on_progress is not None:
@@ -452,9 +427,3 @@ _LANGUAGE_SIGNS = [
         ("fr", r"[éèêëàâçîïôûùœ]|\b(?:un|une|le|la|les|du|des|avec|et)\b"),
     )
 ]
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)

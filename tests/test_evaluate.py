@@ -198,11 +198,11 @@ class Painter(Pipeline):
         self.config = ModelConfig("painter", 32, ("noto", "twemoji"), ("en", "de"), SamplingOptions(), {})
         self.always, self.prompts = always, []
 
-    def generate(self, prompts, *arguments, **options):
-        self.prompts = list(prompts)
+    def generate(self, prompt, *arguments, **options):
+        self.prompts = list(prompt)
         pictures = []
-        for prompt in prompts:
-            named = next(name for name in COLOURS if name in prompt or GERMAN[name] in prompt)
+        for one in self.prompts:
+            named = next(name for name in COLOURS if name in one or GERMAN[name] in one)
             pictures.append(Image.new("RGB", (32, 32), COLOURS[self.always or named]))
         return pictures
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
@@ -46,13 +48,17 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
-    """A part from a folder or a hub id, in eval mode, in the dtype it is stored in. Raises `ModelError`."""
+    """A part from a folder or a hub id, in eval mode, in the dtype it is stored in. Raises `ModelError`.
+
+    The weights are the mapped file itself: no second copy is made, and pages are read when they are used.
+    """
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
     folder = Path(source)
     if not folder.is_dir():
@@ -79,13 +85,15 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / 'model.safetensors'} is truncated or damaged ({error})") from error
     try:
-        # huggingface_hub prints a line on stdout, where `--json` has only JSON
-        with contextlib.redirect_stdout(io.StringIO()):
-            module: Any = cls.from_pretrained(folder, strict=False)
+        module = _empty_part(cls, config)
+        tensors = load_file(folder / "model.safetensors")
+        _check_names(module, tensors, folder)
+        module.load_state_dict(tensors, assign=True)
+    except ModelError:
+        raise
     except (TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())  # PyTorch puts each tensor that does not fit on a line of its own
         raise ModelError(f"{folder} does not hold a {cls.__name__}: {reason[:300]}") from error
-    _check_complete(module, folder, cls.__name__)
     stored = [dtype for name, dtype in STORED_DTYPES.items() if name in dtypes]
     return module.to(stored[0] if stored else torch.float32).eval()
 
@@ -111,15 +119,51 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
     return content_hash(stored)
 
 
-def _check_complete(module: nn.Module, folder: Path, name: str) -> None:
-    from safetensors import safe_open
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made inside have parameters of the right shape but no storage; their buffers are ordinary ones.
 
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-    expected = set(module.state_dict())
+    `torch.device("meta")` would empty the buffers too, of which those that are not saved must hold their numbers; and
+    PyTorch imports its compiler, for seconds, to fill a tensor on that device at random.
+    """
+
+    # PyTorch declares that a hook returns None, but uses what it returns
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(empty)
+    try:
+        with _NoFilling():
+            yield
+    finally:
+        hook.remove()
+
+
+class _NoFilling(TorchFunctionMode):
+    """Leaves out the functions of `nn.init`, and the methods under them, on tensors without storage."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            if getattr(nn.init, func.__name__, None) is func or func.__name__ in ("normal_", "uniform_"):
+                return tensor
+        return func(*args, **kwargs)
+
+
+def _empty_part(cls: Any, record: dict[str, Any]) -> Any:
+    kind = get_type_hints(cls.__init__)["config"]
+    known = {field.name for field in fields(kind)}
+    config = kind(**{name: value for name, value in record.items() if name in known})
+    with without_weights():
+        return cls(config)
+
+
+def _check_names(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    stored, expected = set(tensors), set(module.state_dict())
     if stored != expected:
         missing, unexpected = sorted(expected - stored), sorted(stored - expected)
         raise ModelError(
-            f"{folder} does not hold this {name}: missing {missing[:3] or 'nothing'}, "
+            f"{folder} does not hold this {type(module).__name__}: missing {missing[:3] or 'nothing'}, "
             f"unexpected {unexpected[:3] or 'nothing'}"
         )
