@@ -15,9 +15,9 @@ from PIL import Image
 
 from generation.decoding import SamplingOptions
 from mmwudao import load
+from mmwudao.info import describe
 from mmwudao.model_dir import assemble, copy_model, find_model, load_tokenizer, read_model_config
 from mmwudao.pictures import differing_pixels, encode_png, file_stem, grid, read_recipe, unused_path, write_files
-from mmwudao.info import describe
 from mmwudao.pipeline import MAX_PICTURES, MAX_PROMPT, Pipeline, Progress, choose_dtype, guess_language
 from vqvae.hub import ModelError
 
