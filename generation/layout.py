@@ -9,7 +9,7 @@ Shapes: B rows in a batch, T tokens in a row, h x w codes in a picture.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -203,6 +203,20 @@ def caption_row(
     positions = caption_row_positions(len(text_ids), (codes.shape[0], codes.shape[1]), max_text, kind)
     targets = row[1:]
     return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes, image_first=True)
+
+
+def with_noise(row: Row, other: Tensor, share: float, generator: torch.Generator) -> Row:
+    """`row` with that share of the codes it is given, not of its targets, taken from `other` [h, w] at the same place.
+
+    A model that cannot trust every code before looks more at the text and survives its own slips when it draws: the
+    aim of scheduled sampling (Bengio et al. 2015, arXiv:1506.03099), for the price of a lookup.
+    """
+    places = row.image_mask.roll(1).nonzero()[:, 0]  # the target of the last place is no code
+    codes = other.reshape(-1)[: len(places)].to(row.tokens.dtype)
+    noisy = torch.rand(len(places), generator=generator) < share
+    tokens = row.tokens.clone()
+    tokens[places[noisy]] = codes[noisy]
+    return replace(row, tokens=tokens)
 
 
 def collate(

@@ -20,7 +20,7 @@ from data.codes import tokenizer_hash
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.decoding import SamplingOptions, generate_codes
-from generation.layout import Batch, Row, caption_row, collate, training_row
+from generation.layout import Batch, Row, caption_row, collate, training_row, with_noise
 from generation.model import Transformer, TransformerConfig
 from generation.pairs import CaptionConfig, CodedPairs, draw_caption, draw_description, unigram_bits
 from vqvae.hub import content_hash, load_part, save_part
@@ -56,6 +56,7 @@ class GeneratorTrainConfig:
     start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
     text_weight: float = 0.2  # of a text token's loss, next to 1 of an image token's
     caption_weight: float = 1.0  # the same in rows with the image first, see CaptionConfig.image_first
+    code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `layout.with_noise`
     sample_prompts: list[str] = field(default_factory=list)
     sample_every: int = 2000  # steps between sample sheets
 
@@ -185,6 +186,14 @@ class PairBatches:
         yield from zip([(batch, total) for batch in batches], ids, strict=True)
 
     def _row(self, index: int, rng: random.Random) -> Row:
+        row = self._clean_row(index, rng)
+        if not self.config.code_noise:
+            return row
+        other = self.pairs.codes[rng.randrange(len(self.pairs))]
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        return with_noise(row, other, rng.uniform(0, self.config.code_noise), generator)
+
+    def _clean_row(self, index: int, rng: random.Random) -> Row:
         sample, captions = self.pairs.samples[index], self.config.captions
         # drawn only where it is asked for, so that a run without it draws the captions that it always drew
         if captions.image_first and rng.random() < captions.image_first:

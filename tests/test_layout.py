@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from generation.layout import COMMANDS, Vocabulary, collate, prompt_row, row_positions, training_row
+from generation.layout import (
+    COMMANDS,
+    Vocabulary,
+    caption_row,
+    collate,
+    prompt_row,
+    row_positions,
+    training_row,
+    with_noise,
+)
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
 
@@ -104,3 +113,20 @@ def test_unusable_rows_are_refused():
         collate(VOCAB, [])
     with pytest.raises(ValueError, match=r"\[h, w\]"):
         training_row(VOCAB, [1], torch.zeros(64), 5)
+
+
+@pytest.mark.parametrize("build", [training_row, caption_row])
+def test_noise_changes_given_codes_alone(build):
+    codes, other = torch.arange(1, 37).view(6, 6), torch.full((6, 6), 60)
+    row = build(VOCAB, [7, 8], codes, max_text=5)
+    noisy = with_noise(row, other, 0.4, torch.Generator().manual_seed(0))
+    changed = noisy.tokens != row.tokens
+    assert 5 <= int(changed.sum()) <= 25
+    assert (noisy.tokens[changed] == 60).all()
+    assert (row.tokens[changed] < VOCAB.num_image_codes).all()
+    for name in ("targets", "positions", "image_mask"):
+        assert torch.equal(getattr(noisy, name), getattr(row, name))
+    # a code is taken from the same place
+    all_of_it = with_noise(row, codes + 20, 1.0, torch.Generator())
+    assert all_of_it.tokens[row.tokens < VOCAB.num_image_codes].tolist() == list(range(21, 57))
+    assert with_noise(row, other, 0.0, torch.Generator()).tokens.tolist() == row.tokens.tolist()

@@ -379,6 +379,19 @@ def test_the_share_of_rows_with_the_image_first(workspace, tmp_path):
     assert rows[1] == pytest.approx(0.25, abs=0.06)
 
 
+def test_code_noise_is_up_to_its_share_and_the_same_each_time(workspace, tmp_path):
+    clean = batches_of(workspace, tmp_path, batch_size=32)
+    noisy = batches_of(workspace, tmp_path, batch_size=32)
+    noisy.config.code_noise = 0.5
+    (before, _), _ = next(clean(3))
+    (after, _), _ = next(noisy(3))
+    (again, _), _ = next(noisy(3))
+    assert torch.equal(after.tokens, again.tokens)
+    assert torch.equal(after.targets, before.targets)
+    share = float((after.tokens != before.tokens).sum()) / (before.tokens < CODES).sum().item()
+    assert 0.1 < share < 0.3  # 0.25 on average, and some of the other pictures' codes are the same
+
+
 def test_training_starts_from_a_trained_generator(workspace, tmp_path):
     folder = train(make_config(workspace, tmp_path / "first", steps=40))
     again = make_config(workspace, tmp_path / "second", steps=1, learning_rate=1e-9, eval_every=1)
