@@ -226,6 +226,14 @@ def test_words_that_find_no_place_are_reported(base_dir: Path, adapter: Path, ca
     assert "reads 22 pieces" in caplog.text
 
 
+def test_the_base_on_disk_stays_as_it_is(base_dir: Path, adapter: Path) -> None:
+    """Weights are mapped files, and the adapter is added to them in place."""
+    weights = base_dir / "generator" / "model.safetensors"
+    before = weights.read_bytes()
+    load(base_dir, device="cpu", dtype="bfloat16", adapter=adapter).generate("blue fish", seed=5)
+    assert weights.read_bytes() == before
+
+
 def test_an_unadapted_pipeline_is_what_it_was(base_dir: Path, adapter: Path) -> None:
     pipe = load(base_dir, device="cpu", dtype="float32")
     before = pipe.generate("blue fish", seed=5)[0]
