@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from data.sample import Caption
 
@@ -38,3 +39,24 @@ def draw_text(caption: Caption, name: float, keywords: float, rng: random.Random
     if draw >= name + keywords:
         words.insert(0, caption.name)
     return ", ".join(words)
+
+
+def guess_language(text: str) -> str:
+    """The language whose phrase names a style in `text`: by script, then by letters and articles; else English."""
+    for language, pattern in _LANGUAGE_SIGNS:
+        if pattern.search(text):
+            return language
+    return "en"
+
+
+_LANGUAGE_SIGNS = [
+    (language, re.compile(pattern, re.IGNORECASE))
+    for language, pattern in (
+        ("ko", r"[\u1100-\u11ff\uac00-\ud7af]"),
+        ("ja", r"[\u3040-\u30ff]"),  # kana; Chinese characters alone are read as Chinese
+        ("zh", r"[\u3400-\u9fff]"),
+        ("cs", r"[ěřůčďťňšž]"),
+        ("de", r"[äöüß]|\b(?:ein|eine|der|die|das|mit|und)\b"),
+        ("fr", r"[éèêëàâçîïôûùœ]|\b(?:un|une|le|la|les|du|des|avec|et)\b"),
+    )
+]

@@ -122,8 +122,8 @@ def tokenize(
     import torch
 
     from data.shards import MANIFEST_NAME, read_manifest
+    from mmwudao.devices import choose_device
     from mmwudao.model_dir import load_tokenizer
-    from mmwudao.pipeline import choose_device
     from vqvae.tokenize import tokenize_shards
 
     where = choose_device(device)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from generation.cogview import PRESETS, cogview_config
 from generation.memory import plan_drawing
 from generation.model import Transformer, TransformerConfig
+from mmwudao.devices import choose_dtype
+from mmwudao.loaded import load_parts
 from mmwudao.model_dir import OPTIONAL_PARTS, check_hash
-from mmwudao.pipeline import choose_dtype, load_parts
 from vqvae.hub import stored_hash, without_weights
 from vqvae.model import VQVAEConfig
 

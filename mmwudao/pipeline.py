@@ -1,13 +1,10 @@
-"""Text to pictures: load a model directory, draw, and draw a remembered picture again."""
+"""Text to pictures: load a model directory, draw, draw a remembered picture again, and the other tasks."""
 
 from __future__ import annotations
 
-import logging
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.styles import with_style
-from data.text import TextTokenizer
-from generation.adapters import AdapterConfig, apply_adapter
+from data.styles import guess_language, with_style
+from generation.adapters import apply_adapter
 from generation.decoding import SamplingOptions, count_steps, generate_codes
-from generation.memory import DrawingMemory, check_memory, plan_drawing
-from generation.model import Transformer
+from generation.memory import check_memory, plan_drawing
 from mmwudao import __version__, tasks, upscaling
-from mmwudao.model_dir import (
-    ModelConfig,
-    check_hash,
-    check_pairing,
-    copy_model,
-    find_model,
-    read_model_config,
-)
-from vqvae.hub import ModelError, content_hash, load_part
-from vqvae.model import VQVAE
+from mmwudao.devices import DTYPES, choose_device, choose_dtype
+from mmwudao.loaded import LoadedModel, load_parts
+from mmwudao.model_dir import copy_model
+from vqvae.hub import ModelError
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
 MAX_PICTURES = 1000  # a call
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,63 +63,8 @@ def load(
     return Pipeline(str(model), folder, config, tokenizer, generator, text, style)
 
 
-def load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer, TextTokenizer]:
-    """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
-    folder = find_model(model)
-    config = read_model_config(folder)
-    tokenizer = load_part(VQVAE, folder / config.parts["tokenizer"].path)
-    generator = load_part(Transformer, folder / config.parts["generator"].path)
-    # the hashes vouch for it; CogView's text model has no byte pieces
-    text = TextTokenizer(folder / config.parts["text"].path, needs_bytes=False)
-    hashes = {
-        "tokenizer": content_hash(tokenizer),
-        "generator": content_hash(generator),
-        "text": text.content_hash,
-    }
-    for part, found in hashes.items():
-        check_hash(folder, part, found, config.parts[part].hash)
-    check_pairing(generator.config.tokenizer_hash, generator.config.text_hash, hashes)
-    if config.image_size % tokenizer.config.stride:
-        raise ModelError(f"{folder}: image_size must be a multiple of {tokenizer.config.stride}")
-    return folder, config, tokenizer, generator, text
-
-
-class Pipeline:
-    """A loaded model. `source` is what `load` was asked for, `folder` where it was found.
-
-    `adapter` describes the style that the generator has been given, if any.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        folder: Path,
-        config: ModelConfig,
-        tokenizer: VQVAE,
-        generator: Transformer,
-        text: TextTokenizer,
-        adapter: AdapterConfig | None = None,
-    ) -> None:
-        self.adapter = adapter
-        self.source, self.folder, self.config = source, folder, config
-        self.tokenizer, self.generator, self.text = tokenizer, generator, text
-        side = config.image_size // tokenizer.config.stride
-        self.grid = (side, side)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.generator.parameters()).device
-
-    @cached_property
-    def memory(self) -> DrawingMemory:
-        """What drawing takes."""
-        dtype = next(self.generator.parameters()).dtype
-        return plan_drawing(self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid)
-
-    @property
-    def dtype(self) -> str:
-        """The name of the transformer's number format, as `load` takes it."""
-        return str(next(self.generator.parameters()).dtype).removeprefix("torch.")
+class Pipeline(LoadedModel):
+    """A loaded model at work."""
 
     def generate(
         self,
@@ -182,7 +112,7 @@ class Pipeline:
                 scored = tasks.score_codes(self, one, codes[pictures.start : pictures.stop], guess_language(one))
                 scores = dict(zip(pictures, scored, strict=True))
             for k in sorted(pictures, key=lambda k: -scores.get(k, 0.0))[:n]:
-                image = self._decode(codes[k])
+                image = self.decode_codes(codes[k])
                 image.info.update(self._recipe(one, style, texts[i], seeds[k], options))
                 if k in scores:
                     image.info["score"] = scores[k]
@@ -229,7 +159,7 @@ class Pipeline:
         kept = tasks.kept_cells(keep, self.grid).to(self.device)
         given = tasks.encode_pictures(self, [image])[0].masked_fill(~kept, -1)
         codes = self._draw([text] * n, seeds, options, on_progress, given.expand(n, -1, -1))
-        images = [self._decode(one) for one in codes]
+        images = [self.decode_codes(one) for one in codes]
         for one, drawn_with in zip(images, seeds, strict=True):
             one.info.update(self._recipe(prompt, style, text, drawn_with, options))
             one.info["kept"] = keep if isinstance(keep, str) else "a mask"
@@ -255,7 +185,7 @@ class Pipeline:
             )
         self._check_adapter(recipe.get("adapter_hash"))
         options = SamplingOptions(**{name: recipe[name] for name in asdict(self.config.default_sampling)})
-        image = self._decode(self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)[0])
+        image = self.decode_codes(self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)[0])
         image.info.update(
             self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
         )
@@ -295,7 +225,7 @@ class Pipeline:
     ) -> Tensor:
         """Codes [n, h, w] of a text and a seed each."""
         check_memory(self.memory.working, self.device, DTYPES[self.dtype])
-        rows = [self._encode(text) for text in texts]
+        rows = [self.encode_text(text) for text in texts]
         prefix = 0
         if given_codes is not None:
             prefix = int((given_codes >= 0).flatten(1).all(dim=0).int().cumprod(dim=0).sum())
@@ -310,20 +240,6 @@ class Pipeline:
             self.generator, rows, seeds, options, grid=self.grid, given_codes=given_codes, on_token=report
         )
 
-    def _encode(self, text: str) -> list[int]:
-        pieces = self.text.encode(text)
-        prompt = self.generator.config.vocabulary.prompt_pieces
-        longest = self.generator.config.max_text - len(prompt)
-        if len(pieces) > longest:
-            read = self.text.decode(pieces[:longest])
-            log.warning("the model reads %d pieces of text at most; it stops after %r", longest, read[-40:])
-        return [*prompt, *pieces[:longest]]
-
-    def _decode(self, codes: Tensor) -> Image.Image:
-        """Codes [h, w] to a picture. One at a time: a batch's convolutions may round differently."""
-        pixels = (self.tokenizer.decode(codes[None])[0] * 255).round().to("cpu", torch.uint8)
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
     def _decode_partial(self, codes: Tensor) -> list[Image.Image]:
         """Codes so far [n, h, w], -1 where none is drawn, to pictures that are white below the last whole row."""
         pictures = []
@@ -331,7 +247,7 @@ class Pipeline:
             picture = Image.new("RGB", (self.config.image_size,) * 2, "white")
             rows = int((one >= 0).all(dim=1).sum())
             if rows:
-                picture.paste(self._decode(one[:rows]), (0, 0))
+                picture.paste(self.decode_codes(one[:rows]), (0, 0))
             pictures.append(picture)
         return pictures
 
@@ -374,56 +290,3 @@ def check_prompt(prompt: str) -> None:
         raise ValueError(f"the prompt is not valid Unicode text (at character {error.start + 1})") from error
 
 
-def choose_device(device: str) -> torch.device:
-    """The torch device of a name in `DEVICES`. Raises `ValueError` for another name or one this machine lacks."""
-    if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}; choose from {', '.join(DEVICES)}")
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, here in present.items() if here)
-    if not present[device]:
-        raise ValueError(f"PyTorch finds no {device} device on this machine: use --device auto or cpu")
-    return torch.device(device)
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name in `DTYPES`; "auto" is bfloat16 where the hardware multiplies it natively.
-
-    Raises `ValueError` for another name.
-    """
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise ValueError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and cpu_multiplies_bfloat16()
-    return torch.bfloat16 if native else torch.float32
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has AMX or AVX512-BF16; elsewhere PyTorch emulates bfloat16, which is slower than float32."""
-    # torch.ops.mkldnn._is_mkldnn_bf16_supported() will not do: it is true for plain AVX512 too
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def guess_language(text: str) -> str:
-    """The language whose phrase names a style in `text`: by script, then by letters and articles; else English."""
-    for language, pattern in _LANGUAGE_SIGNS:
-        if pattern.search(text):
-            return language
-    return "en"
-
-
-_LANGUAGE_SIGNS = [
-    (language, re.compile(pattern, re.IGNORECASE))
-    for language, pattern in (
-        ("ko", r"[\u1100-\u11ff\uac00-\ud7af]"),
-        ("ja", r"[\u3040-\u30ff]"),  # kana; Chinese characters alone are read as Chinese
-        ("zh", r"[\u3400-\u9fff]"),
-        ("cs", r"[ěřůčďťňšž]"),
-        ("de", r"[äöüß]|\b(?:ein|eine|der|die|das|mit|und)\b"),
-        ("fr", r"[éèêëàâçîïôûùœ]|\b(?:un|une|le|la|les|du|des|avec|et)\b"),
-    )
-]

@@ -1,29 +1,26 @@
 """What a loaded model does besides drawing: describe pictures, choose among them, complete one.
 
-Functions of a `Pipeline`, whose methods of the same names they are. Shapes: n pictures of h x w codes.
+`mmwudao.pipeline.Pipeline` has methods of the same names. Shapes: n pictures of h x w codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import open_image, to_square, to_tensor
+from data.images import open_image, to_rgb, to_square, to_tensor
 from data.sample import DataError
 from data.styles import tagged
 from generation.captions import caption_log_probabilities, describe
 from generation.cogview_sampling import caption_scores
 from generation.layout import caption_prompt_row
+from mmwudao.loaded import LoadedModel
 from vqvae.hub import ModelError
-
-if TYPE_CHECKING:
-    from mmwudao.pipeline import Pipeline
 
 COGVIEW_PIECES = 20  # of a caption by CogView's own model, whose text has no end mark; its script draws as many
 BEAMS = 4
@@ -42,52 +39,52 @@ def read_pictures(paths: Sequence[Path]) -> list[Image.Image]:
     return pictures
 
 
-def encode_pictures(pipeline: Pipeline, images: Sequence[Image.Image]) -> Tensor:
+def encode_pictures(model: LoadedModel, images: Sequence[Image.Image]) -> Tensor:
     """Codes [n, h, w] of pictures of any size: the centre square of each, at the model's size."""
     if not images:
         raise ValueError("no picture: give at least one")
-    size = pipeline.config.image_size
+    size = model.config.image_size
     # one at a time: a batch's convolutions may round differently from a single picture's
-    squares = [to_tensor(to_square(image.convert("RGB"), size))[None].to(pipeline.device) for image in images]
+    squares = [to_tensor(to_square(to_rgb(image), size))[None].to(model.device) for image in images]
     with torch.inference_mode():
-        return torch.cat([pipeline.tokenizer.encode(square) for square in squares])
+        return torch.cat([model.tokenizer.encode(square) for square in squares])
 
 
-def caption(pipeline: Pipeline, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
+def caption(model: LoadedModel, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
     """The likeliest description of each picture that beam search finds, in `language` (default: the model's first).
 
     Raises `ModelError` for a model that cannot describe, `ValueError` for a language it does not know or no picture.
     """
-    kind, languages = _describing(pipeline), pipeline.config.languages
+    kind, languages = _describing(model), model.config.languages
     if language is not None and language not in languages:
         raise ValueError(f"unknown language {language!r}; this model describes in: {', '.join(languages)}")
-    start = pipeline.text.encode(tagged("", language or languages[0]).rstrip()) if kind == "tagged" else []
+    start = model.text.encode(tagged("", language or languages[0]).rstrip()) if kind == "tagged" else []
     captions = []
-    for codes in encode_pictures(pipeline, images):
+    for codes in encode_pictures(model, images):
         found = describe(
-            pipeline.generator,
+            model.generator,
             codes,
             start,
             beams=BEAMS,
             max_pieces=None if kind == "tagged" else COGVIEW_PIECES,
             ends=kind == "tagged",
         )
-        captions.append(pipeline.text.decode(found[0].pieces).strip())
+        captions.append(model.text.decode(found[0].pieces).strip())
     return captions
 
 
-def score_codes(pipeline: Pipeline, prompt: str, codes: Tensor, language: str) -> list[float]:
+def score_codes(model: LoadedModel, prompt: str, codes: Tensor, language: str) -> list[float]:
     """Log probability (nats) of the prompt as a description of each picture of `codes` [n, h, w]. See `rerank`."""
-    kind = _describing(pipeline)
+    kind = _describing(model)
     if kind == "tagged":
-        start = pipeline.text.encode(tagged("", language).rstrip())
-        text = pipeline.text.encode(tagged(prompt, language))
+        start = model.text.encode(tagged("", language).rstrip())
+        text = model.text.encode(tagged(prompt, language))
         # the tag is spelled alike with and without a text behind it, or it would not be what was learned
         common = next((i for i, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), len(start))
-        return caption_log_probabilities(pipeline.generator, codes, text, common).tolist()
-    text = pipeline.text.encode(prompt)[: pipeline.generator.config.max_text]
-    rows = [caption_prompt_row(pipeline.generator.config.vocabulary, one, text) for one in codes.cpu()]
-    return caption_scores(pipeline.generator, torch.tensor(rows)).tolist()
+        return caption_log_probabilities(model.generator, codes, text, common).tolist()
+    text = model.text.encode(prompt)[: model.generator.config.max_text]
+    rows = [caption_prompt_row(model.generator.config.vocabulary, one, text) for one in codes.cpu()]
+    return caption_scores(model.generator, torch.tensor(rows)).tolist()
 
 
 def kept_cells(keep: str | Path | Image.Image, grid: tuple[int, int]) -> Tensor:
@@ -128,8 +125,8 @@ def kept_cells(keep: str | Path | Image.Image, grid: tuple[int, int]) -> Tensor:
     return cells
 
 
-def _describing(pipeline: Pipeline) -> str:
-    kind = pipeline.config.describes
+def _describing(model: LoadedModel) -> str:
+    kind = model.config.describes
     if kind == "no":
-        raise ModelError(f"{pipeline.source} only draws: it was not trained to describe pictures")
+        raise ModelError(f"{model.source} only draws: it was not trained to describe pictures")
     return kind

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmwudao.devices import choose_device
 from mmwudao.model_dir import check_hash, find_model, read_model_config
-from mmwudao.pipeline import choose_device
 from retrieval.towers import Towers, load_towers
 from vqvae.hub import ModelError, stored_hash
 

@@ -220,7 +220,7 @@ def test_a_picture_is_the_same_in_any_batch(base_dir: Path, adapter: Path) -> No
 
 def test_words_that_find_no_place_are_reported(base_dir: Path, adapter: Path, caplog) -> None:
     pipe = load(base_dir, device="cpu", dtype="float32", adapter=adapter)
-    pieces = pipe._encode("moon and stars " * 20)
+    pieces = pipe.encode_text("moon and stars " * 20)
     assert len(pieces) == pipe.generator.config.max_text
     assert pieces[:2] == pipe.generator.config.vocabulary.prompt_pieces
     assert "reads 22 pieces" in caplog.text

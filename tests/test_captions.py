@@ -237,7 +237,7 @@ def test_what_is_kept_is_kept(pipeline, pictures):
                            codes.masked_fill(~kept_cells("left:0.5", (4, 4)), -1).expand(2, -1, -1))  # fmt: skip
     assert torch.equal(drawn[:, :, :2], codes[None, :, :2].expand(2, -1, -1))
     completed = pipeline.complete(pictures[0], "红心", "left:0.5", n=2, seed=1)
-    assert [one.tobytes() for one in completed] == [pipeline._decode(one).tobytes() for one in drawn]
+    assert [one.tobytes() for one in completed] == [pipeline.decode_codes(one).tobytes() for one in drawn]
     assert completed[0].info["kept"] == "left:0.5"
 
 

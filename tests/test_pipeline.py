@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from data.styles import guess_language
 from generation.decoding import SamplingOptions
 from mmwudao import load
+from mmwudao.devices import choose_dtype
 from mmwudao.info import describe
 from mmwudao.model_dir import assemble, copy_model, find_model, load_tokenizer, read_model_config
 from mmwudao.pictures import differing_pixels, encode_png, file_stem, grid, read_recipe, unused_path, write_files
-from mmwudao.pipeline import MAX_PICTURES, MAX_PROMPT, Pipeline, Progress, choose_dtype, guess_language
+from mmwudao.pipeline import MAX_PICTURES, MAX_PROMPT, Pipeline, Progress
 from vqvae.hub import ModelError
 
 
