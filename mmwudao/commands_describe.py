@@ -12,6 +12,7 @@ from mmwudao.commands_draw import (
     Device,
     Dtype,
     Json,
+    Judge,
     Model,
     as_typed,
     choose_threads,
@@ -55,18 +56,19 @@ def caption(
 def rerank(
     prompt: Annotated[str, typer.Argument(help="What the pictures should show.")],
     images: Pictures,
+    by: Annotated[Judge, typer.Option(help="What judges.")] = "caption",
     model: Model = "emoji",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Sort pictures by how well they show the prompt: its log probability as their caption, best first."""
+    """Sort pictures by how well they show the prompt: its log probability as their caption, or by towers."""
     choose_threads()
     from mmwudao.pipeline import load
     from mmwudao.tasks import read_pictures
 
     pictures = read_pictures(images)
-    scores = load(model, device, dtype).rerank(as_typed(prompt), pictures)
+    scores = load(model, device, dtype).rerank(as_typed(prompt), pictures, by)
     for score, path in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
         print(json.dumps({"path": str(path), "score": score}) if as_json else f"{score:9.3f}  {path}")
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ Model = Annotated[str, typer.Option(help="A shipped name, a model directory, or 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Adapter = Annotated[Path | None, typer.Option(help="The folder of a style that `train style` learned.")]
+Judge = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which is not imported for --help
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -41,8 +42,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")] = None,
     candidates: Annotated[
-        int | None, typer.Option(help="Draw so many of each prompt, and keep the n that describe it best.")
+        int | None, typer.Option(help="Draw so many of each prompt, and keep the n that show it best.")
     ] = None,
+    rerank: Annotated[Judge, typer.Option(help="What chooses among the candidates.")] = "caption",
     model: Model = "emoji",
     adapter: Adapter = None,
     device: Device = "auto",
@@ -67,7 +69,7 @@ def generate(
         preview_path = unused_path(out, "preview") if preview else None
         with drawing_progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
             images = pipeline.generate(
-                wanted, n, seed, style, temperature, top_k, top_p, guidance, candidates, on_progress=on_progress
+                wanted, n, seed, style, temperature, top_k, top_p, guidance, candidates, rerank, on_progress=on_progress
             )
         pictures, sheet = write_pictures(out, images, columns)
     print_pictures(pictures, sheet, images, as_json)

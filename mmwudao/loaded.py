@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,6 +18,9 @@ from generation.model import Transformer
 from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, find_model, read_model_config
 from vqvae.hub import ModelError, content_hash, load_part
 from vqvae.model import VQVAE
+
+if TYPE_CHECKING:
+    from retrieval.towers import Towers
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,13 @@ class LoadedModel:
         """What drawing takes."""
         dtype = next(self.generator.parameters()).dtype
         return plan_drawing(self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid)
+
+    @cached_property
+    def towers(self) -> Towers:
+        """The model's retrieval towers. Raises `ModelError` when it has none."""
+        from mmwudao.towers import load_model_towers
+
+        return load_model_towers(self.folder, self.device.type)
 
     @property
     def dtype(self) -> str:

@@ -77,17 +77,19 @@ class Pipeline(LoadedModel):
         top_p: float | None = None,
         guidance: float | None = None,
         candidates: int | None = None,
+        rerank: tasks.Judge = "caption",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[Image.Image]:
         """Draw `n` pictures of each prompt, prompt by prompt; `.info` of each is the recipe to draw it again.
 
         Picture k of the call is drawn with `seed + k`; without `seed`, one is drawn and recorded. What is None is
-        taken from the model's defaults. With `candidates`, so many are drawn of each prompt, and the n that describe
-        it best are returned, best first (see `rerank`; `.info["score"]`). `on_progress` is called after every step.
+        taken from the model's defaults. With `candidates`, so many are drawn of each prompt, and the n that show it
+        best are returned, best first (`tasks.score_pictures` by `rerank`; `.info["score"]`). `on_progress` is called
+        after every step.
 
         Raises `ValueError` for an empty or overlong prompt, `n` below 1 or beyond `candidates`, an unknown style, bad
         sampling options, or when the device has too little memory left; `ModelError` for candidates of a model that
-        cannot describe.
+        cannot judge them.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -98,40 +100,34 @@ class Pipeline(LoadedModel):
                 f"n must be at least 1, at most the candidates, and one call draws at most {MAX_PICTURES} pictures: "
                 f"n is {n}" + ("" if candidates is None else f", candidates {candidates}")
             )
-        if candidates is not None and self.config.describes == "no":
-            raise ModelError(f"{self.source} cannot choose among candidates: it was not trained to describe pictures")
+        if candidates is not None:
+            tasks.check_judge(self, rerank)
         texts = [self._text(one, style) for one in prompts]
         seeds = self._seeds(seed, drawn * len(prompts))
         options = self._options(temperature, top_k, top_p, guidance)
         codes = self._draw([text for text in texts for _ in range(drawn)], seeds, options, on_progress)
-        images = []
+        images = [self.decode_codes(one) for one in codes]
+        for k, image in enumerate(images):
+            image.info.update(self._recipe(prompts[k // drawn], style, texts[k // drawn], seeds[k], options))
+        if candidates is None:
+            return images
+        kept = []
         for i, one in enumerate(prompts):
-            pictures = range(i * drawn, (i + 1) * drawn)
-            scores: dict[int, float] = {}
-            if candidates is not None:
-                scored = tasks.score_codes(self, one, codes[pictures.start : pictures.stop], guess_language(one))
-                scores = dict(zip(pictures, scored, strict=True))
-            for k in sorted(pictures, key=lambda k: -scores.get(k, 0.0))[:n]:
-                image = self.decode_codes(codes[k])
-                image.info.update(self._recipe(one, style, texts[i], seeds[k], options))
-                if k in scores:
-                    image.info["score"] = scores[k]
-                images.append(image)
-        return images
+            some = slice(i * drawn, (i + 1) * drawn)
+            scores = tasks.score_pictures(self, one, images[some], rerank, codes[some])
+            for score, image in zip(scores, images[some], strict=True):
+                image.info["score"] = score
+            kept += sorted(images[some], key=lambda image: -image.info["score"])[:n]
+        return kept
 
     def caption(self, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
         """See `tasks.caption`."""
         return tasks.caption(self, images, language)
 
-    def rerank(self, prompt: str, images: Sequence[Image.Image]) -> list[float]:
-        """How well each picture says the prompt back: its log probability (nats) as a description of the picture.
-
-        CogView's post-selection (section 3.3) by inverse prompting (Zou et al. 2021, arXiv:2103.10685). Scores compare
-        pictures for one prompt, not prompts. Raises `ValueError` for no picture or a bad prompt, `ModelError` for a
-        model that cannot describe.
-        """
+    def rerank(self, prompt: str, images: Sequence[Image.Image], by: tasks.Judge = "caption") -> list[float]:
+        """How well each picture shows the prompt: see `tasks.score_pictures`. `ValueError` also for a bad prompt."""
         check_prompt(prompt)
-        return tasks.score_codes(self, prompt, tasks.encode_pictures(self, images), guess_language(prompt))
+        return tasks.score_pictures(self, prompt, images, by)
 
     def complete(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from data.images import open_image, to_rgb, to_square, to_tensor
 from data.sample import DataError
-from data.styles import tagged
+from data.styles import guess_language, tagged
 from generation.captions import caption_log_probabilities, describe
 from generation.cogview_sampling import caption_scores
 from generation.layout import caption_prompt_row
@@ -24,6 +25,8 @@ from vqvae.hub import ModelError
 
 COGVIEW_PIECES = 20  # of a caption by CogView's own model, whose text has no end mark; its script draws as many
 BEAMS = 4
+
+Judge = Literal["caption", "towers", "both"]
 
 
 def read_pictures(paths: Sequence[Path]) -> list[Image.Image]:
@@ -73,8 +76,43 @@ def caption(model: LoadedModel, images: Sequence[Image.Image], language: str | N
     return captions
 
 
+def score_pictures(
+    model: LoadedModel, prompt: str, images: Sequence[Image.Image], by: Judge = "caption", codes: Tensor | None = None
+) -> list[float]:
+    """How well each picture shows the prompt, more is better. Scores compare pictures for one prompt, not prompts.
+
+    "caption": the log probability (nats) of the prompt as the picture's description, CogView's post-selection (section
+    3.3) by inverse prompting (Zou et al. 2021, arXiv:2103.10685). "towers": the cosine of the two towers. "both": the
+    mean of the two, each standardised over the pictures. `codes` [n, h, w] are the pictures' if they are known.
+
+    Raises `ValueError` for no picture, `ModelError` for a model that cannot describe, or has no towers.
+    """
+    check_judge(model, by)
+    if not images:
+        raise ValueError("no picture: give at least one")
+    scores = []
+    if by != "towers":
+        codes = encode_pictures(model, images) if codes is None else codes
+        scores.append(torch.tensor(score_codes(model, prompt, codes, guess_language(prompt))))
+    if by != "caption":
+        scores.append(model.towers.encode_image(list(images)) @ model.towers.encode_text([prompt])[0])
+    if len(scores) > 1:
+        scores = [(one - one.mean()) / one.std(correction=0).clamp_min(1e-6) for one in scores]
+    return torch.stack(scores).mean(dim=0).tolist()
+
+
+def check_judge(model: LoadedModel, by: str) -> None:
+    """`ValueError` for an unknown judge, `ModelError` for one that the model is not."""
+    if by not in get_args(Judge):
+        raise ValueError(f"unknown judge {by!r}; choose from {', '.join(get_args(Judge))}")
+    if by != "towers":
+        _describing(model)
+    if by != "caption" and "towers" not in model.config.parts:
+        raise ModelError(f"{model.source} has no towers to judge pictures by: judge them by caption")
+
+
 def score_codes(model: LoadedModel, prompt: str, codes: Tensor, language: str) -> list[float]:
-    """Log probability (nats) of the prompt as a description of each picture of `codes` [n, h, w]. See `rerank`."""
+    """Log probability (nats) of the prompt as a description of each picture of `codes` [n, h, w]."""
     kind = _describing(model)
     if kind == "tagged":
         start = model.text.encode(tagged("", language).rstrip())

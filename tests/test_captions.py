@@ -24,8 +24,10 @@ from generation.layout import (
 )
 from generation.model import Transformer, TransformerConfig
 from generation.pairs import CaptionConfig, draw_description
+from mmwudao.model_dir import Part
 from mmwudao.pipeline import load
 from mmwudao.tasks import encode_pictures, kept_cells
+from tests.tiny_towers import ColourTowers
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
 CODES = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -229,6 +231,39 @@ def test_a_kept_picture_scores_as_rerank_would_score_its_codes(pipeline, picture
     )
     with pytest.raises(ValueError, match="empty prompt"):
         pipeline.rerank(" ", pictures)
+
+
+@pytest.fixture(scope="module")
+def judged(pipeline):
+    """A pipeline with towers that know colours."""
+    pipe = load(pipeline.source, device="cpu", dtype="float32")
+    pipe.config = replace(pipe.config, parts={**pipe.config.parts, "towers": Part("towers", "")})
+    pipe.towers = ColourTowers()
+    return pipe
+
+
+def test_towers_judge_pictures(judged, pictures):
+    scores = judged.rerank("something blue", [*pictures, Image.new("RGB", (40, 40), "blue")], by="towers")
+    assert max(range(4), key=scores.__getitem__) == 3
+    assert scores[3] == pytest.approx(1, abs=1e-4)
+    drawn = judged.generate("a blue fish", n=3, seed=3, candidates=6, rerank="towers")
+    apart = judged.rerank("a blue fish", judged.generate("a blue fish", n=6, seed=3), by="towers")
+    assert [one.info["score"] for one in drawn] == pytest.approx(sorted(apart, reverse=True)[:3], abs=1e-5)
+
+
+def test_both_judges_weigh_alike(judged, pictures):
+    caption, towers, both = (
+        torch.tensor(judged.rerank("something red", pictures, by)) for by in ("caption", "towers", "both")
+    )
+    expected = sum((one - one.mean()) / one.std(correction=0) for one in (caption, towers)) / 2
+    torch.testing.assert_close(both, expected, atol=1e-4, rtol=0)
+
+
+def test_a_judge_that_is_not_there(pipeline, judged, pictures):
+    with pytest.raises(ValueError, match="has no towers"):
+        pipeline.generate("红心", candidates=2, rerank="both")
+    with pytest.raises(ValueError, match="unknown judge 'me'"):
+        judged.rerank("红心", pictures, by="me")
 
 
 def test_what_is_kept_is_kept(pipeline, pictures):
