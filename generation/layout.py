@@ -208,6 +208,7 @@ def caption_row(
 def with_noise(row: Row, other: Tensor, share: float, generator: torch.Generator) -> Row:
     """`row` with that share of the codes it is given, not of its targets, taken from `other` [h, w] at the same place.
 
+    `other` is another picture, or [MASK] all over.
     A model that cannot trust every code before looks more at the text and survives its own slips when it draws: the
     aim of scheduled sampling (Bengio et al. 2015, arXiv:1506.03099), for the price of a lookup.
     """

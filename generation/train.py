@@ -57,6 +57,7 @@ class GeneratorTrainConfig:
     text_weight: float = 0.2  # of a text token's loss, next to 1 of an image token's
     caption_weight: float = 1.0  # the same in rows with the image first, see CaptionConfig.image_first
     code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `layout.with_noise`
+    code_mask: float = 0.0  # share of the rows that draw whose given codes are hidden, half of them to all
     sample_prompts: list[str] = field(default_factory=list)
     sample_every: int = 2000  # steps between sample sheets
 
@@ -186,12 +187,15 @@ class PairBatches:
         yield from zip([(batch, total) for batch in batches], ids, strict=True)
 
     def _row(self, index: int, rng: random.Random) -> Row:
-        row = self._clean_row(index, rng)
-        if not self.config.code_noise:
+        row, config = self._clean_row(index, rng), self.config
+        if not (config.code_noise or config.code_mask):
             return row
-        other = self.pairs.codes[rng.randrange(len(self.pairs))]
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        return with_noise(row, other, rng.uniform(0, self.config.code_noise), generator)
+        if not row.image_first and rng.random() < config.code_mask:
+            # what cannot be continued must be read off the text
+            other, share = torch.full(self.pairs.grid, self.model.vocabulary.command("[MASK]")), rng.uniform(0.5, 1)
+        else:
+            other, share = self.pairs.codes[rng.randrange(len(self.pairs))], rng.uniform(0, config.code_noise)
+        return with_noise(row, other, share, torch.Generator().manual_seed(rng.getrandbits(63)))
 
     def _clean_row(self, index: int, rng: random.Random) -> Row:
         sample, captions = self.pairs.samples[index], self.config.captions

@@ -392,6 +392,21 @@ def test_code_noise_is_up_to_its_share_and_the_same_each_time(workspace, tmp_pat
     assert 0.1 < share < 0.3  # 0.25 on average, and some of the other pictures' codes are the same
 
 
+def test_codes_are_hidden_in_rows_that_draw_alone(workspace, tmp_path):
+    batches = batches_of(workspace, tmp_path, batch_size=64)
+    batches.config.captions.image_first = 0.5
+    batches.config.code_mask = 0.5
+    vocab = batches.model.vocabulary
+    (batch, _), _ = next(batches(0))
+    hidden = (batch.tokens == vocab.command("[MASK]")).sum(dim=1)
+    draws = batch.tokens[:, 0] == vocab.command("[ROI1]")
+    assert 20 <= int(draws.sum()) <= 44
+    assert (hidden[~draws] == 0).all()
+    assert 0.25 < float((hidden[draws] > 0).float().mean()) < 0.75
+    assert float(hidden[draws & (hidden > 0)].float().mean()) == pytest.approx(0.75 * 16, abs=2)
+    assert (batch.targets != vocab.command("[MASK]")).all()
+
+
 def test_training_starts_from_a_trained_generator(workspace, tmp_path):
     folder = train(make_config(workspace, tmp_path / "first", steps=40))
     again = make_config(workspace, tmp_path / "second", steps=1, learning_rate=1e-9, eval_every=1)
