@@ -1,4 +1,4 @@
-"""Pictures to text: the likeliest caption by beam search, and how likely a given one is.
+"""Pictures to text: the best caption by beam search, and how likely a given one is.
 
 For rows with the image first (`generation.layout.caption_row`): a generator that learned both directions, or CogView's
 caption model, whose text has no end mark and is scored by `generation.cogview_sampling.caption_scores`.
@@ -24,6 +24,11 @@ class Description:
     pieces: tuple[int, ...]
     log_probability: float
 
+    @property
+    def score(self) -> float:
+        """Log probability a piece: by the sum alone, the shortest texts would win."""
+        return self.log_probability / (len(self.pieces) + 1)
+
 
 @torch.inference_mode()
 def describe(
@@ -35,7 +40,7 @@ def describe(
     max_pieces: int | None = None,
     ends: bool = True,
 ) -> list[Description]:
-    """The `beams` likeliest texts for `codes` [h, w] that beam search finds, likeliest first.
+    """The `beams` texts with the best scores for `codes` [h, w] that beam search finds, best first; none is empty.
 
     `start` are raw text pieces that every text begins with and that are not returned. With `ends`, a text is over at
     [SEP]; without, it has `max_pieces` pieces (default: what the model reads). One beam is greedy search.
@@ -67,23 +72,24 @@ def describe(
         logits = model.logits(hidden[:, -1]).float() + allowed
         totals = scores[:, None] + logits.log_softmax(-1)  # [W, V]
         if ends:
-            found += _descriptions(texts, totals[:, end], vocab.num_image_codes)
+            if step:
+                found += _descriptions(texts, totals[:, end], vocab.num_image_codes)
             totals[:, end] = -torch.inf
         if step == room:
             break
         scores, best = totals.flatten().topk(min(beams, int(totals.isfinite().sum())))
         parents, pieces = best // vocab.padded_size, best % vocab.padded_size
         texts = torch.cat([texts[parents], pieces[:, None]], dim=1)
-        found = sorted(found, key=lambda text: -text.log_probability)[:beams]
-        if len(found) == beams and float(scores[0]) < found[-1].log_probability:
-            break  # a text only becomes less likely as it grows
+        found = sorted(found, key=lambda text: -text.score)[:beams]
+        if len(found) == beams and float(scores[0]) / (room + 1) < found[-1].score:
+            break  # no text that goes on can do better, if all its other pieces were certain
         if step + 1 == room and not ends:
             break
         cache.take_rows(parents)
         hidden = model(pieces[:, None], positions[given + step].expand(len(pieces), 1, *positions.shape[1:]), cache)
     if not ends:
         found = _descriptions(texts, scores, vocab.num_image_codes)
-    return sorted(found, key=lambda text: -text.log_probability)[:beams]
+    return sorted(found, key=lambda text: -text.score)[:beams]
 
 
 def _descriptions(texts: Tensor, scores: Tensor, first_piece: int) -> list[Description]:

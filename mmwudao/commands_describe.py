@@ -36,7 +36,7 @@ def caption(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what pictures show: the likeliest description, one line a picture (and language)."""
+    """Say what pictures show: the best description found, one line a picture (and language)."""
     choose_threads()
     from mmwudao.pipeline import load
     from mmwudao.tasks import read_pictures

@@ -54,7 +54,7 @@ def encode_pictures(model: LoadedModel, images: Sequence[Image.Image]) -> Tensor
 
 
 def caption(model: LoadedModel, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
-    """The likeliest description of each picture that beam search finds, in `language` (default: the model's first).
+    """The best description of each picture that beam search finds, in `language` (default: the model's first).
 
     Raises `ModelError` for a model that cannot describe, `ValueError` for a language it does not know or no picture.
     """
