@@ -59,7 +59,7 @@ def main() -> None:
         told = captions[language][i]
         lines.append(f"| {i + 1} | {name} | {language} | {prompt} | {told} | {captions['en'][i]} |")
         print(lines[-1], flush=True)
-    sheet.save(arguments.out.with_suffix(".png"), optimize=True)
+    sheet.quantize(256).save(arguments.out.with_suffix(".png"), optimize=True)
     head = (
         f"# The tasks on ten held-out pictures, by `{arguments.model}`\n\n"
         f"Pictures of `{arguments.split}` that the model never saw, one a base concept, nothing picked, seed 0.\n"
