@@ -141,4 +141,4 @@ def test_ci_runs_lint_and_test() -> None:
     assert script.stat().st_mode & 0o111
     text = script.read_text()
     assert "set -euo pipefail" in text
-    assert "make lint test" in text
+    assert "make lint\nmake test\n" in text
