@@ -24,6 +24,13 @@ MAX_THREADS = 16  # more only wait for each other at the sizes of one picture's 
 Model = Annotated[str, typer.Option(help="A shipped name, a model directory, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Style = Annotated[str | None, typer.Option(help="A picture family the model knows (see `mmwudao info`).")]
+Seed = Annotated[int | None, typer.Option(help="Picture k is drawn with seed + k; default: a new one.")]
+Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest code.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest codes; 0: from all.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")]
+Guidance = Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder for the pictures.")]
 Adapter = Annotated[Path | None, typer.Option(help="The folder of a style that `train style` learned.")]
 Judge = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which is not imported for --help
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -35,12 +42,12 @@ def generate(
         Path | None, typer.Option(help="A UTF-8 text file with one prompt a line ('-' reads stdin).")
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
-    style: Annotated[str | None, typer.Option(help="A picture family the model knows (see `mmwudao info`).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Picture k is drawn with seed + k; default: a new one.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest code.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest codes; 0: from all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")] = None,
+    style: Style = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    guidance: Guidance = None,
     candidates: Annotated[
         int | None, typer.Option(help="Draw so many of each prompt, and keep the n that show it best.")
     ] = None,
@@ -49,7 +56,7 @@ def generate(
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the pictures.")] = Path("mmwudao-out"),
+    out: Out = Path("mmwudao-out"),
     preview: Annotated[bool, typer.Option("--preview", help="Keep a preview.png up to date while drawing.")] = False,
     as_json: Json = False,
 ) -> None:
