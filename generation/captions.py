@@ -105,7 +105,7 @@ def caption_log_probabilities(model: Transformer, codes: Tensor, text: Sequence[
     `start` of the raw text pieces are given, as a language tag is. Compare pictures for one text, not texts.
     """
     config, device = model.config, model.embed.weight.device
-    rows = [caption_row(config.vocabulary, text, one, config.max_text, config.position_kind) for one in codes.cpu()]
+    rows = [caption_row(config.vocabulary, [text], one, config.max_text, config.position_kind) for one in codes.cpu()]
     batch = collate(config.vocabulary, rows).to(device)
     begin = batch.tokens.shape[1] - len(text[: config.max_text]) + start - 1  # its target is the first scored piece
     hidden = model(batch.tokens, batch.positions)[:, begin:]

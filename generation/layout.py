@@ -93,23 +93,24 @@ class Vocabulary:
 class Row:
     """One training row, inputs and targets already shifted against each other.
 
-    `tokens` [T], `targets` [T] (the token after each), `positions` [T] or [T, 2], `image_mask` [T] (the target is
-    an image code). `image_first`: the text describes the picture, instead of asking for it.
+    `tokens` [T], `targets` [T] (the token after each, [PAD] where nothing is to be learned), `positions` [T] or
+    [T, 2], `image_mask` [T] (the target is an image code). A row that describes has `segments` [T]: 0 at the picture,
+    k at its k-th text. A text sees the picture and itself; without segments, a token sees all before it.
     """
 
     tokens: Tensor
     positions: Tensor
     targets: Tensor
     image_mask: Tensor
-    image_first: bool = False
+    segments: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows with [PAD] at the end: `tokens`, `targets`, `image_mask`, `weights` [B, T], `positions` [B, T] or [B, T, 2].
 
-    `weights` (float32) is 1 where the target is an image code, the text weight (in rows with the image first, the
-    caption weight) at text and commands, 0 at padding.
+    `weights` (float32) is 1 where the target is an image code, the text weight at text and commands, 0 at [PAD].
+    `segments` [B, T] is there if the rows describe, see `Row`.
     """
 
     tokens: Tensor
@@ -117,6 +118,7 @@ class Batch:
     targets: Tensor
     image_mask: Tensor
     weights: Tensor
+    segments: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -126,6 +128,7 @@ class Batch:
             self.targets.to(device, non_blocking=True),
             self.image_mask.to(device, non_blocking=True),
             self.weights.to(device, non_blocking=True),
+            None if self.segments is None else self.segments.to(device, non_blocking=True),
         )
 
 
@@ -193,50 +196,75 @@ def caption_row_positions(num_text: int, grid: tuple[int, int], max_text: int, k
 
 
 def caption_row(
-    vocab: Vocabulary, text_ids: Sequence[int], codes: Tensor, max_text: int, kind: PositionKind = "grid"
+    vocab: Vocabulary,
+    texts: Sequence[Sequence[int]],
+    codes: Tensor,
+    max_text: int,
+    kind: PositionKind = "grid",
+    given: Tensor | None = None,
 ) -> Row:
-    """The training row that describes `codes` [h, w] by raw text pieces, cut after `max_text` of them."""
+    """The training row in which each of `texts` (raw pieces, cut after `max_text` of them) describes `codes` [h, w].
+
+    No text sees another (`Row.segments`), so the row stands for one row a text, for the price of one picture. Only
+    text is learned. `given`, bool [h, w], leaves codes out: cheaper, and hardly worse to learn from than the whole
+    picture, as in FLIP (Li et al. 2022, arXiv:2212.00794).
+    """
     if codes.ndim != 2:
         raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
-    text_ids = text_ids[:max_text]
-    row = torch.tensor([*caption_prompt_row(vocab, codes, text_ids), vocab.command("[SEP]")])
-    positions = caption_row_positions(len(text_ids), (codes.shape[0], codes.shape[1]), max_text, kind)
-    targets = row[1:]
-    return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes, image_first=True)
+    grid = (codes.shape[0], codes.shape[1])
+    picture = torch.tensor(caption_prompt_row(vocab, codes)[:-1])
+    kept = torch.ones_like(picture, dtype=torch.bool)
+    if given is not None:
+        kept[2:-1] = given.reshape(-1)  # [SIZE] and [BOI1] stand before the codes, [EOI1] behind them
+    tokens, positions = [picture[kept]], [caption_row_positions(0, grid, max_text, kind)[: len(picture)][kept]]
+    targets, segments = [torch.full_like(tokens[0], vocab.command("[PAD]"))], [torch.zeros_like(tokens[0])]
+    for number, text in enumerate(texts, start=1):
+        whole = torch.tensor([vocab.command("[ROI1]"), *vocab.text(text[:max_text]), vocab.command("[SEP]")])
+        tokens.append(whole[:-1])
+        targets.append(whole[1:])
+        positions.append(caption_row_positions(len(whole) - 2, grid, max_text, kind)[len(picture) : -1])
+        segments.append(torch.full_like(tokens[-1], number))
+    row = torch.cat(tokens)
+    no_codes = torch.zeros_like(row, dtype=torch.bool)
+    return Row(row, torch.cat(positions), torch.cat(targets), no_codes, torch.cat(segments))
+
+
+def noisy_codes(codes: Tensor, other: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """`codes` with that share of them taken from the same places of `other`: both of any, the same, shape."""
+    return torch.where(torch.rand(codes.shape, generator=generator) < share, other.to(codes.dtype), codes)
 
 
 def with_noise(row: Row, other: Tensor, share: float, generator: torch.Generator) -> Row:
-    """`row` with that share of the codes it is given, not of its targets, taken from `other` [h, w] at the same place.
+    """A `row` that draws, with that share of the codes it is given, not of its targets, taken from `other` [h, w].
 
     `other` is another picture, or [MASK] all over.
     A model that cannot trust every code before looks more at the text and survives its own slips when it draws: the
     aim of scheduled sampling (Bengio et al. 2015, arXiv:1506.03099), for the price of a lookup.
     """
     places = row.image_mask.roll(1).nonzero()[:, 0]  # the target of the last place is no code
-    codes = other.reshape(-1)[: len(places)].to(row.tokens.dtype)
-    noisy = torch.rand(len(places), generator=generator) < share
     tokens = row.tokens.clone()
-    tokens[places[noisy]] = codes[noisy]
+    tokens[places] = noisy_codes(tokens[places], other.reshape(-1)[: len(places)], share, generator)
     return replace(row, tokens=tokens)
 
 
-def collate(
-    vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0, caption_weight: float = 1.0
-) -> Batch:
-    """Stack `rows`, padded at the end with [PAD] to the longest of them."""
+def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> Batch:
+    """Stack `rows`, padded at the end with [PAD] to the longest of them. All of them draw, or all describe."""
     if not rows:
         raise ValueError("a batch needs at least one row")
-    size, length = len(rows), max(len(row.tokens) for row in rows)
-    tokens = torch.full((size, length), vocab.command("[PAD]"))
+    size, length, padding = len(rows), max(len(row.tokens) for row in rows), vocab.command("[PAD]")
+    tokens = torch.full((size, length), padding)
     targets = tokens.clone()
     positions = torch.zeros(size, length, *rows[0].positions.shape[1:], dtype=torch.int64)
     image_mask = torch.zeros(size, length, dtype=torch.bool)
-    weights = torch.zeros(size, length)
+    segments = None if rows[0].segments is None else torch.zeros_like(tokens)
     for i, row in enumerate(rows):
         end = len(row.tokens)
         tokens[i, :end] = row.tokens
         targets[i, :end] = row.targets
         positions[i, :end] = row.positions
         image_mask[i, :end] = row.image_mask
-        weights[i, :end] = torch.where(row.image_mask, 1.0, caption_weight if row.image_first else text_weight)
-    return Batch(tokens, positions, targets, image_mask, weights)
+        assert (row.segments is None) == (segments is None)
+        if segments is not None and row.segments is not None:
+            segments[i, :end] = row.segments
+    weights = torch.where(image_mask, 1.0, text_weight).masked_fill(targets == padding, 0.0)
+    return Batch(tokens, positions, targets, image_mask, weights, segments)

@@ -177,6 +177,13 @@ class KVCache:
         return bias.masked_fill(slots == queries, 0.0)
 
 
+def segment_bias(segments: Tensor) -> Tensor:
+    """What is added to the scores of rows with `segments` [B, T]: [B, 1, T, T], 0 or minus infinity."""
+    shared_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    visible = shared_or_own.tril()
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf).unsqueeze(1)
+
+
 def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alpha: float, dropout: float) -> Tensor:
     """Attention with precision-bottleneck relaxation (CogView section 2.4, equations 3 and 4).
 
@@ -371,10 +378,13 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             for branch in (block.attention, block.mlp):
                 nn.init.normal_(branch.project.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
-    def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, of `tokens` [B, T] at `positions` [B, T] or [B, T, 2].
 
-        With a `cache`, the tokens follow those already in it and are added to it.
+        With a `cache`, the tokens follow those already in it and are added to it. With `segments` [B, T], a token sees
+        those before it of segment 0 and of its own alone; attention is dense then.
         """
         x = self.embed(tokens)
         rotation = None
@@ -391,9 +401,12 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             )
         x = self.dropout(x)
         bias = None if cache is None else cache.bias(tokens.shape[1])
+        if segments is not None:
+            assert cache is None
+            bias = segment_bias(segments)
         # rows inside the windows see all of themselves, which is dense attention
         within = self.config.sparse_window * self.config.sparse_windows
-        sparse = self.training and cache is None and 0 < within < tokens.shape[1]
+        sparse = self.training and bias is None and 0 < within < tokens.shape[1]
         for block in self.blocks:
             x = block(x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None)
         if cache is not None:
@@ -411,7 +424,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         `total_weight` replaces the batch's own sum of weights as the divisor, so that the losses (and gradients) of
         several batches can be added up to exactly those of one large one. Bits of a kind with no tokens are NaN.
         """
-        hidden = self(batch.tokens, batch.positions)
+        hidden = self(batch.tokens, batch.positions, segments=batch.segments)
         text_mask = (batch.weights > 0) & ~batch.image_mask
         # apart, because text needs the product with the whole vocabulary and image codes, most of a row, do not
         image = self._cross_entropy(hidden, batch, batch.image_mask, self.config.image_softmax == "codes")

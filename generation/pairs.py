@@ -25,10 +25,12 @@ class CaptionConfig:
     keywords: float = 0.2  # of a random part of the keywords alone; the rest is the name and some keywords
     style: float = 0.5  # of naming the family, where there is one
     dropout: float = 0.1  # of no caption at all, for classifier-free guidance (Ho and Salimans 2022)
-    image_first: float = 0.0  # of a row that describes the picture, instead of one that draws it
+    second: float = 0.0  # of the same in a second language behind it
+    image_first: float = 0.0  # of a step whose rows describe pictures, instead of drawing them
 
     def __post_init__(self) -> None:
-        if not all(0 <= p <= 1 for p in (self.name, self.keywords, self.style, self.dropout, self.image_first)):
+        every = (self.name, self.keywords, self.style, self.dropout, self.second, self.image_first)
+        if not all(0 <= p <= 1 for p in every):
             raise ValueError("caption probabilities lie in 0..1")
         if self.name + self.keywords > 1:
             raise ValueError("captions.name + captions.keywords must not exceed 1")
@@ -40,15 +42,17 @@ def draw_caption(sample: Sample, config: CaptionConfig, rng: random.Random) -> s
         return ""
     language = rng.choice(sorted(sample.captions))
     text = draw_text(sample.captions[language], config.name, config.keywords, rng)
+    if config.second and rng.random() < config.second:
+        other = rng.choice(sorted(sample.captions))
+        text += ", " + draw_text(sample.captions[other], config.name, config.keywords, rng)
     if sample.family and rng.random() < config.style:
         text = with_style(text, sample.family, language)
     return text
 
 
-def draw_description(sample: Sample, config: CaptionConfig, rng: random.Random) -> str:
-    """A caption of `sample` to be told from its picture, with its language in front; the style is not told."""
-    language = rng.choice(sorted(sample.captions))
-    return tagged(draw_text(sample.captions[language], config.name, config.keywords, rng), language)
+def descriptions(sample: Sample) -> list[str]:
+    """What is to be told from the picture of `sample`: its name in each language, with the language in front."""
+    return [tagged(sample.captions[language].name, language) for language in sorted(sample.captions)]
 
 
 class CodedPairs:

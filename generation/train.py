@@ -20,9 +20,9 @@ from data.codes import tokenizer_hash
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.decoding import SamplingOptions, generate_codes
-from generation.layout import Batch, Row, caption_row, collate, training_row, with_noise
+from generation.layout import Batch, Row, caption_row, collate, noisy_codes, training_row, with_noise
 from generation.model import Transformer, TransformerConfig
-from generation.pairs import CaptionConfig, CodedPairs, draw_caption, draw_description, unigram_bits
+from generation.pairs import CaptionConfig, CodedPairs, descriptions, draw_caption, unigram_bits
 from vqvae.hub import content_hash, load_part, save_part
 from vqvae.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
 from vqvae.model import VQVAE
@@ -54,10 +54,10 @@ class GeneratorTrainConfig:
     model: TransformerConfig = field(default_factory=TransformerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
-    text_weight: float = 0.2  # of a text token's loss, next to 1 of an image token's
-    caption_weight: float = 1.0  # the same in rows with the image first, see CaptionConfig.image_first
+    text_weight: float = 0.2  # of a text token's loss in rows that draw, next to 1 of an image token's
     code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `layout.with_noise`
     code_mask: float = 0.0  # share of the rows that draw whose given codes are hidden, half of them to all
+    given_codes: float = 1.0  # each step that describes gives between that share of the codes and all of them
     sample_prompts: list[str] = field(default_factory=list)
     sample_every: int = 2000  # steps between sample sheets
 
@@ -118,7 +118,10 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
 
     def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
-        return wrapped(batch.to(device), total.to(device))
+        losses = wrapped(batch.to(device), total.to(device))
+        if batch.segments is not None:
+            return {"loss": losses["loss"], "caption_bits": losses["text_bits"]}
+        return losses
 
     def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, LossModule)
@@ -169,6 +172,10 @@ class PairBatches:
         seed = loop.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(self.weights, loop.batch_size, replacement=True, generator=generator).tolist()
+        # all rows of a step draw, or all describe: rows of one kind are of like length, and those that draw are causal
+        kind = random.Random(f"{seed}")
+        describes = kind.random() < self.config.captions.image_first
+        given = kind.uniform(self.config.given_codes, 1.0)
         # one caption per place in the batch, so that each process draws the same one
         rows = list(enumerate(drawn))
         size = loop.batch_size // loop.accumulate
@@ -178,32 +185,40 @@ class PairBatches:
             built = []
             for place, index in part:
                 rng = random.Random(f"{seed} {place}")
-                built.append(self._row(index, rng))
-            weights = (self.config.text_weight, self.config.caption_weight)
-            batches.append(collate(self.model.vocabulary, built, *weights))
+                built.append(self._describing_row(index, given, rng) if describes else self._drawing_row(index, rng))
+            batches.append(collate(self.model.vocabulary, built, self.config.text_weight))
             ids.append([self.pairs.samples[index].id for _, index in part])
         # of all micro-batches: with a divisor each, a caption's weight would depend on which others it lies with
         total = torch.stack([batch.weights.sum() for batch in batches]).mean()
         yield from zip([(batch, total) for batch in batches], ids, strict=True)
 
-    def _row(self, index: int, rng: random.Random) -> Row:
-        row, config = self._clean_row(index, rng), self.config
+    def _drawing_row(self, index: int, rng: random.Random) -> Row:
+        config = self.config
+        caption = draw_caption(self.pairs.samples[index], config.captions, rng)
+        row = _row(self.pairs, index, caption, self.text, self.model)
         if not (config.code_noise or config.code_mask):
             return row
-        if not row.image_first and rng.random() < config.code_mask:
+        if rng.random() < config.code_mask:
             # what cannot be continued must be read off the text
             other, share = torch.full(self.pairs.grid, self.model.vocabulary.command("[MASK]")), rng.uniform(0.5, 1)
         else:
-            other, share = self.pairs.codes[rng.randrange(len(self.pairs))], rng.uniform(0, config.code_noise)
+            other, share = self._other_codes(rng), rng.uniform(0, config.code_noise)
         return with_noise(row, other, share, torch.Generator().manual_seed(rng.getrandbits(63)))
 
-    def _clean_row(self, index: int, rng: random.Random) -> Row:
-        sample, captions = self.pairs.samples[index], self.config.captions
-        # drawn only where it is asked for, so that a run without it draws the captions that it always drew
-        if captions.image_first and rng.random() < captions.image_first:
-            caption = draw_description(sample, captions, rng)
-            return _row(self.pairs, index, caption, self.text, self.model, image_first=True)
-        return _row(self.pairs, index, draw_caption(sample, captions, rng), self.text, self.model)
+    def _describing_row(self, index: int, given: float, rng: random.Random) -> Row:
+        """The picture with its name in every language, each for itself: all that it can teach about its text."""
+        model, (height, width) = self.model, self.pairs.grid
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        share = rng.uniform(0, self.config.code_noise)
+        codes = noisy_codes(self.pairs.codes[index], self._other_codes(rng), share, generator)
+        kept = torch.zeros(height * width, dtype=torch.bool)
+        kept[torch.randperm(len(kept), generator=generator)[: max(1, round(given * len(kept)))]] = True
+        texts = [self.text.encode(caption) for caption in descriptions(self.pairs.samples[index])]
+        grid_kept = kept.view(height, width)
+        return caption_row(model.vocabulary, texts, codes, model.max_text, model.position_kind, grid_kept)
+
+    def _other_codes(self, rng: random.Random) -> Tensor:
+        return self.pairs.codes[rng.randrange(len(self.pairs))]
 
 
 def held_out_batches(
@@ -217,12 +232,12 @@ def held_out_batches(
     """Fixed batches of `test_pictures` pictures spread over the split, each with its name in a fixed language."""
     count = min(len(pairs), config.data.test_pictures)
     captions = CaptionConfig(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
-    draw = draw_description if image_first else draw_caption
     rows = []
     for k in range(count):
         index = k * len(pairs) // count
         sample = pairs.samples[index]
-        caption = draw(sample, captions, random.Random(sample.id))
+        rng = random.Random(sample.id)
+        caption = rng.choice(descriptions(sample)) if image_first else draw_caption(sample, captions, rng)
         rows.append(_row(pairs, index, caption, text, model, image_first))
     return [collate(model.vocabulary, rows[i : i + 32], config.text_weight) for i in range(0, count, 32)]
 
@@ -246,8 +261,10 @@ def _row(
     image_first: bool = False,
 ) -> Row:
     ids = text.encode(caption) if caption else []
-    build = caption_row if image_first else training_row
-    return build(model.vocabulary, ids, pairs.codes[index], model.max_text, model.position_kind)
+    codes, sizes = pairs.codes[index], (model.max_text, model.position_kind)
+    if image_first:
+        return caption_row(model.vocabulary, [ids], codes, *sizes)
+    return training_row(model.vocabulary, ids, codes, *sizes)
 
 
 def _start(folder: str, config: TransformerConfig) -> Transformer:

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from open_clip import CLIP, CoCa, CustomTextCLIP, SimpleTokenizer
+import torch
+from open_clip import (
+    CLIP,
+    CoCa,
+    CustomTextCLIP,
+    SimpleTokenizer,
+    add_model_config,
+    get_model_config,
+    list_models,
+)
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
+from data.config import ConfigError
+from data.text import TextTokenizer
 from retrieval.towers import Tokens, Towers, unit
 from retrieval.word_pieces import warn_cut, whole_characters
 from vqvae.hub import ModelError
 
+# ours, under names that begin with "mmwudao-"; open_clip.create_model builds them by name from then on
+add_model_config(Path(__file__).parent / "model_configs")
+
+TEXT_MODEL = "text.model"  # SentencePiece: the tokenizer of models trained here from scratch
 TEXT_CONFIG = "text_config.json"  # of a Hugging Face text tower
 # what Hugging Face's tokenizers read
 TOKENIZER_FILES = (
@@ -34,7 +51,8 @@ class OpenClipTowers(Towers):
         self.model_cfg, self.preprocess_cfg = model_cfg, preprocess_cfg
         self.embed_dim = int(model_cfg["embed_dim"])
         text = model_cfg["text_cfg"]
-        names = [TEXT_CONFIG] * ("hf_model_name" in text) + [*TOKENIZER_FILES] * bool(text.get("hf_tokenizer_name"))
+        names = [TEXT_MODEL, *[TEXT_CONFIG] * ("hf_model_name" in text)]
+        names += [*TOKENIZER_FILES] * bool(text.get("hf_tokenizer_name"))
         self._text_files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
         self.model = _build(model_cfg, folder)
         size = self.model.visual.image_size
@@ -53,6 +71,24 @@ class OpenClipTowers(Towers):
     @classmethod
     def from_config(cls, record: dict[str, Any], folder: Path) -> OpenClipTowers:
         return cls(record["model_cfg"], record["preprocess_cfg"], folder)
+
+    @classmethod
+    def from_scratch(cls, name: str, text_model: Path) -> OpenClipTowers:
+        """Random weights in the shape that open_clip knows by `name`, over the pieces of a SentencePiece model.
+
+        Raises `ConfigError` for an unknown name, and for one whose text tower is Hugging Face's or that describes.
+        """
+        model_cfg = get_model_config(name) if name in list_models() else None
+        if model_cfg is None:
+            ours = ", ".join(known for known in list_models() if known.startswith("mmwudao-"))
+            raise ConfigError(f"open_clip knows no model {name!r}; it knows {ours} and open_clip.list_models()")
+        if "hf_model_name" in model_cfg["text_cfg"] or "multimodal_cfg" in model_cfg:
+            raise ConfigError(f"{name} cannot start here: its text tower must be open_clip's own, without a decoder")
+        text_cfg = {key: value for key, value in model_cfg["text_cfg"].items() if "tokenizer" not in key}
+        text_cfg["vocab_size"] = TextTokenizer(text_model).vocab_size + PieceTokenizer.marks
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(text_model, Path(folder) / TEXT_MODEL)
+            return cls({**model_cfg, "text_cfg": text_cfg}, {}, Path(folder))
 
     def to_config(self) -> dict[str, Any]:
         return {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
@@ -81,6 +117,27 @@ class OpenClipTowers(Towers):
         return unit(self.model.encode_text(tokens))
 
 
+class PieceTokenizer:
+    """SentencePiece as open_clip's tokenizers work: a start mark, the pieces, an end mark, zeros.
+
+    The end mark is the largest id: there open_clip's text towers read off the text (`pool_type` argmax).
+    """
+
+    marks = 2  # start and end
+
+    def __init__(self, text: TextTokenizer) -> None:
+        self.text = text
+
+    def __call__(self, texts: list[str], context_length: int) -> Tensor:
+        """Ids [N, context_length]; a text that is too long is cut before the end mark."""
+        start, end = self.text.vocab_size, self.text.vocab_size + 1
+        ids = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            whole = torch.tensor([start, *self.text.encode(text)[: context_length - 2], end])
+            row[: len(whole)] = whole
+        return ids
+
+
 def _build(model_cfg: dict[str, Any], folder: Path) -> Any:
     """The model as `open_clip.create_model` makes it of this configuration, without weights."""
     options = copy.deepcopy(model_cfg)
@@ -99,6 +156,8 @@ def _build(model_cfg: dict[str, Any], folder: Path) -> Any:
 
 
 def _tokenizer(text: dict[str, Any], folder: Path) -> Any:
+    if (folder / TEXT_MODEL).is_file():
+        return PieceTokenizer(TextTokenizer(folder / TEXT_MODEL))
     options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
     if not text.get("hf_tokenizer_name"):
         return SimpleTokenizer(**options)

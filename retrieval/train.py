@@ -51,7 +51,8 @@ class RetrievalTrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     text_model: str = "text.model"  # SentencePiece
-    start_from: str = ""  # folder of trained towers of any kind, which then decide `model` and `text_model`
+    open_clip: str = ""  # an architecture that open_clip knows by this name takes the place of `model`
+    start_from: str = ""  # folder of trained towers of any kind: they go on as they are, with their own text model
     # parts that stay as they are, by name or pattern: [trunk, image_head] locks the image tower
     freeze: list[str] = field(default_factory=list)
     checkpoint_gradients: bool = False  # less memory, a third more time
@@ -205,5 +206,9 @@ def quiet() -> Iterator[None]:
 def _start(config: RetrievalTrainConfig) -> Towers:
     if config.start_from:
         return load_towers(config.start_from)
+    if config.open_clip:
+        from retrieval.openclip import OpenClipTowers  # imports all of open_clip
+
+        return OpenClipTowers.from_scratch(config.open_clip, Path(config.text_model))
     text = TextTokenizer(Path(config.text_model))
     return EmojiTowers(replace(config.model, num_text_pieces=text.vocab_size, text_hash=text.content_hash), text)

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from data.config import ConfigError
+from data.text import TextTokenizer
 from mmwudao.cli import run
 from retrieval.imports import import_open_clip
 from retrieval.openclip import OpenClipTowers
-from retrieval.towers import load_towers
+from retrieval.towers import load_towers, save_towers
 from vqvae.hub import ModelError
 
 TEXTS = ["a red apple", "", "红心", "a very long text " * 40]
@@ -185,3 +187,32 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, kind, messag
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.model"
+    TextTokenizer.train(["a red apple", "红心", "a long text"] * 5, path, 300)
+    return path
+
+
+def test_a_named_architecture_starts_over_our_text_tokenizer(tmp_path, text_model):
+    assert open_clip.create_model("mmwudao-small").visual.image_size in (112, (112, 112))
+    towers = OpenClipTowers.from_scratch("mmwudao-small", text_model).eval()
+    ids = towers.tokenize(["red apple", "", "long " * 100])
+    end = towers.model_cfg["text_cfg"]["vocab_size"] - 1
+    assert ids.shape == (3, 48)
+    assert (ids.amax(dim=1) == end).all()
+    assert (ids[:, 0] == end - 1).all()
+    assert ids[1].tolist()[:3] == [end - 1, end, 0]
+    again = load_towers(save_towers(towers, tmp_path / "towers", torch.float32))
+    torch.testing.assert_close(again.encode_text(TEXTS), towers.encode_text(TEXTS))
+    assert again.encode_image(pictures()).shape == (2, 256)
+
+
+def test_only_architectures_that_can_start_here_do(text_model):
+    with pytest.raises(ConfigError, match="mmwudao-small"):
+        OpenClipTowers.from_scratch("no-such-model", text_model)
+    for name in ("xlm-roberta-base-ViT-B-32", "coca_ViT-B-32"):
+        with pytest.raises(ConfigError, match="cannot start here"):
+            OpenClipTowers.from_scratch(name, text_model)

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
@@ -365,18 +365,26 @@ def test_one_generator_learns_both_directions(workspace, tmp_path):
     assert float(scores.diagonal().mean() - scores.mean()) > 0.5
 
 
-def test_the_share_of_rows_with_the_image_first(workspace, tmp_path):
-    rows = []
-    for share in (0.0, 0.25):
-        config = make_config(workspace, tmp_path, captions={"image_first": share}, batch_size=32)
-        pairs = CodedPairs(workspace / "codes", "train")
-        text = TextTokenizer(workspace / "text.model")
-        model = replace(config.model, num_text_pieces=text.vocab_size, grid=(4, 4))
-        batches = PairBatches(pairs, text, model, config)
-        first = [row for step in range(20) for (batch, _), _ in batches(step) for row in batch.tokens[:, 0].tolist()]
-        rows.append(sum(token != model.vocabulary.command("[ROI1]") for token in first) / len(first))
-    assert rows[0] == 0
-    assert rows[1] == pytest.approx(0.25, abs=0.06)
+def test_whole_steps_describe_each_picture_in_every_language(workspace, tmp_path):
+    batches = batches_of(workspace, tmp_path, batch_size=8)
+    batches.config.captions.image_first = 0.25
+    batches.config.given_codes = 0.5
+    vocab, given, describing = batches.model.vocabulary, [], 0
+    for step in range(80):
+        (batch, total), _ = next(batches(step))
+        if batch.segments is None:
+            assert (batch.tokens[:, 0] == vocab.command("[ROI1]")).all()
+            continue
+        describing += 1
+        codes = (batch.tokens < CODES).sum(dim=1)
+        assert len(set(codes.tolist())) == 1
+        given.append(int(codes[0]))
+        languages = len(batches.pairs.samples[0].captions)
+        assert ((batch.tokens == vocab.command("[ROI1]")).sum(dim=1) == languages).all()
+        assert (batch.segments.amax(dim=1) == languages).all()
+        assert float(total) == pytest.approx(float(batch.weights.sum()))
+    assert 10 <= describing <= 32
+    assert 8 <= min(given) <= max(given) - 4 <= 12
 
 
 def test_code_noise_is_up_to_its_share_and_the_same_each_time(workspace, tmp_path):
@@ -394,17 +402,16 @@ def test_code_noise_is_up_to_its_share_and_the_same_each_time(workspace, tmp_pat
 
 def test_codes_are_hidden_in_rows_that_draw_alone(workspace, tmp_path):
     batches = batches_of(workspace, tmp_path, batch_size=64)
-    batches.config.captions.image_first = 0.5
     batches.config.code_mask = 0.5
-    vocab = batches.model.vocabulary
+    mask = batches.model.vocabulary.command("[MASK]")
     (batch, _), _ = next(batches(0))
-    hidden = (batch.tokens == vocab.command("[MASK]")).sum(dim=1)
-    draws = batch.tokens[:, 0] == vocab.command("[ROI1]")
-    assert 20 <= int(draws.sum()) <= 44
-    assert (hidden[~draws] == 0).all()
-    assert 0.25 < float((hidden[draws] > 0).float().mean()) < 0.75
-    assert float(hidden[draws & (hidden > 0)].float().mean()) == pytest.approx(0.75 * 16, abs=2)
-    assert (batch.targets != vocab.command("[MASK]")).all()
+    hidden = (batch.tokens == mask).sum(dim=1)
+    assert 0.25 < float((hidden > 0).float().mean()) < 0.75
+    assert float(hidden[hidden > 0].float().mean()) == pytest.approx(0.75 * 16, abs=2)
+    assert (batch.targets != mask).all()
+    batches.config.captions.image_first = 1.0
+    (batch, _), _ = next(batches(0))
+    assert (batch.tokens != mask).all()
 
 
 def test_training_starts_from_a_trained_generator(workspace, tmp_path):

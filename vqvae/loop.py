@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -152,6 +153,7 @@ class Loop:
         writer = _writer(self.out) if rank() == 0 else None
         started = time.monotonic() - self.progress.seconds
         sums: dict[str, float] = {}
+        counts: Counter[str] = Counter()  # a figure need not come up in every step
         last_log = (self.progress.step, self.progress.seconds)
         while not self._done():
             step = self.progress.step
@@ -164,14 +166,15 @@ class Loop:
                 self.progress.seconds = float(seconds)
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + value
+                counts[name] += 1
             step, end = self.progress.step, self._done()
             if step % config.log_every == 0 or end:
                 taken = step - last_log[0]
-                means = {f"train/{name}": value / taken for name, value in sums.items()}
+                means = {f"train/{name}": value / counts[name] for name, value in sums.items()}
                 means["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
                 means["samples_per_second"] = taken * config.batch_size / (self.progress.seconds - last_log[1])
                 self._log(writer, means)
-                sums, last_log = {}, (step, self.progress.seconds)
+                sums, counts, last_log = {}, Counter(), (step, self.progress.seconds)
             if step % config.eval_every == 0 or end:
                 self._log(writer, self._evaluate())
             if step % config.save_every == 0 or end:
