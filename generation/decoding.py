@@ -1,8 +1,8 @@
 """Sampling pictures: prefill, then one code at a time with a KV cache.
 
 Image k is the same picture, bit for bit, whatever else is in the batch (on one device, dtype and thread count):
-* all its random numbers come from its own CPU generator, drawn before the first step, and a code is found by
-  inverting the cumulative distribution, so no library's sampling order matters;
+* all its random numbers come from its own CPU generator, drawn before the first step: a code is the argmax of its
+  logits and of noise that belongs to the seed and the place, so no library's sampling order matters;
 * floating-point products may add up in another order when a matrix has another shape, so the model only ever sees
   blocks of `full_block` rows, with every prompt padded to the model's `max_text` on the left. Unused rows are filled.
   A block for few images is smaller where a trial on this CPU finds the same bits in it (`block_rows`).
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.jacobi import WindowCache, draw_by_windows
 from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
 from generation.model import KVCache, Transformer, TransformerConfig
 
@@ -35,12 +36,14 @@ class SamplingOptions:
     """How a code is drawn from its logits: guidance, then temperature, then top-k, then top-p.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 0 are off; `guidance` 1 is off, above 1 follows the prompt more.
+    `window`: so many codes are tried in one pass of the model (`generation.jacobi`); 1 is one after the other.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.0
     guidance: float = 1.0
+    window: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -51,6 +54,8 @@ class SamplingOptions:
             raise ValueError(f"top_p must lie between 0 (off) and 1, not {self.top_p}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance must be 0 or more (1 is off), not {self.guidance}")
+        if self.window < 1 or self.window != int(self.window):
+            raise ValueError(f"window must be a whole number of codes, 1 or more, not {self.window}")
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -71,20 +76,22 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
-    """Codes [R] from logits [R, N] and uniform numbers [R] in [0, 1): the first whose cumulative mass exceeds them."""
+def sample(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
+    """Codes [...] from logits [..., N] and Gumbel noise [..., N] (`draw_noise`): the Gumbel-max trick.
+
+    argmax(logits + noise) has exactly the softmax's distribution (Maddison et al. 2014, arXiv:1411.0030, section 2).
+    With the same noise, other logits mostly give the same code, which `generation.jacobi` lives on.
+    """
     if options.temperature == 0:
         return logits.argmax(-1)
-    mass = filter_logits(logits, options).softmax(-1).to(uniforms.dtype).cumsum(-1)
-    total = mass[:, -1:]
-    # below the total even after rounding, or a code of no mass at the end of the row could be found
-    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, threshold, right=True).squeeze(-1)
+    return (filter_logits(logits, options) + noise).argmax(-1)
 
 
-def draw_uniforms(seed: int, count: int) -> Tensor:
-    """The `count` random numbers of the image with this seed, float64 in [0, 1), on the CPU."""
-    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def draw_noise(seed: int, places: int, num_codes: int) -> Tensor:
+    """The random numbers of the image with this seed: standard Gumbel, float32 [places, num_codes], on the CPU."""
+    uniforms = torch.rand(places, num_codes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # of 0, which is one of 2**53 numbers, comes minus infinity: that code is not drawn
+    return uniforms.log_().neg_().log_().neg_().float()
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
@@ -111,7 +118,7 @@ def decode_one_token(model: Transformer, codes: Tensor, positions: Tensor, cache
 def count_steps(
     n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0, rows: int = BLOCK_ROWS
 ) -> int:
-    """How many times `generate_codes` calls `on_token` for `n` images that all begin with `prefix` given codes.
+    """How many steps `generate_codes` counts for `on_token`, of `n` images that all begin with `prefix` given codes.
 
     `rows` is the model's `full_block`.
     """
@@ -133,8 +140,9 @@ def generate_codes(
 
     `given_codes` [n, h, w] are kept wherever they are not -1. A code is drawn in sight of what comes before it in
     raster order, and so not of the given codes behind it. `on_token(step, codes)` is called after every step, from 1
-    to `count_steps`, with the codes [n, h, w] so far, -1 where none is known yet; the tensor is the one being filled,
-    so copy what you keep. Raises `ValueError` for arguments that do not fit together.
+    to `count_steps` (with a window after every pass, which is several steps), with the codes [n, h, w] so far, -1 where
+    none is known yet; the tensor is the one being filled, so copy what you keep. Raises `ValueError` for arguments that
+    do not fit together.
     """
     options = options or SamplingOptions()
     full = full_block(model.config, grid)
@@ -144,24 +152,23 @@ def generate_codes(
     prefix = int((codes >= 0).all(dim=0).int().cumprod(dim=0).sum())  # given in all pictures: no step is needed
     if prefix == grid[0] * grid[1]:
         return codes.view(-1, *grid)
-    steps = 0
+    done = 0  # steps of the blocks before
 
-    def report() -> None:
-        nonlocal steps
-        steps += 1
+    def report(known: int) -> None:
         if on_token is not None:
-            on_token(steps, codes.view(-1, *grid))
+            on_token(done + known - prefix, codes.view(-1, *grid))
 
     training = model.training
     model.eval()
     try:
         for first in range(0, len(prompts), size):
             last = min(first + size, len(prompts))
-            rows = block_rows(model, (last - first) * full // size, grid)
+            rows = block_rows(model, (last - first) * full // size, grid, options.window)
             fill = [first] * (rows * size // full - (last - first))
             images = [*range(first, last), *fill]
             _generate_block(model, [prompts[i] for i in images], [seeds[i] for i in images], options, grid,
                             codes[first:last], prefix, report)  # fmt: skip
+            done += grid[0] * grid[1] - prefix
     finally:
         model.train(training)
     return codes.view(-1, *grid)
@@ -183,11 +190,11 @@ def full_block(config: TransformerConfig, grid: tuple[int, int]) -> int:
     return rows
 
 
-def block_rows(model: Transformer, needed: int, grid: tuple[int, int]) -> int:
+def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: int = 1) -> int:
     """The rows of a block for `needed` of them: `full_block`, or fewer if this CPU then computes the same bits.
 
     A trial tells: does every row of a small block, and of a full one, get what the first row of a full block gets?
-    It runs once for each model shape, dtype and thread count.
+    It runs once for each model shape, dtype, thread count and window.
     """
     most = full_block(model.config, grid)
     if model.embed.weight.device.type != "cpu":
@@ -195,9 +202,9 @@ def block_rows(model: Transformer, needed: int, grid: tuple[int, int]) -> int:
     for rows in SMALL_BLOCKS:
         if needed <= rows < most:
             shape = replace(model.config, tokenizer_hash="", text_hash="")
-            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid)
+            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid, window)
             if key not in _trials:
-                full, small = _trial(model, most, grid), _trial(model, rows, grid)
+                full, small = _trial(model, most, grid, window), _trial(model, rows, grid, window)
                 _trials[key] = bool((full == full[:1]).all() and (small == full[:1]).all())
             if _trials[key]:
                 return rows
@@ -207,25 +214,35 @@ def block_rows(model: Transformer, needed: int, grid: tuple[int, int]) -> int:
 _trials: dict[tuple[object, ...], bool] = {}
 
 
-def _trial(model: Transformer, rows: int, grid: tuple[int, int]) -> Tensor:
+def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int) -> Tensor:
     """What `rows` times the same row computes [rows, ...]: its linear layers on sums that cancel, then its logits."""
     config = model.config
     text = [i % config.num_text_pieces for i in range(config.max_text)]
     tokens, hidden, positions = _left_padded(config, [text] * rows, grid)
-    slots, last = tokens.shape[1], hidden.shape[1] - 1
+    slots, window = tokens.shape[1], min(window, grid[0] * grid[1])
+    last = hidden.shape[1] - window
     linear = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     results = []
     for inputs, outputs in sorted(linear | {(config.width, config.num_image_codes)}):
         x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
-        for length in (1, slots):
+        for length in (window, slots):
             y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
             results.append(y.flatten(1).float())
-    cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
+    cache: KVCache
+    if window > 1:
+        cache = WindowCache(config, hidden, dtype=torch.float32, device="cpu")
+        cache.starts = torch.zeros(rows, dtype=torch.int64)
+    else:
+        cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
     results.append(prefill(model, tokens, positions[:, :slots], cache))
     for slot in {slots, (slots + last) // 2, last}:
         if slot <= last:  # a grid of one code takes no step
+            if isinstance(cache, WindowCache):
+                cache.starts = torch.full((rows,), slot)
             cache.used = slot
-            results.append(decode_one_token(model, torch.zeros(rows, dtype=torch.int64), positions[:, slot], cache))
+            zeros = torch.zeros(rows, window, dtype=torch.int64)
+            hidden_states = model(zeros, positions[:, slot : slot + window], cache)
+            results.append(model.logits(hidden_states, image_only=True).float().flatten(1))
     return torch.cat(results, dim=1)
 
 
@@ -252,9 +269,12 @@ def _generate_block(
     grid: tuple[int, int],
     codes: Tensor,
     prefix: int,
-    report: Callable[[], None],
+    report: Callable[[int], None],
 ) -> None:
-    """Fill the gaps (-1) of `codes` [m, S], none before the column `prefix`, by the first m prompts and seeds."""
+    """Fill the gaps (-1) of `codes` [m, S], none before the column `prefix`, by the first m prompts and seeds.
+
+    `report` is told how many codes of each are known.
+    """
     config, device = model.config, codes.device
     steps = grid[0] * grid[1]
     guided = options.guidance != 1
@@ -263,21 +283,36 @@ def _generate_block(
     tokens, positions = tokens.to(device), positions.to(device)
     # on a CPU attention to one query is faster in float32, and the cache then saves converting it at every step
     dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
-    cache = KVCache(config, hidden, dtype=dtype, device=device)
-    uniforms = torch.stack([draw_uniforms(seed, steps) for seed in seeds])
-    uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    noise = torch.empty(len(seeds), steps, config.num_image_codes, device=device)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.copy_(draw_noise(seed, steps, config.num_image_codes))
 
     slots = tokens.shape[1]
     count = codes.shape[0]
     given = codes[[*range(count), *([0] * (len(prompts) - count))]]  # unused rows repeat the first image
+    if options.window > 1:
+        images = torch.arange(len(prompts), device=device)[:, None]
+
+        def choose(logits: Tensor, places: Tensor) -> Tensor:
+            logits = guide(logits, options.guidance) if guided else logits
+            return sample(logits, noise[images, places], options)
+
+        def on_pass(known: int) -> None:
+            codes.copy_(given[:count])
+            report(known)
+
+        windows = WindowCache(config, hidden, dtype=dtype, device=device)
+        draw_by_windows(model, windows, tokens, positions, given, options.window, grid[1], choose, on_pass)
+        return
+    cache = KVCache(config, hidden, dtype=dtype, device=device)
     prompt = torch.cat([tokens, given[:, :prefix].repeat(2 if guided else 1, 1)], dim=1)
     logits = prefill(model, prompt, positions[:, : slots + prefix], cache)
     for step in range(prefix, steps):
         if guided:
             logits = guide(logits, options.guidance)
-        token = torch.where(given[:, step] < 0, sample(logits, uniforms[:, step], options), given[:, step])
+        token = torch.where(given[:, step] < 0, sample(logits, noise[:, step], options), given[:, step])
         codes[:, step] = token[:count]
-        report()
+        report(step + 1)
         if step + 1 < steps:
             token = token.repeat(2) if guided else token
             logits = decode_one_token(model, token, positions[:, slots + step], cache)
@@ -324,7 +359,7 @@ def naive_generate_codes(
     pictures = []
     for row, text, seed in zip(given.tolist(), prompts, seeds, strict=True):
         codes: list[int] = []
-        uniforms = draw_uniforms(seed, grid[0] * grid[1]).to(device)
+        noise = draw_noise(seed, grid[0] * grid[1], model.config.num_image_codes).to(device)
         for code in row:
             if code >= 0:
                 codes.append(code)
@@ -332,7 +367,7 @@ def naive_generate_codes(
             logits = _naive_logits(model, text, codes, grid)
             if options.guidance != 1:
                 logits = guide(torch.cat([logits, _naive_logits(model, [], codes, grid)]), options.guidance)
-            codes.append(int(sample(logits, uniforms[len(codes)].view(1), options)))
+            codes.append(int(sample(logits, noise[len(codes)][None], options)))
         pictures.append(torch.tensor(codes, device=device).view(grid))
     return torch.stack(pictures)
 

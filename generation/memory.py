@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from generation.decoding import cache_shape, full_block
+from generation.decoding import SamplingOptions, cache_shape, full_block
 from generation.layout import COMMANDS_IN_ROW
 from generation.model import Transformer, TransformerConfig
 from vqvae.hub import without_weights
 from vqvae.model import VQVAE, VQVAEConfig
 
-SAMPLING = 32  # bytes a logit: copies in float32 and float64, a sort and its indices
+SAMPLING = 32  # bytes a logit: copies in float32, a sort and its indices
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class DrawingMemory:
     tokenizer: int
     rows: int  # of a block
     cache: int
-    activations: int  # the most that a piece of a row, or a step, needs beside the cache
+    noise: int  # of all places of the pictures in a block
+    activations: int  # the most that a piece of a row, or a step, needs beside these two
     picture: int  # decoding one picture, when the cache is gone
 
     @property
     def working(self) -> int:
         """What comes on top of the weights."""
-        return max(self.cache + self.activations, self.picture)
+        return max(self.cache + self.noise + self.activations, self.picture)
 
     @property
     def total(self) -> int:
@@ -53,25 +54,28 @@ def plan_drawing(
     device: str,
     grid: tuple[int, int] | None = None,
     given: int = 0,
+    options: SamplingOptions | None = None,
 ) -> DrawingMemory:
     """The memory of drawing pictures of `grid` codes, `given` of them known, on a device type such as "cuda"."""
-    grid = grid or config.grid
+    grid, options = grid or config.grid, options or SamplingOptions()
+    steps, window = grid[0] * grid[1], min(options.window, grid[0] * grid[1])
     rows = full_block(config, grid)
     size = dtype.itemsize
     prompt = config.max_text + COMMANDS_IN_ROW - 1
     needs = [
         _layer_bytes(config, rows, prompt + given, prompt + given, size),
-        _layer_bytes(config, rows, 1, prompt + grid[0] * grid[1] - 1, size),
-        rows * config.num_image_codes * SAMPLING,
+        _layer_bytes(config, rows, window, prompt + steps - 1, size),
+        rows * window * config.num_image_codes * SAMPLING,
     ]
     if device == "cpu":
-        trial = _trial_bytes(config, rows, prompt)
+        trial = _trial_bytes(config, rows, prompt + window - 1)
         needs += [trial + _layer_bytes(config, rows, prompt, prompt, size), 2 * trial]
     return DrawingMemory(
         transformer=_weight_bytes(lambda: Transformer(config), size),
         tokenizer=_weight_bytes(lambda: VQVAE(tokenizer), 4),
         rows=rows,
         cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does
+        noise=rows // (1 if options.guidance == 1 else 2) * steps * config.num_image_codes * 4,
         activations=max(needs),
         picture=_picture_bytes(tokenizer, grid),
     )

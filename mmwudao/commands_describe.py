@@ -21,6 +21,7 @@ from mmwudao.commands_draw import (
     Temperature,
     TopK,
     TopP,
+    Window,
     as_typed,
     choose_threads,
     drawing_progress,
@@ -93,6 +94,7 @@ def complete(
     top_k: TopK = None,
     top_p: TopP = None,
     guidance: Guidance = None,
+    window: Window = None,
     model: Model = "emoji",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -108,9 +110,8 @@ def complete(
         (picture,) = read_pictures([image])
         pipeline = load(model, device, dtype)
         with drawing_progress(None, None) as on_progress:
-            images = pipeline.complete(
-                picture, as_typed(prompt), keep, n, seed, style, temperature, top_k, top_p, guidance, on_progress
-            )
+            sampling = (temperature, top_k, top_p, guidance, window)
+            images = pipeline.complete(picture, as_typed(prompt), keep, n, seed, style, *sampling, on_progress)
         pictures, sheet = write_pictures(out, images, None)
     print_pictures(pictures, sheet, images, as_json)
 

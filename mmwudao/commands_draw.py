@@ -30,6 +30,9 @@ Temperature = Annotated[float | None, typer.Option(help="0 always takes the like
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest codes; 0: from all.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")]
 Guidance = Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")]
+Window = Annotated[
+    int | None, typer.Option(help="Codes tried in one pass: the same picture, sooner where a pass costs little.")
+]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder for the pictures.")]
 Adapter = Annotated[Path | None, typer.Option(help="The folder of a style that `train style` learned.")]
 Judge = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which is not imported for --help
@@ -48,6 +51,7 @@ def generate(
     top_k: TopK = None,
     top_p: TopP = None,
     guidance: Guidance = None,
+    window: Window = None,
     candidates: Annotated[
         int | None, typer.Option(help="Draw so many of each prompt, and keep the n that show it best.")
     ] = None,
@@ -76,7 +80,7 @@ def generate(
         preview_path = unused_path(out, "preview") if preview else None
         with drawing_progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
             images = pipeline.generate(
-                wanted, n, seed, style, temperature, top_k, top_p, guidance, candidates, rerank, on_progress=on_progress
+                wanted, n, seed, style, temperature, top_k, top_p, guidance, window, candidates, rerank, on_progress
             )
         pictures, sheet = write_pictures(out, images, columns)
     print_pictures(pictures, sheet, images, as_json)

@@ -76,6 +76,7 @@ def assemble(
     top_k: Annotated[int, typer.Option(help="... that suit the model: 0 switches top-k off,")] = 0,
     top_p: Annotated[float, typer.Option(help="0 switches top-p off,")] = 0.0,
     guidance: Annotated[float, typer.Option(help="1 switches guidance off.")] = 1.0,
+    window: Annotated[int, typer.Option(help="Codes tried in one pass; 1 draws one after the other.")] = 1,
     card: Annotated[Path | None, typer.Option(help="The model card, a Markdown file.")] = None,
     describes: Annotated[
         Literal["no", "tagged", "untagged"], typer.Option(help="Whether it learned to describe pictures too.")
@@ -96,7 +97,7 @@ def assemble(
         image_size=image_size,
         styles=_words(styles),
         languages=_words(languages),
-        default_sampling=SamplingOptions(temperature, top_k, top_p, guidance),
+        default_sampling=SamplingOptions(temperature, top_k, top_p, guidance, window),
         card=card.read_text(encoding="utf-8") if card else None,
         optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
         describes=describes,

@@ -77,7 +77,10 @@ class LoadedModel:
     def memory(self) -> DrawingMemory:
         """What drawing takes."""
         dtype = next(self.generator.parameters()).dtype
-        return plan_drawing(self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid)
+        options = self.config.default_sampling
+        return plan_drawing(
+            self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid, options=options
+        )
 
     @cached_property
     def towers(self) -> Towers:

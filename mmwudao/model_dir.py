@@ -87,8 +87,9 @@ def find_model(model: str | Path) -> Path:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    # weights and plain text only: nothing that could run is fetched
+    # weights and plain text only: nothing that could run is fetched; towers have their own text tokenizer
     patterns = ["config.json", "README.md", "*.png", "text.model", *(f"*/{file}" for file in PART_FILES)]
+    patterns += ["towers/*.json", "towers/*.txt", "towers/*.model"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are subclasses of these

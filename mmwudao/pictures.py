@@ -25,6 +25,7 @@ RECIPE_FIELDS: dict[str, type] = {
     "top_k": int,
     "top_p": float,
     "guidance": float,
+    "window": int,
     "model": str,
     "model_hash": str,
     "tokenizer_hash": str,
@@ -33,7 +34,7 @@ RECIPE_FIELDS: dict[str, type] = {
     "dtype": str,
     "version": str,
 }
-OPTIONAL_FIELDS = frozenset({"style", "adapter_hash"})
+OPTIONAL_FIELDS = frozenset({"style", "window", "adapter_hash"})
 # What a picture tells besides: how well it describes its prompt, what was kept of another picture.
 NOTES = ("score", "kept")
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255

@@ -55,7 +55,8 @@ def load(
     chosen_dtype = choose_dtype(dtype, chosen_device)
     folder, config, tokenizer, generator, text = load_parts(model)
     # the parts are still the mapped files, which take no memory that others need
-    plan = plan_drawing(generator.config, tokenizer.config, chosen_dtype, chosen_device.type)
+    options = config.default_sampling
+    plan = plan_drawing(generator.config, tokenizer.config, chosen_dtype, chosen_device.type, options=options)
     check_memory(plan.total, chosen_device, chosen_dtype)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
@@ -76,6 +77,7 @@ class Pipeline(LoadedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float | None = None,
+        window: int | None = None,
         candidates: int | None = None,
         rerank: tasks.Judge = "caption",
         on_progress: Callable[[Progress], None] | None = None,
@@ -104,7 +106,7 @@ class Pipeline(LoadedModel):
             tasks.check_judge(self, rerank)
         texts = [self._text(one, style) for one in prompts]
         seeds = self._seeds(seed, drawn * len(prompts))
-        options = self._options(temperature, top_k, top_p, guidance)
+        options = self._options(temperature, top_k, top_p, guidance, window)
         codes = self._draw([text for text in texts for _ in range(drawn)], seeds, options, on_progress)
         images = [self.decode_codes(one) for one in codes]
         for k, image in enumerate(images):
@@ -141,6 +143,7 @@ class Pipeline(LoadedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float | None = None,
+        window: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[Image.Image]:
         """Keep part of a picture (its centre square; see `tasks.kept_cells`) and draw the rest `n` times.
@@ -151,7 +154,7 @@ class Pipeline(LoadedModel):
         if not 1 <= n <= MAX_PICTURES:
             raise ValueError(f"n must lie in 1..{MAX_PICTURES}, not {n}")
         text, seeds = self._text(prompt, style), self._seeds(seed, n)
-        options = self._options(temperature, top_k, top_p, guidance)
+        options = self._options(temperature, top_k, top_p, guidance, window)
         kept = tasks.kept_cells(keep, self.grid).to(self.device)
         given = tasks.encode_pictures(self, [image])[0].masked_fill(~kept, -1)
         codes = self._draw([text] * n, seeds, options, on_progress, given.expand(n, -1, -1))
@@ -180,7 +183,7 @@ class Pipeline(LoadedModel):
                 f"that of {self.source} is {self.config.model_hash[:12]}"
             )
         self._check_adapter(recipe.get("adapter_hash"))
-        options = SamplingOptions(**{name: recipe[name] for name in asdict(self.config.default_sampling)})
+        options = SamplingOptions(**{name: recipe[name] for name in asdict(SamplingOptions()) if name in recipe})
         image = self.decode_codes(self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)[0])
         image.info.update(
             self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
@@ -206,9 +209,15 @@ class Pipeline(LoadedModel):
         return list(range(seed, seed + count))
 
     def _options(
-        self, temperature: float | None, top_k: int | None, top_p: float | None, guidance: float | None
+        self,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        guidance: float | None,
+        window: int | None,
     ) -> SamplingOptions:
         given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        given["window"] = window
         return replace(self.config.default_sampling, **{k: v for k, v in given.items() if v is not None})
 
     def _draw(
