@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,7 @@ from mmwudao.commands_draw import (
     write_pictures,
 )
 
+Writer = Literal["auto", "generator", "both"]  # as in `mmwudao.tasks`, which is not imported for --help
 Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")]
 
 
@@ -39,6 +40,9 @@ def caption(
         str | None,
         typer.Option(help="One of the model's languages, several as in zh,en, or all; default: its first."),
     ] = None,
+    by: Annotated[
+        Writer, typer.Option(help="The generator alone, or both: the model's towers judge what it writes.")
+    ] = "auto",
     model: Model = "emoji",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -52,7 +56,7 @@ def caption(
     pictures = read_pictures(images)
     pipeline = load(model, device, dtype)
     languages = list(pipeline.config.languages) if language == "all" else (language or "").split(",")
-    told = {one or pipeline.config.languages[0]: pipeline.caption(pictures, one or None) for one in languages}
+    told = {one or pipeline.config.languages[0]: pipeline.caption(pictures, one or None, by) for one in languages}
     for k, path in enumerate(images):
         for one, captions in told.items():
             if as_json:

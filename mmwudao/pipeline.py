@@ -122,9 +122,11 @@ class Pipeline(LoadedModel):
             kept += sorted(images[some], key=lambda image: -image.info["score"])[:n]
         return kept
 
-    def caption(self, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
+    def caption(
+        self, images: Sequence[Image.Image], language: str | None = None, by: tasks.Writer = "auto"
+    ) -> list[str]:
         """See `tasks.caption`."""
-        return tasks.caption(self, images, language)
+        return tasks.caption(self, images, language, by)
 
     def rerank(self, prompt: str, images: Sequence[Image.Image], by: tasks.Judge = "caption") -> list[float]:
         """How well each picture shows the prompt: see `tasks.score_pictures`. `ValueError` also for a bad prompt."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from data.images import open_image, to_rgb, to_square, to_tensor
 from data.sample import DataError
 from data.styles import guess_language, tagged
-from generation.captions import caption_log_probabilities, describe
+from generation.captions import caption_log_probabilities, describe, describe_for_judge
 from generation.cogview_sampling import caption_scores
 from generation.layout import caption_prompt_row
 from mmwudao.loaded import LoadedModel
@@ -27,6 +27,7 @@ COGVIEW_PIECES = 20  # of a caption by CogView's own model, whose text has no en
 BEAMS = 4
 
 Judge = Literal["caption", "towers", "both"]
+Writer = Literal["auto", "generator", "both"]
 
 
 def read_pictures(paths: Sequence[Path]) -> list[Image.Image]:
@@ -53,16 +54,31 @@ def encode_pictures(model: LoadedModel, images: Sequence[Image.Image]) -> Tensor
         return torch.cat([model.tokenizer.encode(square) for square in squares])
 
 
-def caption(model: LoadedModel, images: Sequence[Image.Image], language: str | None = None) -> list[str]:
+def caption(
+    model: LoadedModel, images: Sequence[Image.Image], language: str | None = None, by: Writer = "auto"
+) -> list[str]:
     """The best description of each picture that beam search finds, in `language` (default: the model's first).
 
-    Raises `ModelError` for a model that cannot describe, `ValueError` for a language it does not know or no picture.
+    `by` "generator": the generator writes alone. "both": the model's towers judge what it writes, piece by piece
+    (`generation.captions.describe_for_judge`). "auto": both, where the model has towers and knows where a text ends.
+
+    Raises `ModelError` for a model that cannot, `ValueError` for a language it does not know, or no picture.
     """
     kind, languages = _describing(model), model.config.languages
+    if by not in get_args(Writer):
+        raise ValueError(f"unknown writer {by!r}; choose from {', '.join(get_args(Writer))}")
+    able = kind == "tagged" and "towers" in model.config.parts
+    if by == "both" and not able:
+        raise ModelError(f"{model.source} has no towers, or its texts have no end: caption by the generator alone")
     if language is not None and language not in languages:
         raise ValueError(f"unknown language {language!r}; this model describes in: {', '.join(languages)}")
     start = model.text.encode(tagged("", language or languages[0]).rstrip()) if kind == "tagged" else []
     captions = []
+    if able and by != "generator":
+        for image, codes in zip(images, encode_pictures(model, images), strict=True):
+            best, _ = describe_for_judge(model.generator, codes, _judge(model, image), start)[0]
+            captions.append(model.text.decode(best.pieces).strip())
+        return captions
     for codes in encode_pictures(model, images):
         found = describe(
             model.generator,
@@ -74,6 +90,21 @@ def caption(model: LoadedModel, images: Sequence[Image.Image], language: str | N
         )
         captions.append(model.text.decode(found[0].pieces).strip())
     return captions
+
+
+def _judge(model: LoadedModel, image: Image.Image) -> Callable[[list[list[int]]], Tensor]:
+    """How well texts fit `image` by the model's towers: cosines over the temperature they were trained with, in nats.
+
+    At the optimum of their contrastive loss that is the pointwise mutual information, but for a constant (van den Oord
+    et al. 2018, arXiv:1807.03748, section 2.3), and so what the picture adds to a text's own probability.
+    """
+    towers = model.towers
+    features, scale = towers.encode_image([image])[0], float(towers.scale.detach())
+
+    def judge(texts: list[list[int]]) -> Tensor:
+        return scale * (towers.encode_text([model.text.decode(pieces).strip() for pieces in texts]) @ features)
+
+    return judge
 
 
 def score_pictures(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.sample import Caption, Sample
-from generation.captions import caption_log_probabilities, describe
+from generation.captions import caption_log_probabilities, describe, describe_for_judge
 from generation.cogview_sampling import caption_scores
 from generation.layout import (
     Vocabulary,
@@ -127,6 +127,29 @@ def test_beam_search_with_enough_beams_finds_the_best_of_all_texts(position):
     assert few[0].score <= found[0].score + 1e-5
 
 
+def test_a_judge_adds_to_the_log_probability():
+    model, codes, start = small_model(), torch.arange(9).view(3, 3), [2]
+    everything = {"beams": 200, "judged": 1000, "nucleus": 1.0}
+    alone = {one.pieces: one.log_probability for one in describe(model, codes, start, beams=200)}
+    indifferent = describe_for_judge(model, codes, lambda texts: torch.zeros(len(texts)), start, **everything)
+    assert indifferent[0][0].pieces == max(alone, key=alone.__getitem__)
+
+    def judge(texts):
+        return torch.tensor([3.0 * text.count(4) for text in texts])
+
+    found = describe_for_judge(model, codes, judge, start, **everything)
+    best = max(alone, key=lambda pieces: alone[pieces] + 3.0 * pieces.count(4))
+    assert best != indifferent[0][0].pieces
+    assert found[0][0].pieces == best
+    assert found[0][1] == pytest.approx(alone[best] + 3.0 * best.count(4), abs=1e-4)
+    # a judge that wants what the model would never say is not followed
+    narrow = describe_for_judge(model, codes, lambda texts: 100 * judge(texts), start, beams=4, judged=8, nucleus=0.01)
+    likeliest = describe(model, codes, start, beams=1)
+    assert narrow[0][0].pieces in {one.pieces[:k] for one in likeliest for k in range(1, 4)}
+    with pytest.raises(ValueError, match="at least 1"):
+        describe_for_judge(model, codes, judge, start, beams=0)
+
+
 def test_without_an_end_mark_every_text_has_the_same_length():
     found = describe(small_model(), torch.arange(9).view(3, 3), beams=3, max_pieces=2, ends=False)
     assert [len(one.pieces) for one in found] == [2, 2, 2]
@@ -207,6 +230,15 @@ def pictures():
     return [Image.new("RGB", (48, 40), colour) for colour in ("red", "navy", "white")]
 
 
+@pytest.fixture(scope="module")
+def judged(pipeline):
+    """A pipeline with towers that know colours."""
+    pipe = load(pipeline.source, device="cpu", dtype="float32")
+    pipe.config = replace(pipe.config, parts={**pipe.config.parts, "towers": Part("towers", "")})
+    pipe.towers = ColourTowers()
+    return pipe
+
+
 def test_captions_in_every_language(pipeline, pictures):
     for language in (None, *pipeline.config.languages):
         captions = pipeline.caption(pictures, language)
@@ -216,6 +248,24 @@ def test_captions_in_every_language(pipeline, pictures):
         pipeline.caption(pictures, "tlh")
     with pytest.raises(ValueError, match="no picture"):
         pipeline.caption([])
+
+
+def test_towers_judge_captions(judged, pictures):
+    assert judged.caption(pictures, "zh") == judged.caption(pictures, "zh", by="both")
+    # colours are all that these towers know, and the pieces that name one are in the model's nucleus
+    odds = [judged.towers.encode_text([text]) @ judged.towers.encode_image([picture])[0]
+            for picture in pictures for text in judged.caption([picture], "en")]  # fmt: skip
+    alone = [judged.towers.encode_text([text]) @ judged.towers.encode_image([picture])[0]
+             for picture in pictures for text in judged.caption([picture], "en", by="generator")]  # fmt: skip
+    assert sum(odds) >= sum(alone)
+    with pytest.raises(ValueError, match="unknown writer"):
+        judged.caption(pictures, by="me")
+
+
+def test_only_a_model_with_towers_is_judged_by_them(pipeline, pictures):
+    assert pipeline.caption(pictures) == pipeline.caption(pictures, by="generator")
+    with pytest.raises(ValueError, match="no towers"):
+        pipeline.caption(pictures, by="both")
 
 
 def test_candidates_are_the_best_of_what_would_be_drawn(pipeline):
@@ -244,15 +294,6 @@ def test_a_kept_picture_scores_as_rerank_would_score_its_codes(pipeline, picture
     )
     with pytest.raises(ValueError, match="empty prompt"):
         pipeline.rerank(" ", pictures)
-
-
-@pytest.fixture(scope="module")
-def judged(pipeline):
-    """A pipeline with towers that know colours."""
-    pipe = load(pipeline.source, device="cpu", dtype="float32")
-    pipe.config = replace(pipe.config, parts={**pipe.config.parts, "towers": Part("towers", "")})
-    pipe.towers = ColourTowers()
-    return pipe
 
 
 def test_towers_judge_pictures(judged, pictures):
