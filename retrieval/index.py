@@ -79,7 +79,7 @@ class Collection(ABC):
 
     @abstractmethod
     def search(self, vector: NDArray[numpy.float32], k: int = 10, where: str | None = None) -> list[Hit]:
-        """The `k` items most similar to `vector` [D] (of any length but 0) among those that `where` allows, best first."""
+        """The `k` items most similar to `vector` [D], of any length but 0, among those `where` allows; best first."""
 
     @abstractmethod
     def count(self, where: str | None = None) -> int:
