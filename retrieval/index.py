@@ -6,7 +6,7 @@ A folder or a bucket (`s3://...`) holds a LanceDB table; `http://host:19530/name
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -84,6 +84,10 @@ class Collection(ABC):
     @abstractmethod
     def count(self, where: str | None = None) -> int:
         """How many items there are, or how many `where` allows."""
+
+    def scan(self, where: str | None = None) -> Iterator[tuple[list[str], NDArray[numpy.float32]]]:
+        """Ids and vectors [n, D] of all items, or of those that `where` allows, in parts and in no promised order."""
+        raise NotImplementedError
 
     @abstractmethod
     def snapshot(self, name: str) -> None:
