@@ -25,10 +25,10 @@ class CollectionError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """A vector float32 [D] with a stable id of 1 to `MAX_ID` characters and what is known of it."""
+    """A vector [D] with a stable id of 1 to `MAX_ID` characters and what is known of it."""
 
     id: str
-    vector: NDArray[numpy.float32]  # of any length but 0: `add` and `upsert` store it L2-normalised
+    vector: NDArray[numpy.floating]  # of any length but 0: `add` and `upsert` store it L2-normalised
     metadata: dict[str, Value] = field(default_factory=dict)
 
 
@@ -78,7 +78,7 @@ class Collection(ABC):
         """The items with these ids in the order asked; ids that are not there are left out."""
 
     @abstractmethod
-    def search(self, vector: NDArray[numpy.float32], k: int = 10, where: str | None = None) -> list[Hit]:
+    def search(self, vector: NDArray[numpy.floating], k: int = 10, where: str | None = None) -> list[Hit]:
         """The `k` items most similar to `vector` [D], of any length but 0, among those `where` allows; best first."""
 
     @abstractmethod

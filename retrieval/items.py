@@ -69,7 +69,8 @@ def column_types(items: Sequence[Item], known: Mapping[str, type]) -> dict[str, 
             if name not in types:
                 _check_name(name)
             kind = type(value)
-            if kind not in TYPE_NAMES or (kind is str and not _is_unicode(value)) or _out_of_range(value):
+            refused = kind not in TYPE_NAMES or (isinstance(value, str) and not _is_unicode(value))
+            if refused or _out_of_range(value):
                 raise CollectionError(
                     f"{item.id}: metadata is text, a number, true or false, not {name} = {str(value)[:40]!r}"
                 )

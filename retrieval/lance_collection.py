@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,7 +93,7 @@ class LanceCollection(Collection):
         self.durable = durable
         self.dim = table.schema.field("vector").type.list_size
         self.model = metadata["model"]
-        self._table = table
+        self._table: Any = table  # the types of LanceDB do not say what its local tables can do
         self._synchronised: set[Path] = set()
         self._threads = threading.RLock()
 
@@ -121,7 +122,7 @@ class LanceCollection(Collection):
         removed = 0
         with self._writing():
             for part in _parts(ids):
-                removed += self._commit(lambda part=part: self._table.delete(_one_of(part))).num_deleted_rows
+                removed += self._commit(partial(self._table.delete, _one_of(part))).num_deleted_rows
         return removed
 
     def get(self, ids: Sequence[str]) -> list[Item]:
@@ -130,13 +131,13 @@ class LanceCollection(Collection):
             found = self._stored(ids, None)
         return [_item(found[name]) for name in ids if name in found]
 
-    def search(self, vector: NDArray[numpy.float32], k: int = 10, where: str | None = None) -> list[Hit]:
+    def search(self, vector: NDArray[numpy.floating], k: int = 10, where: str | None = None) -> list[Hit]:
         query = unit_vector(vector, self.dim)
         check_search(k)
         with _lance_errors(self.place):
             condition = self._condition(where)
-            builder = self._table.search(query, vector_column_name="vector").distance_type("cosine")
-            builder = builder.select([*self._names(), "id", "_distance"]).limit(k)
+            builder: Any = self._table.search(query, vector_column_name="vector")
+            builder = builder.distance_type("cosine").select([*self._names(), "id", "_distance"]).limit(k)
             builder = builder.ef(max(EF, k)).refine_factor(REFINE)
             if condition is not None:
                 builder = builder.where(condition, prefilter=True)
@@ -220,7 +221,7 @@ class LanceCollection(Collection):
         indexed = {column for index in self._table.list_indices() for column in index.columns}
         for name in ["id", *self._names()]:
             if name not in indexed:
-                self._commit(lambda name=name: self._table.create_index(name, config=BTree()))
+                self._commit(partial(self._table.create_index, name, config=BTree()))
 
     def _cleanup_age(self) -> timedelta:
         """How old a version must be to be removed: LanceDB refuses to remove any where a snapshot is among them."""
