@@ -33,7 +33,8 @@ from retrieval.where import parse_where, sql_text, to_sql
 FORMAT = "mmwudao-collection/1"
 TABLE = "items"
 SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-EXACT_UP_TO = 20_000  # items that are compared one by one: below this an index saves little and costs recall
+# Items up to which all are compared: 5,000 x 512 cost about the CPU of a graph's search (bench/collection_speed.py)
+EXACT_UP_TO = 5_000
 EF = 200  # candidates that a search of the graph keeps (k, if that is more)
 REFINE = 2  # so many times k are compared with their exact vectors, since the graph holds 8 bits a number
 KEEP = timedelta(hours=1)  # how long a version stays readable for searches that are under way
@@ -141,9 +142,6 @@ class LanceCollection(Collection):
             builder = builder.ef(max(EF, k)).refine_factor(REFINE)
             if condition is not None:
                 builder = builder.where(condition, prefilter=True)
-                # where few are allowed, the graph leads past them; to compare them all is exact and cheap
-                if self._table.count_rows(condition) <= EXACT_UP_TO:
-                    builder = builder.bypass_vector_index()
             rows = builder.to_list()
         hits = [Hit(row["id"], 1 - row["_distance"], _metadata(row)) for row in rows]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
@@ -195,6 +193,8 @@ class LanceCollection(Collection):
             self._commit(lambda: self._table.optimize(cleanup_older_than=self._cleanup_age()))
             if index is None and items > EXACT_UP_TO:
                 self._build_index()
+            if items > EXACT_UP_TO:
+                self._index_columns()
             self.synchronise()
 
     def synchronise(self) -> None:
@@ -218,6 +218,9 @@ class LanceCollection(Collection):
 
     def _build_index(self) -> None:
         self._commit(lambda: self._table.create_index("vector", config=HnswSq(distance_type="cosine"), replace=True))
+
+    def _index_columns(self) -> None:
+        """What filters and ids are looked up by: without, LanceDB reads all rows to find the few that are allowed."""
         indexed = {column for index in self._table.list_indices() for column in index.columns}
         for name in ["id", *self._names()]:
             if name not in indexed:
