@@ -187,7 +187,7 @@ class LanceCollection(Collection):
                 except Timeout as error:
                     raise CollectionError(f"{self.place} is being optimised by another process") from error
             items = self._table.count_rows()
-            index = self._table.index_stats("vector_idx")
+            index = next((index for index in self._table.list_indices() if index.columns == ["vector"]), None)
             if index is not None and index.num_unindexed_rows > index.num_indexed_rows:
                 self._build_index()  # of so many new items one index is better than a series of small ones
             self._commit(lambda: self._table.optimize(cleanup_older_than=self._cleanup_age()))
@@ -205,6 +205,8 @@ class LanceCollection(Collection):
             # files are never changed once written, so each is synchronised once; then the folders that name them
             fresh = {path for path in self.folder.rglob("*") if path.is_file()} - self._synchronised
             folders = {parent for path in fresh for parent in path.parents if parent.is_relative_to(self.folder)}
+            if not self._synchronised:
+                folders.add(self.folder.parent)
             for path in [*sorted(fresh), *sorted(folders, reverse=True)]:
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
@@ -232,7 +234,7 @@ class LanceCollection(Collection):
         if not tagged:
             return KEEP
         made = [entry["timestamp"] for entry in self._table.list_versions() if entry["version"] in tagged]
-        return max([KEEP, *(datetime.now(time.tzinfo) - time + timedelta(seconds=1) for time in made)])
+        return max([KEEP, *(datetime.now(moment.tzinfo) - moment + timedelta(seconds=1) for moment in made)])
 
     def _names(self) -> list[str]:
         return [name for name in self._table.schema.names if name not in ("id", "vector")]

@@ -55,6 +55,7 @@ def open_milvus(place: str, *, create: bool, dim: int, model: str, durable: bool
             if dim < 1:
                 raise CollectionError(f"a new collection needs the dimension of its vectors, not {dim}")
             _create(client, name, dim, model)
+        client.load_collection(name)  # a server that was restarted may hold it on disk only
         collection = MilvusCollection(shown, name, client)
     if dim and dim != collection.dim:
         raise CollectionError(f"{shown} holds vectors of dimension {collection.dim}, not {dim}")

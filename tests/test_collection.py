@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
 
 import numpy
 import pytest
@@ -222,8 +224,8 @@ def test_an_index_is_built_past_a_size_and_found_good(collection, monkeypatch):
     assert measure_recall(collection, queries=20).recall >= 0.95
     collection.delete([item.id for item in items[:100]])
     collection.optimise()
-    statistics = collection._table.index_stats("vector_idx")
-    assert (statistics.num_indexed_rows, statistics.num_unindexed_rows, statistics.num_indices) == (2400, 0, 1)
+    index = next(index for index in collection._table.list_indices() if index.columns == ["vector"])
+    assert (index.num_indexed_rows, index.num_unindexed_rows, index.num_segments) == (2400, 0, 1)
     assert measure_recall(collection, queries=50).recall >= 0.95
     assert collection.get(["item-00000"]) == []
 
@@ -248,6 +250,38 @@ def test_threads_write_and_search_at_once(collection):
         thread.join()
     assert problems == []
     assert collection.count() == 20 + 4 * 15
+
+
+def write_batches(place, start):
+    with open_collection(place) as collection:
+        for k in range(4):
+            collection.upsert(make_items(5, start=start + 5 * k))
+
+
+def test_processes_write_at_once_and_die_without_leaving_a_lock(tmp_path):
+    open_collection(tmp_path / "c", create=True, dim=DIM).close()
+    context = multiprocessing.get_context("spawn")  # LanceDB's threads do not survive a fork
+    children = [context.Process(target=write_batches, args=(tmp_path / "c", 100 * k)) for k in range(2)]
+    holder = context.Process(target=hold_lock, args=(tmp_path / "c",))
+    for child in [*children, holder]:
+        child.start()
+    while not (tmp_path / "held").exists() and holder.is_alive():
+        time.sleep(0.01)
+    holder.kill()
+    for child in [*children, holder]:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    with open_collection(tmp_path / "c") as collection:
+        assert collection.count() == 40
+        assert {name for ids, _ in collection.scan() for name in ids} == {
+            f"item-{k:05}" for start in (0, 100) for k in range(start, start + 20)
+        }
+
+
+def hold_lock(place):
+    with open_collection(place) as collection, collection._writing():
+        (place.parent / "held").touch()
+        time.sleep(600)
 
 
 def test_durable_synchronises_every_file_before_it_answers(tmp_path, monkeypatch):

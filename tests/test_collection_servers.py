@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -141,3 +142,13 @@ def test_places_that_do_not_answer(milvus):
         with pytest.raises(CollectionError, match=problem) as caught:
             open_collection(place)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing():
+    script = Path(__file__).parents[1] / "bench" / "collection_kills.py"
+    options = ["--kills", "5", "--items", "4000", "--batch", "200", "--dim", "16", "--index-from", "300"]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (record["missing"], record["doubled"], record["wrong"]) == (0, 0, 0)
+    assert record["acknowledged_changes"] >= 5
