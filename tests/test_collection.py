@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import threading
 import time
 
@@ -11,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 from retrieval import lance_collection
+from retrieval.distributed_index import build_index
 from retrieval.index import CollectionError, Item, open_collection
 from retrieval.recall import measure_recall
 
@@ -229,6 +231,23 @@ def test_an_index_is_built_past_a_size_and_found_good(collection, monkeypatch):
     assert (index.num_indexed_rows, index.num_unindexed_rows, index.num_segments) == (2400, 0, 1)
     assert measure_recall(collection, queries=50).recall >= 0.95
     assert collection.get(["item-00000"]) == []
+
+
+def test_an_index_by_many_machines_needs_lance_ray(collection, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lance_ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'mmwudao\[ray\]'"):
+        build_index(str(tmp_path / "c"), 2)
+
+
+@pytest.mark.slow
+def test_an_index_by_many_machines(collection, tmp_path, monkeypatch):
+    pytest.importorskip("lance_ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    for start in (0, 300):
+        collection.add(make_items(300, seed=start, start=start))
+    assert build_index(str(tmp_path / "c"), 2) == 600
+    assert [index.columns for index in collection._table.list_indices()] == [["vector"]]
+    assert measure_recall(collection, queries=20).recall >= 0.95
 
 
 def test_threads_write_and_search_at_once(collection):
