@@ -19,6 +19,7 @@ from mmwudao import (
     commands_draw,
     commands_eval,
     commands_import,
+    commands_index,
     commands_train,
     commands_vectors,
 )
@@ -42,11 +43,13 @@ app.command()(commands_draw.info)
 app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)
 app.command()(commands_vectors.embed)
+app.command()(commands_index.search)
 app.add_typer(commands_train.app, name="train")
 app.add_typer(commands_data.app, name="data")
 app.add_typer(commands_import.app, name="import")
 app.add_typer(commands_eval.app, name="eval")
 app.add_typer(commands_vectors.export_app, name="export")
+app.add_typer(commands_index.app, name="index")
 
 
 def _print_version(wanted: bool) -> None:

@@ -222,9 +222,7 @@ def _columns(samples: Sequence[Sample]) -> dict[str, Any]:
     return {name: [getattr(sample, name) for sample in samples] for name in names}
 
 
-def _write(
-    path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipped: list[tuple[str, str, str]]
-) -> None:
+def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipped: list[tuple[str, str, str]]) -> None:
     """One Parquet file of the rows of `tables`, atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -147,6 +147,4 @@ def queries_by_language(samples: Sequence[Sample]) -> dict[str, tuple[list[str],
     for sample in samples:
         for language, caption in sample.captions.items():
             queries.setdefault(language, {}).setdefault(label_of(sample), caption.name)
-    return {
-        language: (list(names.values()), torch.tensor(list(names))) for language, names in sorted(queries.items())
-    }
+    return {language: (list(names.values()), torch.tensor(list(names))) for language, names in sorted(queries.items())}

@@ -145,7 +145,7 @@ def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: s
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-        raise ModelError(f"{folder / 'config.json'} does not describe towers: its \"format\" must be {FORMAT!r}")
+        raise ModelError(f'{folder / "config.json"} does not describe towers: its "format" must be {FORMAT!r}')
     kind = record.pop("kind", None)
     if kind not in KINDS:
         raise ModelError(f"{folder} holds towers of the kind {kind!r}; known here: {', '.join(KINDS)}")

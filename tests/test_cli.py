@@ -20,7 +20,7 @@ from mmwudao.cli import run
 from mmwudao.model_dir import copy_model
 from mmwudao.pictures import read_recipe
 
-HEAVY = ("torch", "torchvision", "numpy", "PIL", "data", "generation", "vqvae", "huggingface_hub", "yaml")
+HEAVY = ("torch", "torchvision", "numpy", "PIL", "data", "generation", "vqvae", "huggingface_hub", "yaml", "lancedb")
 COMMANDS = [
     [],
     ["generate"],
@@ -44,6 +44,9 @@ COMMANDS = [
     ["data", "stats"],
     ["import"],
     ["import", "cogview"],
+    ["index"],
+    ["index", "build"],
+    ["search"],
 ]
 
 
