@@ -1,0 +1,45 @@
+"""One process that listens: uvicorn around the application."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import uvicorn
+
+from mmwudao.service.app import create_app
+from mmwudao.service.config import ServiceConfig
+from mmwudao.service.engine import Served
+from mmwudao.service.keys import check_binding
+
+KEEP_ALIVE = 75  # s; longer than a proxy's in front, or it would see connections close under its requests
+# their warnings quote what clients wrote
+QUOTING_LOGGERS = ("mmwudao.loaded", "retrieval")
+
+
+def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> uvicorn.Server:
+    """A server, not yet running. It ends on SIGTERM or SIGINT, after what it has accepted.
+
+    Raises `ValueError` for an address that others can reach without a key.
+    """
+    check_binding(host, config.keys)
+    settings = uvicorn.Config(
+        create_app(served, config),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # the gate writes its own, without ids and queries
+        server_header=False,
+        # a proxy's word for who asks is not needed, and cannot be trusted
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
+    return uvicorn.Server(settings)
+
+
+def configure_logging(log_prompts: bool) -> None:
+    """Lines on stderr. Without `log_prompts`, nothing that clients wrote."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if not log_prompts:
+        for name in QUOTING_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
