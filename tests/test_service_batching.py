@@ -88,7 +88,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
         await until(lambda: batcher.reserved == 12)
         with pytest.raises(Busy, match=r"12 of 16") as refused:
             await ask(batcher, *range(5))
-        assert int(refused.value.headers["Retry-After"]) >= 1
+        assert int((refused.value.headers or {})["Retry-After"]) >= 1
         run.go.set()
         assert await accepted == [2 * k for k in range(12)]
         assert await ask(batcher, *range(16)) == [2 * k for k in range(16)]

@@ -68,7 +68,7 @@ def test_parts_say_what_they_are(address):
 
 
 def test_pictures_are_uploaded_as_a_form(address):
-    files = [("file", ("../../etc/passwd", png("red"), "image/png")), ("file", ("b", png("blue")))]
+    files = [("file", ("../../etc/passwd", png("red"), "image/png")), ("file", ("b", png("blue"), "image/png"))]
     answer = httpx2.post(f"{address}/v1/embeddings", files=files, data={"encoding_format": "float"})
     assert answer.status_code == 200, answer.text
     expected = post(address, input=[data_uri(png("red")), data_uri(png("blue"))]).json()

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel
-from pydantic_core import to_json
+from pydantic import BaseModel, TypeAdapter
 
 from mmwudao.service import schemas
 from mmwudao.service.engine import Engine
@@ -24,6 +23,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schemas.Error, "description": "The request cannot be answered as it is; 429: now."},
     "5XX": {"model": schemas.Error, "description": "Not the client's fault; 504: the deadline has passed."},
 }
+
+ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 
 prompts_log = logging.getLogger("mmwudao.service.prompts")
 
@@ -68,7 +69,7 @@ async def _gone(request: Request) -> None:
 
 def json_response(answer: BaseModel | dict[str, Any]) -> Response:
     """`answer` as JSON, by pydantic's serialiser, which is quick with vectors."""
-    content = answer.model_dump_json() if isinstance(answer, BaseModel) else to_json(answer)
+    content = answer.model_dump_json() if isinstance(answer, BaseModel) else ANYTHING.dump_json(answer)
     return Response(content, media_type="application/json")
 
 

@@ -16,6 +16,7 @@ from mmwudao.service.errors import BadInput, TooLarge
 REDIRECTS = 3
 REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out; RFC 4291, section 2.4
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -38,15 +39,17 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(parsed.packed[-4:])
         if inner is not None:
             return is_public(str(inner))
+        if parsed not in GLOBAL_UNICAST:
+            return False
     return parsed.is_global and not parsed.is_multicast
 
 
 class PublicBackend(httpcore2.AsyncNetworkBackend):
     """Connects to public addresses only, to the very address that was checked: a name is resolved once."""
 
-    def __init__(self, resolve: Resolve = resolve) -> None:
+    def __init__(self, resolve: Resolve = resolve, backend: httpcore2.AsyncNetworkBackend | None = None) -> None:
         self._resolve = resolve
-        self._backend = httpcore2.AnyIOBackend()
+        self._backend = backend or httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,

@@ -9,7 +9,16 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmwudao.service.config import ServiceConfig
-from mmwudao.service.errors import BadInput, Busy, Forbidden, ServiceError, TooLarge, Unauthorized, error_response
+from mmwudao.service.errors import (
+    BadInput,
+    Busy,
+    ClientGone,
+    Forbidden,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+    error_response,
+)
 from mmwudao.service.keys import KeyRing, is_loopback
 from mmwudao.service.metrics import Metrics
 
@@ -58,7 +67,7 @@ class Gate:
         elif not is_loopback(_host(visit.header(b"host"))):
             # a web page may point a name of its own at this machine (DNS rebinding)
             raise Forbidden("without keys this service answers only to localhost")
-        if self._requests > self._config.max_requests:
+        if self._requests > self._config.max_requests and visit.scope["path"] != "/metrics":
             raise Busy(f"{self._config.max_requests} requests are being answered: try again later")
         length = visit.header(b"content-length")
         if length:
@@ -80,11 +89,13 @@ class Gate:
         seconds = time.perf_counter() - visit.started
         # the path as declared: paths themselves hold ids
         route = getattr(visit.scope.get("route"), "path", "none")
-        self._metrics.requests.labels(_method(visit.scope["method"]), route, str(visit.status or 499)).inc()
+        self._metrics.requests.labels(
+            _method(visit.scope["method"]), route, str(visit.status or ClientGone.status)
+        ).inc()
         self._metrics.seconds.labels(route).observe(seconds)
-        if not visit.finished:
+        if not visit.finished or visit.status == ClientGone.status:
             self._metrics.left.labels(route).inc()
-        log.info("%s %s %s %.1f ms", visit.scope["method"], route, visit.status or 499, 1000 * seconds)
+        log.info("%s %s %s %.1f ms", visit.scope["method"], route, status, 1000 * seconds)
 
 
 class _Visit:

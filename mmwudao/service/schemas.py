@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 
 class Request(BaseModel):
@@ -20,12 +20,18 @@ class Answer(BaseModel):
     """The base of all that they get."""
 
 
+def _no_whole_number(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError("a whole number must fit 64 bits")  # else the float of the union would take it, rounded
+    return value
+
+
 Identifier = Annotated[str, Field(min_length=1, max_length=512, description="A stable id of the client's choice.")]
 Value = (
     Annotated[str, Field(max_length=4096)]
     | StrictBool
     | Annotated[int, Field(ge=-(2**63), lt=2**63)]
-    | Annotated[float, Field(allow_inf_nan=False)]
+    | Annotated[float, BeforeValidator(_no_whole_number), Field(allow_inf_nan=False)]
 )
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 Metadata = Annotated[dict[ColumnName, Value], Field(max_length=64)]
