@@ -52,6 +52,9 @@ class Gate:
                 if visit.status:
                     raise
                 await error_response(error)(scope, receive, visit.send)
+        except Exception:
+            visit.failed = True  # the framework's answer is sent outside of this
+            raise
         finally:
             self._requests -= 1
             self._bodies -= visit.held
@@ -73,8 +76,7 @@ class Gate:
         if length:
             if not length.isdigit():
                 raise BadInput("Content-Length must be a number")
-            visit.declared = int(length[:20])
-            visit.hold(visit.declared)
+            visit.hold(int(length[:20]))
 
     def hold(self, visit: _Visit, size: int) -> None:
         """Count bytes of a body before they are read. Raises `TooLarge`, `Busy`."""
@@ -89,11 +91,10 @@ class Gate:
         seconds = time.perf_counter() - visit.started
         # the path as declared: paths themselves hold ids
         route = getattr(visit.scope.get("route"), "path", "none")
-        self._metrics.requests.labels(
-            _method(visit.scope["method"]), route, str(visit.status or ClientGone.status)
-        ).inc()
+        status = visit.status or (500 if visit.failed else ClientGone.status)
+        self._metrics.requests.labels(_method(visit.scope["method"]), route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
-        if not visit.finished or visit.status == ClientGone.status:
+        if status == ClientGone.status or not (visit.finished or visit.failed):
             self._metrics.left.labels(route).inc()
         log.info("%s %s %s %.1f ms", visit.scope["method"], route, status, 1000 * seconds)
 
@@ -103,7 +104,8 @@ class _Visit:
 
     def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.started = scope, time.perf_counter()
-        self.status, self.finished, self.held, self.declared, self.read = 0, False, 0, 0, 0
+        self.status, self.finished, self.failed = 0, False, False
+        self.held, self.read = 0, 0  # bytes of the body
         self._gate, self._receive, self._send = gate, receive, send
 
     def header(self, name: bytes) -> bytes:

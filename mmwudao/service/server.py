@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 import uvicorn
 
@@ -40,6 +41,8 @@ def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> 
 def configure_logging(log_prompts: bool) -> None:
     """Lines on stderr. Without `log_prompts`, nothing that clients wrote."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # what Pillow finds odd in clients' files is no news, and Python would remember each such line for ever
+    warnings.filterwarnings("ignore", module="PIL")
     if not log_prompts:
         for name in QUOTING_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
