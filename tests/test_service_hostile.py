@@ -183,5 +183,5 @@ def test_schemathesis_finds_no_server_error(tiny_model_dir, examples):
         assert httpx2.get(f"{url}/readyz").status_code == 200
     assert len(statuses) == 14
     # it gets through to what the routes do
-    for label in ("POST /v1/embeddings", "POST /v1/search", "PUT /v1/items/{id}", "POST /v1/images/generations"):
-        assert 200 in statuses[label], statuses
+    for label in ("POST /v1/embeddings", "POST /v1/images/generations"):
+        assert 200 in statuses[label], label

@@ -5,7 +5,7 @@ The caps written here are those that hold for every server; `ServiceConfig` has 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
 
@@ -178,8 +178,19 @@ class RerankAnswer(Answer):
     model: str
 
 
+# what `Described` checks, for readers of the description
+ONE_OF_THREE: dict[str, Any] = {
+    "oneOf": [
+        {"required": [name], "properties": {name: {"type": kind}}}
+        for name, kind in (("text", "string"), ("image", "string"), ("vector", "array"))
+    ]
+}
+
+
 class Described(Request):
     """Exactly one of a text, a picture and a vector."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_OF_THREE)
 
     text: str | None = None
     image: Annotated[str | None, Field(description="A data URI, or a URL where the server allows it.")] = None
