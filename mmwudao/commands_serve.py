@@ -44,7 +44,7 @@ def serve(
     choose_threads()
     from mmwudao.service.config import ServiceConfig
     from mmwudao.service.keys import check_binding, read_keys
-    from mmwudao.service.server import configure_logging, make_server
+    from mmwudao.service.server import configure_logging, make_server, run
 
     config = ServiceConfig(
         keys=read_keys(keys_file),
@@ -59,7 +59,7 @@ def serve(
     served = load_served(model, towers, collection, adapter, device, dtype)
     print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
     try:
-        make_server(served, config, host, port).run()
+        run(make_server(served, config, host, port))
     finally:
         if served.collection is not None:
             served.collection.close()

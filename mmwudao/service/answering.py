@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -58,8 +57,8 @@ async def answer_in_time(request: Request, work: Awaitable[T], seconds: float) -
     finally:
         for one in (task, gone):
             one.cancel()
-        with suppress(Exception):  # `work`'s own error is raised above; one that cancelling brings is nobody's
-            await asyncio.gather(task, gone, return_exceptions=True)
+        # `work`'s own error is raised above; one that cancelling brings is nobody's
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:

@@ -25,6 +25,7 @@ class ServiceConfig:
     # of all requests together
     max_requests: int = 1024
     max_bodies: int = 256 * 2**20
+    body_deadline: float = 60.0  # for a body to arrive
     waiting_texts: int = 1024
     waiting_images: int = 512
     waiting_drawings: int = 64

@@ -54,6 +54,16 @@ class NotFound(ServiceError):
     status = 404
 
 
+class Slow(ServiceError):
+    """The body does not arrive."""
+
+    status = 408
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {"Connection": "close"}  # or the rest of the body would be waited for
+
+
 class Conflict(ServiceError):
     """What was to be added is there already."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from mmwudao.service.errors import (
     ClientGone,
     Forbidden,
     ServiceError,
+    Slow,
     TooLarge,
     Unauthorized,
     error_response,
@@ -32,7 +34,7 @@ class Gate:
     """ASGI middleware. It sees a request before FastAPI reads its body, which FastAPI does before any dependency."""
 
     def __init__(self, app: ASGIApp, config: ServiceConfig, metrics: Metrics) -> None:
-        self._app, self._config, self._metrics = app, config, metrics
+        self._app, self.config, self._metrics = app, config, metrics
         self._keys = KeyRing(config.keys)
         self._requests = 0
         self._bodies = 0  # bytes of all requests being answered
@@ -70,8 +72,8 @@ class Gate:
         elif not is_loopback(_host(visit.header(b"host"))):
             # a web page may point a name of its own at this machine (DNS rebinding)
             raise Forbidden("without keys this service answers only to localhost")
-        if self._requests > self._config.max_requests and visit.scope["path"] != "/metrics":
-            raise Busy(f"{self._config.max_requests} requests are being answered: try again later")
+        if self._requests > self.config.max_requests and visit.scope["path"] != "/metrics":
+            raise Busy(f"{self.config.max_requests} requests are being answered: try again later")
         length = visit.header(b"content-length")
         if length:
             if not length.isdigit():
@@ -80,9 +82,9 @@ class Gate:
 
     def hold(self, visit: _Visit, size: int) -> None:
         """Count bytes of a body before they are read. Raises `TooLarge`, `Busy`."""
-        if visit.held + size > self._config.max_body:
-            raise TooLarge(f"the body of a request may have {self._config.max_body} bytes")
-        if self._bodies + size > self._config.max_bodies:
+        if visit.held + size > self.config.max_body:
+            raise TooLarge(f"the body of a request may have {self.config.max_body} bytes")
+        if self._bodies + size > self.config.max_bodies:
             raise Busy("too much is being sent by all clients together: try again later")
         visit.held += size
         self._bodies += size
@@ -104,7 +106,7 @@ class _Visit:
 
     def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.started = scope, time.perf_counter()
-        self.status, self.finished, self.failed = 0, False, False
+        self.status, self.arrived, self.finished, self.failed = 0, False, False, False
         self.held, self.read = 0, 0  # bytes of the body
         self._gate, self._receive, self._send = gate, receive, send
 
@@ -116,8 +118,16 @@ class _Visit:
         self._gate.hold(self, size)
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        if self.arrived:
+            return await self._receive()  # waits until the client leaves
+        seconds = self._gate.config.body_deadline
+        try:
+            async with asyncio.timeout(self.started + seconds - time.perf_counter()):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise Slow(f"the body did not arrive within {seconds:g} s") from error
         if message["type"] == "http.request":
+            self.arrived = not message.get("more_body", False)
             self.read += len(message.get("body", b""))
             if self.read > self.held:  # a body of unknown length
                 self.hold(self.read - self.held)

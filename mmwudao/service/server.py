@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 
@@ -19,7 +20,7 @@ QUOTING_LOGGERS = ("mmwudao.loaded", "retrieval")
 
 
 def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> uvicorn.Server:
-    """A server, not yet running. It ends on SIGTERM or SIGINT, after what it has accepted.
+    """A server, not yet running.
 
     Raises `ValueError` for an address that others can reach without a key.
     """
@@ -34,8 +35,17 @@ def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> 
         # a proxy's word for who asks is not needed, and cannot be trusted
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE,
+        # past every deadline: only who does not read the answer is cut off
+        timeout_graceful_shutdown=int(max(config.deadline, config.drawing_deadline)) + 5,
     )
     return uvicorn.Server(settings)
+
+
+def run(server: uvicorn.Server) -> None:
+    """Serve until SIGTERM or SIGINT, and finish what was accepted."""
+    # uvicorn repeats the signal when all is done, and the default would end the process before anything is closed
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run()
 
 
 def configure_logging(log_prompts: bool) -> None:
