@@ -110,6 +110,7 @@ def address():
         yield url
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 def test_hostile_pictures_are_refused_or_answered_and_nothing_breaks(address):
     assert len(FILES) >= 300
     counts = {"refused": 0, "answered": 0}
