@@ -141,8 +141,8 @@ def generate_codes(
     `given_codes` [n, h, w] are kept wherever they are not -1. A code is drawn in sight of what comes before it in
     raster order, and so not of the given codes behind it. `on_token(step, codes)` is called after every step, from 1
     to `count_steps` (with a window after every pass, which is several steps), with the codes [n, h, w] so far, -1 where
-    none is known yet; the tensor is the one being filled, so copy what you keep. Raises `ValueError` for arguments that
-    do not fit together.
+    none is known yet; the tensor is the one being filled, so copy what you keep, and raise an exception to stop. Raises
+    `ValueError` for arguments that do not fit together.
     """
     options = options or SamplingOptions()
     full = full_block(model.config, grid)

@@ -20,6 +20,7 @@ from mmwudao import (
     commands_eval,
     commands_import,
     commands_index,
+    commands_serve,
     commands_train,
     commands_vectors,
 )
@@ -44,6 +45,7 @@ app.command()(commands_train.tokenize)
 app.command()(commands_train.assemble)
 app.command()(commands_vectors.embed)
 app.command()(commands_index.search)
+app.command()(commands_serve.serve)
 app.add_typer(commands_train.app, name="train")
 app.add_typer(commands_data.app, name="data")
 app.add_typer(commands_import.app, name="import")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.styles import guess_language, with_style
 from generation.adapters import apply_adapter
-from generation.decoding import SamplingOptions, count_steps, generate_codes
+from generation.decoding import OnToken, SamplingOptions, count_steps, generate_codes
 from generation.memory import check_memory, plan_drawing
 from mmwudao import __version__, tasks, upscaling
 from mmwudao.devices import DTYPES, choose_device, choose_dtype
@@ -37,6 +37,17 @@ class Progress:
     total: int
     rows: int
     preview: Callable[[], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture to draw: what `Pipeline.plan` checked. `text` is what the model reads of the prompt."""
+
+    prompt: str
+    style: str | None
+    text: str
+    seed: int
+    options: SamplingOptions
 
 
 def load(
@@ -94,8 +105,6 @@ class Pipeline(LoadedModel):
         cannot judge them.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("no prompt: say what to draw")
         drawn = n if candidates is None else candidates
         if not 1 <= n <= drawn or drawn * len(prompts) > MAX_PICTURES:
             raise ValueError(
@@ -104,13 +113,10 @@ class Pipeline(LoadedModel):
             )
         if candidates is not None:
             tasks.check_judge(self, rerank)
-        texts = [self._text(one, style) for one in prompts]
-        seeds = self._seeds(seed, drawn * len(prompts))
-        options = self._options(temperature, top_k, top_p, guidance, window)
-        codes = self._draw([text for text in texts for _ in range(drawn)], seeds, options, on_progress)
-        images = [self.decode_codes(one) for one in codes]
-        for k, image in enumerate(images):
-            image.info.update(self._recipe(prompts[k // drawn], style, texts[k // drawn], seeds[k], options))
+        drawings = self.plan(prompts, drawn, seed, style, temperature, top_k, top_p, guidance, window)
+        texts, seeds = [one.text for one in drawings], [one.seed for one in drawings]
+        codes = self._draw(texts, seeds, drawings[0].options, on_progress)
+        images = self._finished(drawings, codes)
         if candidates is None:
             return images
         kept = []
@@ -121,6 +127,49 @@ class Pipeline(LoadedModel):
                 image.info["score"] = score
             kept += sorted(images[some], key=lambda image: -image.info["score"])[:n]
         return kept
+
+    def plan(
+        self,
+        prompt: str | Sequence[str],
+        n: int = 1,
+        seed: int | None = None,
+        style: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        window: int | None = None,
+    ) -> list[Drawing]:
+        """What `generate` would draw, checked and not yet drawn, for `draw`. Raises `ValueError` as it does."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("no prompt: say what to draw")
+        if not 1 <= n * len(prompts) <= MAX_PICTURES:
+            raise ValueError(f"n must be at least 1, and one call draws at most {MAX_PICTURES} pictures: n is {n}")
+        texts = [self._text(one, style) for one in prompts]
+        seeds = self._seeds(seed, n * len(prompts))
+        options = self._options(temperature, top_k, top_p, guidance, window)
+        return [
+            Drawing(prompts[k // n], style, texts[k // n], one_seed, options) for k, one_seed in enumerate(seeds)
+        ]
+
+    def draw(self, drawings: Sequence[Drawing], on_token: OnToken | None = None) -> list[Image.Image]:
+        """Draw pictures that may be of different calls of `plan` but share their options; each comes out as alone.
+
+        `on_token` is that of `generate_codes`: an exception it raises stops the drawing.
+        """
+        assert len({one.options for one in drawings}) == 1, "drawings that share a batch share their options"
+        check_memory(self.memory.working, self.device, DTYPES[self.dtype])
+        rows = [self.encode_text(one.text) for one in drawings]
+        seeds, options = [one.seed for one in drawings], drawings[0].options
+        codes = generate_codes(self.generator, rows, seeds, options, grid=self.grid, on_token=on_token)
+        return self._finished(drawings, codes)
+
+    def _finished(self, drawings: Sequence[Drawing], codes: Tensor) -> list[Image.Image]:
+        images = [self.decode_codes(one) for one in codes]
+        for image, one in zip(images, drawings, strict=True):
+            image.info.update(self._recipe(one.prompt, one.style, one.text, one.seed, one.options))
+        return images
 
     def caption(
         self, images: Sequence[Image.Image], language: str | None = None, by: tasks.Writer = "auto"
@@ -241,13 +290,13 @@ class Pipeline(LoadedModel):
         def report(step: int, codes: Tensor) -> None:
             if on_progress is not None:
                 rows_done = (prefix + step) // self.grid[1]
-                on_progress(Progress(step, total, rows_done, lambda: self._decode_partial(codes)))
+                on_progress(Progress(step, total, rows_done, lambda: self.decode_partial(codes)))
 
         return generate_codes(
             self.generator, rows, seeds, options, grid=self.grid, given_codes=given_codes, on_token=report
         )
 
-    def _decode_partial(self, codes: Tensor) -> list[Image.Image]:
+    def decode_partial(self, codes: Tensor) -> list[Image.Image]:
         """Codes so far [n, h, w], -1 where none is drawn, to pictures that are white below the last whole row."""
         pictures = []
         for one in codes:

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 from lark.exceptions import VisitError
 
+from retrieval.index import CollectionError
+
 MAX_LENGTH = 10_000  # characters of an expression
 MAX_DEPTH = 20  # of nested AND, OR and NOT
 COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -46,7 +48,7 @@ NUMBER: /[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?/
 """
 
 
-class WhereError(ValueError):
+class WhereError(CollectionError):
     """An expression that cannot be read, or does not fit the columns; the message is one line."""
 
 

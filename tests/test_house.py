@@ -76,7 +76,7 @@ def test_every_import_is_required(setup: configparser.ConfigParser) -> None:
     """What the packages import from outside is what install_requires says."""
     names = {
         "pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py",
-        "open-clip-torch": "open_clip",
+        "open-clip-torch": "open_clip", "prometheus-client": "prometheus_client",
     }  # fmt: skip
     required = {distribution(requirement) for requirement in words(setup["options"]["install_requires"])}
     known = {names.get(name, name) for name in required} | set(LAYERS) | set(sys.stdlib_module_names)

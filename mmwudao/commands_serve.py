@@ -1,0 +1,94 @@
+"""`serve`: the HTTP service. Heavy imports happen inside the command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmwudao.commands_draw import Adapter, Device, Dtype, choose_threads
+
+if TYPE_CHECKING:
+    from mmwudao.service.engine import Served
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="A shipped name, a model directory, a hub id, or a folder of towers alone.")
+    ] = "emoji",
+    towers: Annotated[str | None, typer.Option(help="Towers for vectors and search; default: the model's own.")] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="What is searched: a folder, a bucket or a server; made if it is not there.")
+    ] = None,
+    adapter: Adapter = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; others than this machine's need keys.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="Bearer keys, one a line; also in the environment: MMWUDAO_KEYS.")
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch pictures that clients name by public URLs.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what clients ask for to the log.")] = False,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests in the house at a time; beyond: 429.")] = 1024,
+    deadline: Annotated[float, typer.Option(help="Seconds for an answer, after acceptance.")] = 60.0,
+    drawing_deadline: Annotated[float, typer.Option(help="The same for pictures, captions and reranking.")] = 600.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve vectors, search, pictures and captions over HTTP; /docs describes it, SIGTERM ends it in good order."""
+    choose_threads()
+    from mmwudao.service.config import ServiceConfig
+    from mmwudao.service.keys import check_binding, read_keys
+    from mmwudao.service.server import configure_logging, make_server, run
+
+    config = ServiceConfig(
+        keys=read_keys(keys_file),
+        allow_urls=allow_urls,
+        log_prompts=log_prompts,
+        max_requests=max_requests,
+        deadline=deadline,
+        drawing_deadline=drawing_deadline,
+    )
+    check_binding(host, config.keys)  # before models are loaded
+    configure_logging(log_prompts)
+    served = load_served(model, towers, collection, adapter, device, dtype)
+    print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
+    try:
+        run(make_server(served, config, host, port))
+    finally:
+        if served.collection is not None:
+            served.collection.close()
+
+
+def load_served(
+    model: str, towers: str | None, collection: str | None, adapter: Path | None, device: str, dtype: str
+) -> Served:
+    """The parts of what the options name. Raises `ValueError`."""
+    from mmwudao.pipeline import load
+    from mmwudao.service.engine import Served
+    from mmwudao.towers import load_model_towers
+    from retrieval.index import open_collection
+    from vqvae.hub import content_hash
+
+    name = Path(model).name
+    if (Path(model) / "model.safetensors").exists():  # towers alone
+        if towers or adapter:
+            raise ValueError(f"{model} holds towers alone: it takes neither --towers nor --adapter")
+        pipeline, own = None, load_model_towers(model, device)
+    else:
+        pipeline, own = load(model, device, dtype, adapter), None
+        if towers is not None:
+            own = load_model_towers(towers, device)
+        elif "towers" in pipeline.config.parts:
+            own = pipeline.towers
+    if collection is None:
+        return Served(name, own, pipeline)
+    if own is None:
+        raise ValueError(f"{model} has no towers to search a collection with: give --towers")
+    opened = open_collection(collection, create=True, dim=own.embed_dim, model=content_hash(own))
+    return Served(name, own, pipeline, opened)

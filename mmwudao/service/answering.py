@@ -1,0 +1,78 @@
+"""What all routes share: the engine behind a request, deadlines, clients that leave, and what a picture is sent as."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel, TypeAdapter
+
+from mmwudao.service import schemas
+from mmwudao.service.engine import Engine
+from mmwudao.service.errors import ClientGone, Late
+from mmwudao.service.incoming import Incoming
+
+T = TypeVar("T")
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": schemas.Error, "description": "The request cannot be answered as it is; 429: now."},
+    "5XX": {"model": schemas.Error, "description": "Not the client's fault; 504: the deadline has passed."},
+}
+
+ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
+
+prompts_log = logging.getLogger("mmwudao.service.prompts")
+
+
+def engine_of(request: Request) -> Engine:
+    """A dependency of routes."""
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+def incoming_of(request: Request) -> Incoming:
+    """A dependency of routes."""
+    incoming: Incoming = request.app.state.incoming
+    return incoming
+
+
+async def answer_in_time(request: Request, work: Awaitable[T], seconds: float) -> T:
+    """The result of `work`, which is cancelled when the client leaves (`ClientGone`) or time is up (`Late`).
+
+    The request's body must have been read.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientGone("the client has left")
+        raise Late(f"not done within {seconds:g} s")
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        # `work`'s own error is raised above; one that cancelling brings is nobody's
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_response(answer: BaseModel | dict[str, Any]) -> Response:
+    """`answer` as JSON, by pydantic's serialiser, which is quick with vectors."""
+    content = answer.model_dump_json() if isinstance(answer, BaseModel) else ANYTHING.dump_json(answer)
+    return Response(content, media_type="application/json")
+
+
+def log_prompt(engine: Engine, what: str, text: str) -> None:
+    """What clients wrote goes to the log only where the operator asked for it."""
+    if engine.config.log_prompts:
+        prompts_log.info("%s: %r", what, text)

@@ -1,0 +1,50 @@
+"""Pictures of several clients in one decoding batch: who has left is drawn no further, who watches gets previews."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from mmwudao.pipeline import Drawing, Pipeline
+
+
+class NobodyWaits(Exception):
+    """All clients of a block have left."""
+
+
+@dataclass
+class Commission:
+    """A picture that a client waits for. `gone` may be set at any time, from any thread.
+
+    `preview(image)` is called in the drawing thread after each of `preview_rows` rows of codes.
+    """
+
+    drawing: Drawing
+    preview: Callable[[Image.Image], None] | None = None
+    preview_rows: frozenset[int] = frozenset()
+    gone: bool = False
+
+
+def rows_of_previews(count: int, height: int) -> frozenset[int]:
+    """After which of `height` rows `count` previews are shown: evenly spread, none when all is drawn."""
+    return frozenset(round(height * k / (count + 1)) for k in range(1, count + 1)) - {0, height}
+
+
+def draw_block(pipeline: Pipeline, block: Sequence[Commission]) -> list[Image.Image]:
+    """Draw pictures of the same options, at most a block of `generate_codes`. Raises `NobodyWaits`."""
+    width = pipeline.grid[1]
+
+    def on_token(step: int, codes: Tensor) -> None:
+        if all(one.gone for one in block):
+            raise NobodyWaits
+        row, column = divmod(step, width)
+        if column:
+            return
+        for k, one in enumerate(block):
+            if one.preview is not None and row in one.preview_rows and not one.gone:
+                one.preview(pipeline.decode_partial(codes[k : k + 1])[0])
+
+    return pipeline.draw([one.drawing for one in block], on_token)

@@ -1,0 +1,104 @@
+"""What clients send, checked against the caps and turned into texts and pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from PIL import Image
+
+from data.images import CorruptImage, ImageTooLarge, open_image
+from mmwudao.service.config import ServiceConfig
+from mmwudao.service.errors import BadInput, TooLarge
+from mmwudao.service.fetching import fetch
+from mmwudao.service.schemas import ImagePart, TextPart
+
+T = TypeVar("T")
+
+Part = TextPart | ImagePart
+Source = Part | bytes  # bytes: an uploaded picture
+
+
+class Incoming:
+    """The checks of one service; pictures are decoded in threads of its own."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._executor = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+    def check_count(self, count: int, most: int, param: str) -> None:
+        """`BadInput` for more than `most`."""
+        if count > most:
+            raise BadInput(f"{count} of them in one request: at most {most}", param=param)
+
+    def text(self, text: str, param: str = "input") -> str:
+        """The text, if it is neither empty nor too long."""
+        if not text.strip():
+            raise BadInput("an empty text", param=param)
+        if len(text) > self._config.max_text:
+            raise BadInput(f"a text of {len(text)} characters: at most {self._config.max_text}", param=param)
+        return text
+
+    async def pictures(
+        self, sources: Sequence[str | bytes], prepare: Callable[[Image.Image], T], param: str
+    ) -> list[T]:
+        """`prepare` of each picture: encoded bytes, a data URI, or a URL. Raises `BadInput`, `TooLarge`."""
+        loop = asyncio.get_running_loop()
+
+        async def one(source: str | bytes) -> T:
+            if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+                if not self._config.allow_urls:
+                    raise BadInput("this server fetches no URLs: send the picture as a data URI", param=param)
+                source = await fetch(source, self._config.max_fetch, self._config.fetch_deadline)
+            return await loop.run_in_executor(self._executor, lambda: prepare(self._decode(source, param)))
+
+        tasks = [asyncio.create_task(one(source)) for source in sources]
+        try:
+            return [await task for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _decode(self, source: str | bytes, param: str) -> Image.Image:
+        encoded = data_uri(source, param) if isinstance(source, str) else source
+        try:
+            return open_image(encoded, self._config.max_pixels)
+        except ImageTooLarge as error:
+            raise TooLarge(str(error), param=param) from error
+        except CorruptImage as error:
+            raise BadInput(str(error), param=param) from error
+
+
+def split_input(content: str | Part | Sequence[str | Part]) -> list[Part]:
+    """Each part of an embedding request as what it is: a string that begins with data:image/ is a picture."""
+
+    def split(part: str | Part) -> Part:
+        if not isinstance(part, str):
+            return part
+        return ImagePart(image=part) if _looks_like_picture(part) else TextPart(text=part)
+
+    return [split(content)] if isinstance(content, str | TextPart | ImagePart) else list(map(split, content))
+
+
+def data_uri(text: str, param: str) -> bytes:
+    """The bytes of a base64 data URI of a picture. Raises `BadInput`."""
+    head, comma, body = text.partition(",")
+    if not _looks_like_picture(head) or not comma or not head.lower().endswith(";base64"):
+        raise BadInput("a picture is sent as a data URI: data:image/png;base64,...", param=param)
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadInput("a picture's data URI does not hold base64", param=param) from error
+
+
+def _looks_like_picture(text: str) -> bool:
+    return text[:11].lower() == "data:image/"

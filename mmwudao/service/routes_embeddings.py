@@ -1,0 +1,139 @@
+"""`/v1/embeddings` as OpenAI has it, for texts and pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from mmwudao.service import schemas
+from mmwudao.service.answering import ERRORS, answer_in_time, engine_of, incoming_of, json_response, log_prompt
+from mmwudao.service.engine import Embedded, Engine
+from mmwudao.service.errors import BadInput, invalid
+from mmwudao.service.incoming import Incoming, Source, split_input
+
+router = APIRouter(responses=ERRORS, tags=["vectors"])
+
+
+def _request_body() -> dict[str, Any]:
+    """What the route reads by itself, since FastAPI reads one content type a route."""
+    as_json = schemas.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    as_json.pop("$defs")  # they are among the components, see `add_parts`
+    files = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    formats = as_json["properties"]["encoding_format"]
+    upload = {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": files, "encoding_format": formats, "model": {"type": "string"}},
+    }
+    content = {"application/json": {"schema": as_json}, "multipart/form-data": {"schema": upload}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def add_parts(openapi: dict[str, Any]) -> None:
+    """Put what `_request_body` refers to among the components of a description."""
+    defs = schemas.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")["$defs"]
+    openapi["components"]["schemas"].update(defs)
+
+
+@router.post("/v1/embeddings", response_model=schemas.EmbeddingList, openapi_extra=_request_body())
+async def embeddings(
+    request: Request,
+    engine: Annotated[Engine, Depends(engine_of)],
+    incoming: Annotated[Incoming, Depends(incoming_of)],
+) -> Response:
+    """Vectors of unit length of texts and pictures: one space, so a text and what shows it are near each other.
+
+    Pictures are sent as data URIs in JSON, or uploaded as `file` (once or more) in multipart/form-data.
+    """
+    sources: Sequence[Source]
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
+        body, sources = await _uploaded(request, engine)
+    else:
+        body = await _json_body(request)
+        sources = split_input(body.input)
+    engine.check_model(body.model)
+    incoming.check_count(len(sources), engine.config.max_inputs, "input")
+    dim = engine.towers.embed_dim
+    if body.dimensions not in (None, dim):
+        raise BadInput(f"this model's vectors have {dim} dimensions", param="dimensions")
+    found = await answer_in_time(request, embed(engine, incoming, sources, "input"), engine.config.deadline)
+    return json_response(_answer(found, body.encoding_format, engine.served.name))
+
+
+async def embed(
+    engine: Engine,
+    incoming: Incoming,
+    sources: Sequence[Source],
+    param: str,
+) -> list[Embedded]:
+    """The vector of each text, picture, or uploaded picture (bytes). Raises `ServiceError`s."""
+    towers = engine.towers
+    texts = [k for k, source in enumerate(sources) if isinstance(source, schemas.TextPart)]
+    images = [k for k, source in enumerate(sources) if not isinstance(source, schemas.TextPart)]
+    words = [incoming.text(source.text, param) for source in sources if isinstance(source, schemas.TextPart)]
+    pictures = [
+        source.image if isinstance(source, schemas.ImagePart) else source
+        for source in sources
+        if not isinstance(source, schemas.TextPart)
+    ]
+    for text in words:
+        log_prompt(engine, param, text)
+    # both or none: what would wait in vain takes no room
+    async with engine.texts.reserve(len(words)), engine.images.reserve(len(pictures)):
+        pixels = await incoming.pictures(pictures, towers.preprocess, param)
+        of_texts, of_images = await asyncio.gather(engine.texts.submit(words), engine.images.submit(pixels))
+    found = dict(zip([*texts, *images], [*of_texts, *of_images], strict=True))
+    return [found[k] for k in range(len(sources))]
+
+
+async def _json_body(request: Request) -> schemas.EmbeddingRequest:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise BadInput("send application/json, or pictures as multipart/form-data")
+    try:
+        return schemas.EmbeddingRequest.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+async def _uploaded(request: Request, engine: Engine) -> tuple[schemas.EmbeddingRequest, Sequence[Source]]:
+    """The options and the pictures of a form. Files have names of the client's, which are not looked at."""
+    config = engine.config
+    async with request.form(max_files=config.max_inputs, max_fields=8, max_part_size=config.max_text) as form:
+        files: list[bytes] = []
+        options: dict[str, str] = {}
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in ("file", "file[]"):
+                    raise BadInput("pictures are uploaded in the field 'file'")
+                files.append(await value.read())
+            else:
+                options[name] = value
+    if not files:
+        raise BadInput("no picture: upload at least one in the field 'file'")
+    if "input" in options:
+        raise BadInput("texts are sent in JSON, pictures in the field 'file'")
+    try:
+        return schemas.EmbeddingRequest.model_validate({**options, "input": "-"}), files
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def _answer(found: list[Embedded], encoding: str, model: str) -> dict[str, Any]:
+    """An `EmbeddingList`, as a plain dictionary: building models of it takes longer than writing it."""
+    tokens = sum(one.tokens for one in found)
+    data = []
+    for index, (vector, _) in enumerate(found):
+        numbers = vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        data.append({"object": "embedding", "index": index, "embedding": numbers})
+    return {
+        "object": "list",
+        "data": data,
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }

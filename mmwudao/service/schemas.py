@@ -1,0 +1,280 @@
+"""What clients send and get. Unknown fields are refused, so that a misspelt option is not ignored.
+
+The caps written here are those that hold for every server; `ServiceConfig` has the ones that an operator may change.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
+
+
+class Request(BaseModel):
+    """The base of all that clients send."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Answer(BaseModel):
+    """The base of all that they get."""
+
+
+def _no_whole_number(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError("a whole number must fit 64 bits")  # else the float of the union would take it, rounded
+    return value
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=512, description="A stable id of the client's choice.")]
+Value = (
+    Annotated[str, Field(max_length=4096)]
+    | StrictBool
+    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    | Annotated[float, BeforeValidator(_no_whole_number), Field(allow_inf_nan=False)]
+)
+ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+Metadata = Annotated[dict[ColumnName, Value], Field(max_length=64)]
+Vector = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=8192)]
+ModelName = Annotated[str | None, Field(description="The served model's name (GET /v1/models), or nothing.")]
+User = Annotated[str | None, Field(description="Accepted for compatibility, and not used.")]
+Where = Annotated[
+    str | None,
+    Field(max_length=4096, description="A condition on metadata, such as family = 'noto' AND year > 2016."),
+]
+
+
+class TextPart(Request):
+    """A text, whatever it begins with."""
+
+    text: str
+
+
+class ImagePart(Request):
+    """A picture: a data URI (data:image/png;base64,...), or a URL where the server allows it."""
+
+    image: str
+
+
+Content = str | TextPart | ImagePart
+
+
+class EmbeddingRequest(Request):
+    """A string is a text, or a picture if it begins with data:image/."""
+
+    input: Content | Annotated[list[Content], Field(min_length=1)]
+    model: ModelName = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int | None, Field(description="The model's own; others are refused.")] = None
+    user: User = None
+
+
+class Embedding(Answer):
+    """One vector of unit length: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(Answer):
+    """Tokens of texts; pictures have none."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Answer):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class GenerationRequest(Request):
+    """What to draw. What is not given is the model's own default."""
+
+    prompt: str
+    model: ModelName = None
+    n: Annotated[int, Field(ge=1, description="Picture k is drawn with seed + k.")] = 1
+    size: Annotated[str | None, Field(description="auto, the model's own size, or twice that if it enlarges.")] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**62)] = None
+    style: Annotated[str | None, Field(description="A picture family that the model knows.")] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100, description="0, or from 0.01 on.")] = None
+    top_k: Annotated[int | None, Field(ge=0, lt=2**31)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    guidance: Annotated[float | None, Field(ge=0, le=100)] = None
+    response_format: Annotated[Literal["b64_json"] | None, Field(description="URLs are not offered.")] = None
+    output_format: Literal["png"] | None = None
+    stream: Annotated[bool | None, Field(description="Server-sent events with pictures so far.")] = None
+    partial_images: Annotated[int | None, Field(ge=0, le=3, description="Previews in a stream.")] = None
+    user: User = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < 0.01:
+            raise ValueError("0 (greedy), or from 0.01 on: logits are divided by it")
+        return temperature
+
+
+class DrawnImage(Answer):
+    """A PNG that holds its own recipe."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesAnswer(Answer):
+    created: int
+    data: list[DrawnImage]
+    size: str
+    output_format: Literal["png"] = "png"
+
+
+Pictures = Annotated[list[str | ImagePart], Field(min_length=1, description="Data URIs, or URLs where allowed.")]
+
+
+class CaptionRequest(Request):
+    images: Pictures
+    language: Annotated[str | None, Field(description="One that the model knows; default: its first.")] = None
+    model: ModelName = None
+
+
+class Caption(Answer):
+    index: int
+    language: str
+    caption: str
+
+
+class CaptionList(Answer):
+    object: Literal["list"] = "list"
+    data: list[Caption]
+    model: str
+
+
+class RerankRequest(Request):
+    """Which pictures show the query best?"""
+
+    query: str
+    documents: Pictures
+    top_n: Annotated[int | None, Field(ge=1)] = None
+    by: Annotated[
+        Literal["caption", "towers", "both"] | None, Field(description="Who judges; default: towers if there are any.")
+    ] = None
+    model: ModelName = None
+
+
+class Ranked(Answer):
+    index: int
+    relevance_score: float
+
+
+class RerankAnswer(Answer):
+    """Best first. Scores compare pictures for one query, not queries."""
+
+    object: Literal["list"] = "list"
+    results: list[Ranked]
+    model: str
+
+
+# what `Described` checks, for readers of the description
+ONE_OF_THREE: dict[str, Any] = {
+    "oneOf": [
+        {"required": [name], "properties": {name: {"type": kind}}}
+        for name, kind in (("text", "string"), ("image", "string"), ("vector", "array"))
+    ]
+}
+
+
+class Described(Request):
+    """Exactly one of a text, a picture and a vector."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_OF_THREE)
+
+    text: str | None = None
+    image: Annotated[str | None, Field(description="A data URI, or a URL where the server allows it.")] = None
+    vector: Vector | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(value is not None for value in (self.text, self.image, self.vector)) != 1:
+            raise ValueError("give exactly one of text, image and vector")
+        return self
+
+
+class SearchRequest(Described):
+    k: Annotated[int, Field(ge=1)] = 10
+    where: Where = None
+
+
+class Found(Answer):
+    id: str
+    score: float
+    metadata: dict[str, str | bool | int | float]
+
+
+class SearchAnswer(Answer):
+    """Best first; scores are cosines."""
+
+    object: Literal["list"] = "list"
+    data: list[Found]
+
+
+class ItemBody(Described):
+    metadata: Metadata = {}
+
+
+class NewItem(ItemBody):
+    id: Identifier
+
+
+class BulkRequest(Request):
+    items: Annotated[list[NewItem], Field(min_length=1)]
+    mode: Annotated[Literal["upsert", "add"], Field(description="add refuses ids that are there already.")] = "upsert"
+
+
+class BulkAnswer(Answer):
+    stored: int
+
+
+class StoredItem(Answer):
+    id: str
+    metadata: dict[str, str | bool | int | float]
+    vector: Annotated[list[float] | None, Field(description="Only if asked for.")] = None
+
+
+class DeletedItem(Answer):
+    id: str
+    deleted: bool
+
+
+class CollectionAnswer(Answer):
+    count: int
+    dim: int
+    model: str
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: Literal["mmwudao"] = "mmwudao"
+    can: Annotated[list[str], Field(description="Among embed, draw, caption, search.")]
+
+
+class ModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorBody(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Answer):
+    """Every answer with a status from 400 on."""
+
+    error: ErrorBody

@@ -1,0 +1,58 @@
+"""One process that listens: uvicorn around the application."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import warnings
+
+import uvicorn
+
+from mmwudao.service.app import create_app
+from mmwudao.service.config import ServiceConfig
+from mmwudao.service.engine import Served
+from mmwudao.service.keys import check_binding
+
+KEEP_ALIVE = 75  # s; longer than a proxy's in front, or it would see connections close under its requests
+# their warnings quote what clients wrote
+QUOTING_LOGGERS = ("mmwudao.loaded", "retrieval")
+
+
+def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> uvicorn.Server:
+    """A server, not yet running.
+
+    Raises `ValueError` for an address that others can reach without a key.
+    """
+    check_binding(host, config.keys)
+    settings = uvicorn.Config(
+        create_app(served, config),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # the gate writes its own, without ids and queries
+        server_header=False,
+        # a proxy's word for who asks is not needed, and cannot be trusted
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        # past every deadline: only who does not read the answer is cut off
+        timeout_graceful_shutdown=int(max(config.deadline, config.drawing_deadline)) + 5,
+    )
+    return uvicorn.Server(settings)
+
+
+def run(server: uvicorn.Server) -> None:
+    """Serve until SIGTERM or SIGINT, and finish what was accepted."""
+    # uvicorn repeats the signal when all is done, and the default would end the process before anything is closed
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run()
+
+
+def configure_logging(log_prompts: bool) -> None:
+    """Lines on stderr. Without `log_prompts`, nothing that clients wrote."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # what Pillow finds odd in clients' files is no news, and Python would remember each such line for ever
+    warnings.filterwarnings("ignore", module="PIL")
+    if not log_prompts:
+        for name in QUOTING_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,474 @@
+"""Keys, binding, caps, overload, deadlines, fetching, logs, and an end in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpcore2
+import httpx2
+import pytest
+
+from mmwudao.cli import run
+from mmwudao.service.config import ServiceConfig
+from mmwudao.service.engine import Served
+from mmwudao.service.errors import BadInput, ServiceError, TooLarge
+from mmwudao.service.fetching import PublicBackend, fetch, is_public
+from mmwudao.service.keys import KeyRing, check_binding, read_keys
+from mmwudao.service.server import QUOTING_LOGGERS, configure_logging
+from tests.service_server import MemoryCollection, data_uri, png, running
+from tests.tiny_towers import ColourTowers
+
+KEYS = ("first-key-0123456789", "second-key-0123456789")
+
+
+class SlowTowers(ColourTowers):
+    """Waits until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+        self.texts: list[str] = []
+
+    def tokenize(self, texts):
+        self.texts += texts
+        assert self.go.wait(20)
+        return super().tokenize(texts)
+
+
+# keys
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    path.write_text(f"# of the shop\n{KEYS[0]}  # old\n\n")
+    monkeypatch.setenv("MMWUDAO_KEYS", f" {KEYS[1]} ")
+    assert read_keys(path) == (KEYS[1], KEYS[0])
+    monkeypatch.delenv("MMWUDAO_KEYS")
+    assert read_keys(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no key"),
+        (b"# x\n", "holds no key"),
+        (b"short\n", "at least 16"),
+        (b"two words 0123456789\n", "no space"),
+        ("schlüssel-0123456789".encode(), "ASCII"),
+    ],
+)
+def test_bad_files_of_keys_are_refused(tmp_path, content, message):
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_keys(path)
+    assert "0123456789" not in str(error.value), "a key is not shown"
+    with pytest.raises(ValueError, match="no file of keys"):
+        read_keys(tmp_path / "absent")
+
+
+def test_a_key_ring_knows_its_keys_and_no_other():
+    ring = KeyRing(KEYS)
+    assert all(ring.accepts(f"Bearer {key}".encode()) for key in KEYS)
+    assert ring.accepts(f"bearer  {KEYS[0]}".encode())
+    for wrong in ("", "Bearer", "Bearer ", KEYS[0], f"Basic {KEYS[0]}", f"Bearer {KEYS[0]}x", f"Bearer {KEYS[0][:-1]}"):
+        assert not ring.accepts(wrong.encode())
+    assert not ring.accepts(b"Bearer \xff\xfe")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.com", ""])
+def test_listening_wider_needs_a_key(host):
+    with pytest.raises(ValueError, match="give keys"):
+        check_binding(host, ())
+    check_binding(host, KEYS)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
+def test_this_machine_needs_none(host):
+    check_binding(host, ())
+
+
+def test_the_command_refuses_before_it_loads_anything(capsys, tmp_path):
+    assert run(["serve", "--model", "no-such-model", "--host", "0.0.0.0"]) == 2
+    assert "give keys" in capsys.readouterr().err
+    assert run(["serve", "--keys-file", str(tmp_path / "absent")]) == 2
+    assert run(["serve", "--model", "no-such-model"]) == 2
+    assert "give a shipped name" in capsys.readouterr().err
+    assert run(["serve", "--deadline", "0"]) == 2
+    assert "deadline must be above 0" in capsys.readouterr().err
+
+
+def test_only_a_known_key_gets_in():
+    with running(Served("tiny", ColourTowers().eval()), ServiceConfig(keys=KEYS)) as url:
+        body = {"input": "red"}
+        for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": f"Basic {KEYS[0]}"}):
+            for answer in (
+                httpx2.post(f"{url}/v1/embeddings", json=body, headers=headers),
+                httpx2.get(f"{url}/metrics", headers=headers),
+                httpx2.get(f"{url}/v1/nowhere", headers=headers),
+            ):
+                assert answer.status_code == 401
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+        for key in KEYS:
+            answer = httpx2.post(f"{url}/v1/embeddings", json=body, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+        for path in ("healthz", "readyz", "docs", "openapi.json"):
+            assert httpx2.get(f"{url}/{path}").status_code == 200
+
+
+def test_without_keys_a_foreign_host_name_is_refused():
+    with running(Served("tiny", ColourTowers().eval())) as url:
+        for host, status in (
+            ("localhost", 200),
+            ("127.0.0.1:1", 200),
+            ("[::1]", 200),
+            ("evil.example", 403),
+            ("", 403),
+        ):
+            answer = httpx2.post(f"{url}/v1/embeddings", json={"input": "red"}, headers={"Host": host})
+            assert answer.status_code == status, host
+
+
+# caps and overload
+
+
+def test_limits_must_make_sense():
+    with pytest.raises(ValueError, match="max_body must be above 0"):
+        ServiceConfig(max_body=0)
+    with pytest.raises(ValueError, match="waiting_texts must be at least 256"):
+        ServiceConfig(waiting_texts=10)
+
+
+def test_a_collection_of_other_towers_is_refused():
+    towers = ColourTowers()
+    with pytest.raises(ValueError, match="holds vectors of 9 numbers"):
+        Served("tiny", towers, collection=MemoryCollection(dim=9))
+    with pytest.raises(ValueError, match="of other towers"):
+        Served("tiny", towers, collection=MemoryCollection(model="abc"))
+    with pytest.raises(ValueError, match="nothing to serve"):
+        Served("tiny")
+
+
+def test_overload_is_refused_at_once_and_what_was_accepted_is_answered():
+    towers = SlowTowers().eval()
+    config = ServiceConfig(max_inputs=1, waiting_texts=4, waiting_images=4)
+    with running(Served("tiny", towers), config) as url, httpx2.Client(timeout=30) as client:
+        answers: list[httpx2.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(httpx2.post(f"{url}/v1/embeddings", json={"input": "red"}, timeout=30))
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        while 'mmwudao_waiting{queue="texts"} 4.0' not in client.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        refused = client.post(f"{url}/v1/embeddings", json={"input": "red"})
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        # pictures have a queue of their own
+        assert client.post(f"{url}/v1/embeddings", json={"input": data_uri(png())}).status_code == 200
+        towers.go.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert client.post(f"{url}/v1/embeddings", json={"input": "red"}).status_code == 200
+
+
+def test_too_many_requests_and_too_many_bytes_at_a_time_are_refused():
+    towers = SlowTowers().eval()
+    config = ServiceConfig(max_requests=2, max_body=3000, max_bodies=5000)
+    with running(Served("tiny", towers), config) as url, httpx2.Client(timeout=30) as client:
+        waiting = threading.Thread(
+            target=lambda: httpx2.post(f"{url}/v1/embeddings", json={"input": "red " * 700}, timeout=30)
+        )
+        waiting.start()
+        while not towers.texts:
+            time.sleep(0.01)
+        answer = client.post(f"{url}/v1/embeddings", json={"input": "red " * 700})
+        assert answer.status_code == 429
+        assert "too much" in answer.json()["error"]["message"]
+        other = threading.Thread(target=lambda: httpx2.post(f"{url}/v1/embeddings", json={"input": "red"}, timeout=30))
+        other.start()
+        while "mmwudao_requests_in_flight 3.0" not in client.get(f"{url}/metrics").text:  # and this one
+            time.sleep(0.01)
+        answer = client.post(f"{url}/v1/embeddings", json={"input": "red"})
+        assert answer.status_code == 429
+        assert "2 requests" in answer.json()["error"]["message"]
+        assert client.get(f"{url}/healthz").status_code == 200
+        towers.go.set()
+        waiting.join()
+        other.join()
+        assert client.post(f"{url}/v1/embeddings", json={"input": "red " * 700}).status_code == 200
+
+
+def test_a_deadline_is_kept_and_makes_room():
+    towers = SlowTowers().eval()
+    with running(Served("tiny", towers), ServiceConfig(deadline=0.2)) as url:
+        answer = httpx2.post(f"{url}/v1/embeddings", json={"input": "red"}, timeout=30)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["type"] == "timeout_error"
+        assert 'mmwudao_waiting{queue="texts"} 0.0' in httpx2.get(f"{url}/metrics").text
+        towers.go.set()
+        assert httpx2.post(f"{url}/v1/embeddings", json={"input": "red"}).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for():
+    config = ServiceConfig(body_deadline=0.3)
+    with running(Served("tiny", ColourTowers().eval()), config) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as connection:
+            head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+        assert "mmwudao_requests_in_flight 1.0" in httpx2.get(f"{url}/metrics").text  # this one
+
+
+def test_a_mistake_of_ours_is_a_500_without_a_trace():
+    class Broken(ColourTowers):
+        def tokenize(self, texts):
+            raise RuntimeError("secret details")
+
+    with running(Served("tiny", Broken().eval())) as url:
+        answer = httpx2.post(f"{url}/v1/embeddings", json={"input": "red"})
+        assert answer.status_code == 500
+        assert answer.json()["error"] == {
+            "message": "the server failed", "type": "server_error", "param": None, "code": None
+        }  # fmt: skip
+        line = 'mmwudao_requests_total{method="POST",route="/v1/embeddings",status="500"} 1.0'
+        assert line in httpx2.get(f"{url}/metrics").text
+
+
+def test_paths_and_methods_that_are_not_there_are_openais_errors():
+    with running(Served("tiny", ColourTowers().eval())) as url:
+        for answer, status in ((httpx2.get(f"{url}/v1/nowhere"), 404), (httpx2.get(f"{url}/v1/embeddings"), 405)):
+            assert answer.status_code == status
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert 'route="none"' in httpx2.get(f"{url}/metrics").text
+
+
+# logs
+
+
+def test_logs_hold_no_prompt_unless_asked(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(logging.getLogger("httpx2"), "disabled", True)  # the client's own
+    for asked in (False, True):
+        caplog.clear()
+        with running(Served("tiny", ColourTowers().eval()), ServiceConfig(log_prompts=asked)) as url:
+            httpx2.post(f"{url}/v1/embeddings", json={"input": "my secret red"})
+            httpx2.put(f"{url}/v1/items/my-secret-id", json={"text": "my secret red"})
+        assert ("my secret red" in caplog.text) == asked
+        assert "my-secret-id" not in caplog.text
+        assert "POST /v1/embeddings 200" in caplog.text
+
+
+def test_loggers_that_quote_are_quiet(monkeypatch):
+    levels = {name: logging.getLogger(name).level for name in QUOTING_LOGGERS}
+    try:
+        configure_logging(log_prompts=False)
+        assert not logging.getLogger("retrieval.model").isEnabledFor(logging.WARNING)
+        assert not logging.getLogger("mmwudao.loaded").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("mmwudao.service.access").isEnabledFor(logging.WARNING)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+# fetching
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "127.0.0.1",
+            "10.0.0.1",
+            "192.168.0.1",
+            "172.16.0.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "0.0.0.0",
+            "224.0.0.1",
+        ),
+        *("255.255.255.255", "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "2002:7f00:1::"),
+        *("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "::127.0.0.1", "192.0.2.1", "198.18.0.1", "2001:db8::1", "x", ""),
+    ],
+)
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "2606:4700:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"])
+def test_addresses_that_are_public(address):
+    assert is_public(address)
+
+
+class Answers(httpcore2.AsyncMockBackend):
+    """Every connection gets the next response."""
+
+    def __init__(self, *responses: bytes) -> None:
+        super().__init__([])
+        self.rest = list(responses)
+        self.asked: list[tuple[str, int]] = []
+
+    async def connect_tcp(self, host, port, *arguments, **options):
+        self.asked.append((host, port))
+        return httpcore2.AsyncMockStream([self.rest.pop(0)])
+
+
+def get(url, backend, max_bytes=100, seconds=5.0):
+    return asyncio.run(fetch(url, max_bytes, seconds, backend))
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+
+
+def redirect(where: str) -> bytes:
+    return f"HTTP/1.1 302 Found\r\nLocation: {where}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+
+
+def test_fetching_follows_a_few_redirects():
+    assert get("http://a.example/x", Answers(OK)) == b"hello"
+    backend = Answers(redirect("/y"), redirect("http://b.example/z"), OK)
+    assert get("http://a.example/x", backend) == b"hello"
+    assert [host for host, _ in backend.asked] == ["a.example", "a.example", "b.example"]
+    with pytest.raises(BadInput, match="more than 3 redirects"):
+        get("http://a.example/", Answers(*[redirect("/")] * 4))
+
+
+@pytest.mark.parametrize(
+    ("url", "response", "error"),
+    [
+        ("http://a.example/", OK.replace(b"200", b"404"), BadInput),
+        ("http://a.example/", b"nonsense", BadInput),
+        ("http://a.example/", b"HTTP/1.1 200 OK\r\nContent-Length: 101\r\n\r\n" + b"x" * 101, TooLarge),
+        ("http://a.example/", redirect("file:///etc/passwd"), BadInput),
+        ("http://a.example/", redirect("ftp://b.example/"), BadInput),
+        ("http://user:password@a.example/", OK, BadInput),
+        ("http://a.example:x/", OK, BadInput),
+        ("http://a.example:99999/", OK, BadInput),
+        ("http:///x", OK, BadInput),
+        ("http://[::1", OK, BadInput),
+        ("http://ä.example/", OK, BadInput),
+        ("http://a.example/\r\nX: y", OK, BadInput),
+        ("gopher://a.example/", OK, BadInput),
+    ],
+)
+def test_what_cannot_be_fetched(url, response, error):
+    with pytest.raises(error) as caught:
+        get(url, Answers(response))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_is_resolved_once_and_every_address_must_be_public():
+    asked = []
+
+    def resolving(*addresses):
+        async def resolve(host, port):
+            asked.append(host)
+            return list(addresses)
+
+        return PublicBackend(resolve)
+
+    for addresses in (("127.0.0.1",), ("1.1.1.1", "10.0.0.1"), ()):
+        with pytest.raises(BadInput, match="not on the public internet"):
+            get("http://rebind.example/", resolving(*addresses))
+    assert asked == ["rebind.example"] * 3
+
+    async def unknown(host, port):
+        raise socket.gaierror
+
+    with pytest.raises(BadInput, match="cannot be found"):
+        get("http://no.example/", PublicBackend(unknown))
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to():
+    async def resolve(host, port):
+        return ["1.1.1.1"]
+
+    wire = Answers(OK)
+    assert get("http://a.example:8080/", PublicBackend(resolve, wire)) == b"hello"
+    assert wire.asked == [("1.1.1.1", 8080)]
+
+
+def test_a_redirect_inwards_is_refused():
+    async def resolve(host, port):
+        return ["1.1.1.1"] if host == "a.example" else [host]
+
+    backend = PublicBackend(resolve, Answers(redirect("http://169.254.169.254/latest")))
+    with pytest.raises(BadInput, match="not on the public internet"):
+        get("http://a.example/", backend)
+
+
+def test_a_slow_host_is_left_behind():
+    class Slow(httpcore2.AsyncMockBackend):
+        async def connect_tcp(self, *arguments, **options):
+            await asyncio.sleep(30)
+
+    with pytest.raises(BadInput, match="within 0.1 s"):
+        get("http://a.example/", Slow([]), seconds=0.1)
+
+
+def test_the_service_fetches_only_if_allowed_and_never_from_this_machine():
+    with running(Served("tiny", ColourTowers().eval()), ServiceConfig(allow_urls=True)) as url:
+        for inner in (f"{url}/healthz", "http://localhost/", "http://[::1]/", "http://169.254.169.254/"):
+            answer = httpx2.post(f"{url}/v1/embeddings", json={"input": {"image": inner}})
+            assert answer.status_code == 400
+            assert "not on the public internet" in answer.json()["error"]["message"]
+        # a bare string is a text, whatever it looks like
+        assert httpx2.post(f"{url}/v1/embeddings", json={"input": "http://localhost/"}).status_code == 200
+
+
+def test_service_errors_are_one_line_with_a_status():
+    error = BadInput("wrong", param="n")
+    assert isinstance(error, ServiceError)
+    assert (str(error), error.status_code, error.param) == ("wrong", 400, "n")
+
+
+# the end
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_the_command_serves_and_finishes_what_it_accepted(tiny_model_dir):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mmwudao", "serve", "--model", str(tiny_model_dir), "--port", str(port)]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen([*command, "--device", "cpu"], cwd=root, stderr=subprocess.PIPE, text=True)
+    try:
+        url, late = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                if httpx2.get(f"{url}/readyz").status_code == 200:
+                    break
+            except httpx2.TransportError:
+                pass
+            assert process.poll() is None
+            assert time.monotonic() < late
+            time.sleep(0.1)
+        body = {"prompt": "cat", "n": 10, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/images/generations", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == ": accepted"
+            process.send_signal(signal.SIGTERM)
+            events = [json.loads(line[6:])["type"] for line in lines if line.startswith("data: ")]
+        assert events == ["image_generation.completed"] * 10
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
