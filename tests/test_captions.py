@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_beam_search_with_enough_beams_finds_the_best_of_all_texts(position):
 
 def test_a_judge_adds_to_the_log_probability():
     model, codes, start = small_model(), torch.arange(9).view(3, 3), [2]
-    everything = {"beams": 200, "judged": 1000, "nucleus": 1.0}
+    everything: dict[str, Any] = {"beams": 200, "judged": 1000, "nucleus": 1.0}
     alone = {one.pieces: one.log_probability for one in describe(model, codes, start, beams=200)}
     indifferent = describe_for_judge(model, codes, lambda texts: torch.zeros(len(texts)), start, **everything)
     assert indifferent[0][0].pieces == max(alone, key=alone.__getitem__)
