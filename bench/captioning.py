@@ -1,8 +1,8 @@
 """How often the caption of a held-out picture is its name: `python bench/captioning.py --shards shards/emoji`.
 
-For each language, by the generator alone and judged by the towers (where the model has them): the share of captions that
-equal the picture's name; that begin with it up to the colon, where skin tones follow ("man: dark skin tone"); and the
-same for captions of other pictures (shuffled), as a baseline. The last line is JSON.
+For each language, by the generator alone and judged by the towers (where the model has them): the share of captions
+that equal the picture's name; that begin with it up to the colon, where skin tones follow ("man: dark skin tone"); and
+the same for captions of other pictures (shuffled), as a baseline. The last line is JSON.
 """
 
 from __future__ import annotations
