@@ -200,5 +200,5 @@ def plot(record: dict[str, Any], path: Path) -> None:
         panel.set_title(f"{split}: {measured['pictures']} pictures, {measured['concepts']} concepts")
         panel.set_ylabel("recall at 10")
         panel.set_ylim(0, 1)
-        panel.legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)

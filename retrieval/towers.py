@@ -178,7 +178,8 @@ def save_towers(towers: Towers, folder: Path, dtype: torch.dtype = torch.bfloat1
         (building / "config.json").write_text(text, encoding="utf-8")
         for name, content in towers.text_files().items():
             (building / name).write_bytes(content)
-        building.chmod(0o755)  # mkdtemp's folders are private
+        building.chmod(0o755)  # mkdtemp's folders are private, and safetensors' files
+        (building / "model.safetensors").chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         return building.rename(folder)
