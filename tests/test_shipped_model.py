@@ -17,7 +17,8 @@ from mmwudao.pipeline import Pipeline, load
 from vqvae.train import measure_reconstruction
 
 SAMPLE = Path(__file__).parents[1] / "data" / "samples" / "emoji"
-MAX_BYTES = 24e6  # both networks, in bf16
+MAX_BYTES = 24e6  # all but the towers, in bf16
+MAX_TOWERS_BYTES = 12e6
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,9 @@ def emoji() -> Pipeline:
 
 
 def test_it_is_small() -> None:
-    weights = sum(file.stat().st_size for file in (SHIPPED / "emoji").rglob("*.safetensors"))
-    assert 1e6 < weights <= MAX_BYTES
+    sizes = {file.parent.name: file.stat().st_size for file in (SHIPPED / "emoji").rglob("*.safetensors")}
+    assert 1e6 < sizes.pop("towers") <= MAX_TOWERS_BYTES
+    assert 1e6 < sum(sizes.values()) <= MAX_BYTES
 
 
 def test_the_tokenizer_restores_pictures_it_never_saw(emoji: Pipeline) -> None:
@@ -36,6 +38,18 @@ def test_the_tokenizer_restores_pictures_it_never_saw(emoji: Pipeline) -> None:
     )
     figures, _ = measure_reconstruction(emoji.tokenizer, pictures, torch.device("cpu"))
     assert figures.psnr >= 22
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_towers_find_pictures_they_never_saw(emoji: Pipeline, language: str) -> None:
+    found = list(open_shards(SAMPLE, "test-family"))
+    images = emoji.towers.encode_image([image for _, image in found])
+    texts = emoji.towers.encode_text([sample.captions[language].name for sample, _ in found])
+    first = (texts @ images.T).argmax(dim=1)
+    concepts = [sample.concept for sample, _ in found]
+    hits = sum(concepts[int(k)] == concepts[i] for i, k in enumerate(first))
+    assert hits / len(found) > 0.5
+    assert len(found) > 10
 
 
 def test_the_generator_knows_the_pictures_from_other_codes(emoji: Pipeline) -> None:
