@@ -149,7 +149,7 @@ def test_a_small_block_is_used_only_where_the_trial_finds_equal_bits(monkeypatch
     assert torch.equal(generate_codes(model, PROMPTS[:1], SEEDS[:1], grid=GRID), whole)
 
     monkeypatch.setattr(decoding, "_trials", {})
-    monkeypatch.setattr(decoding, "_trial", lambda model, rows, grid: torch.ones(rows, 5))
+    monkeypatch.setattr(decoding, "_trial", lambda model, rows, grid, window: torch.ones(rows, 5))
     assert [block_rows(model, needed, GRID) for needed in (1, 4, 5, 8, 9, 16)] == [4, 4, 8, 8, 16, 16]
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpcore2
@@ -29,6 +30,17 @@ from tests.service_server import MemoryCollection, data_uri, png, running
 from tests.tiny_towers import ColourTowers
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """`mmwudao serve` quiets loggers for its process, which here is that of all tests."""
+    root = logging.getLogger()
+    levels, handlers = {name: logging.getLogger(name).level for name in ("", *QUOTING_LOGGERS)}, list(root.handlers)
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    root.handlers[:] = handlers
 
 
 class SlowTowers(ColourTowers):
@@ -274,16 +286,11 @@ def test_logs_hold_no_prompt_unless_asked(caplog, monkeypatch):
         assert "POST /v1/embeddings 200" in caplog.text
 
 
-def test_loggers_that_quote_are_quiet(monkeypatch):
-    levels = {name: logging.getLogger(name).level for name in QUOTING_LOGGERS}
-    try:
-        configure_logging(log_prompts=False)
-        assert not logging.getLogger("retrieval.model").isEnabledFor(logging.WARNING)
-        assert not logging.getLogger("mmwudao.loaded").isEnabledFor(logging.WARNING)
-        assert logging.getLogger("mmwudao.service.access").isEnabledFor(logging.WARNING)
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+def test_loggers_that_quote_are_quiet():
+    configure_logging(log_prompts=False)
+    assert not logging.getLogger("retrieval.model").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("mmwudao.loaded").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("mmwudao.service.access").isEnabledFor(logging.WARNING)
 
 
 # fetching
