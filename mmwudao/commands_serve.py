@@ -34,7 +34,7 @@ def serve(
         bool, typer.Option("--allow-urls", help="Fetch pictures that clients name by public URLs.")
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what clients ask for to the log.")] = False,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests in the house at a time; beyond: 429.")] = 1024,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests that are accepted at a time; beyond: 429.")] = 1024,
     deadline: Annotated[float, typer.Option(help="Seconds for an answer, after acceptance.")] = 60.0,
     drawing_deadline: Annotated[float, typer.Option(help="The same for pictures, captions and reranking.")] = 600.0,
     device: Device = "auto",
