@@ -1,109 +1,12 @@
-"""The collection: vectors with an id and metadata, searched by cosine similarity, one interface for every place.
-
-A folder or a bucket (`s3://...`) holds a LanceDB table; `http://host:19530/name` is a collection of a Milvus server.
-"""
+"""Where collections are: a folder or a bucket (`s3://...`) as a LanceDB table, or a Milvus server (`http://...`)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
-import numpy
-from numpy.typing import NDArray
+from retrieval.collection import MAX_ID, Collection, CollectionError, Hit, Item, Value
 
-MAX_ID = 512  # characters
-
-Value = str | int | float | bool
-
-
-class CollectionError(ValueError):
-    """What was asked of a collection cannot be done; the message is one line that says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A vector [D] with a stable id of 1 to `MAX_ID` characters and what is known of it."""
-
-    id: str
-    vector: NDArray[numpy.floating]  # of any length but 0: `add` and `upsert` store it L2-normalised
-    metadata: dict[str, Value] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Hit:
-    """An item that a search found; `score` is the cosine similarity with the query."""
-
-    id: str
-    score: float
-    metadata: dict[str, Value]
-
-
-class Collection(ABC):
-    """Items of one dimension, made by one pair of towers. Every method raises `CollectionError` for bad input.
-
-    `where` is an expression over metadata, see `retrieval.where`; it chooses the items that are ranked. What a method
-    has written when it returns survives the process being killed at any later moment.
-    """
-
-    dim: int
-    model: str  # the content hash or name of the towers whose vectors these are; "": unknown
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back files and connections. The collection is of no use afterwards."""
-
-    @abstractmethod
-    def add(self, items: Sequence[Item]) -> None:
-        """Store all of `items`, or none: `CollectionError` names ids that are there already or given twice."""
-
-    @abstractmethod
-    def upsert(self, items: Sequence[Item]) -> None:
-        """Store all of `items`, in place of those with the same ids. An id given twice is refused."""
-
-    @abstractmethod
-    def delete(self, ids: Sequence[str]) -> int:
-        """Remove the items with these ids. Returns how many were there."""
-
-    @abstractmethod
-    def get(self, ids: Sequence[str]) -> list[Item]:
-        """The items with these ids in the order asked; ids that are not there are left out."""
-
-    @abstractmethod
-    def search(self, vector: NDArray[numpy.floating], k: int = 10, where: str | None = None) -> list[Hit]:
-        """The `k` items most similar to `vector` [D], of any length but 0, among those `where` allows; best first."""
-
-    @abstractmethod
-    def count(self, where: str | None = None) -> int:
-        """How many items there are, or how many `where` allows."""
-
-    def scan(self, where: str | None = None) -> Iterator[tuple[list[str], NDArray[numpy.float32]]]:
-        """Ids and vectors [n, D] of all items, or of those that `where` allows, in parts and in no promised order."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def snapshot(self, name: str) -> None:
-        """Remember the collection as it is now under a new name of letters, digits, `.`, `_` and `-`."""
-
-    @abstractmethod
-    def restore(self, name: str) -> None:
-        """Make the collection what it was at that snapshot; all snapshots stay."""
-
-    @abstractmethod
-    def snapshots(self) -> list[str]:
-        """The names of the snapshots, sorted."""
-
-    @abstractmethod
-    def optimise(self) -> None:
-        """Merge small files and bring the indexes up to date. Slow: run it in a process that serves nobody."""
+__all__ = ["MAX_ID", "Collection", "CollectionError", "Hit", "Item", "Value", "open_collection"]
 
 
 def open_collection(

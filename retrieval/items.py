@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 from numpy.typing import ArrayLike, NDArray
 
-from retrieval.index import MAX_ID, CollectionError, Item
+from retrieval.collection import MAX_ID, CollectionError, Item
 from retrieval.where import COLUMN, KEYWORDS, TYPE_NAMES
 
 RESERVED = frozenset({"id", "vector"})

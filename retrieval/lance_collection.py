@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from lancedb.index import BTree, HnswSq
 from numpy.typing import NDArray
 
-from retrieval.index import Collection, CollectionError, Hit, Item, Value
+from retrieval.collection import Collection, CollectionError, Hit, Item, Value
 from retrieval.items import check_ids, check_items, check_search, column_types, unit_vector
 from retrieval.where import parse_where, sql_text, to_sql
 

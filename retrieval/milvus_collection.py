@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy
 from numpy.typing import NDArray
 
-from retrieval.index import MAX_ID, Collection, CollectionError, Hit, Item, Value
+from retrieval.collection import MAX_ID, Collection, CollectionError, Hit, Item, Value
 from retrieval.items import check_ids, check_items, check_search, column_types, unit_vector
 from retrieval.where import parse_where, to_milvus
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 from lark.exceptions import VisitError
 
-from retrieval.index import CollectionError
+from retrieval.collection import CollectionError
 
 MAX_LENGTH = 10_000  # characters of an expression
 MAX_DEPTH = 20  # of nested AND, OR and NOT
