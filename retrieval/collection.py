@@ -84,9 +84,9 @@ class Collection(ABC):
     def count(self, where: str | None = None) -> int:
         """How many items there are, or how many `where` allows."""
 
+    @abstractmethod
     def scan(self, where: str | None = None) -> Iterator[tuple[list[str], NDArray[numpy.float32]]]:
         """Ids and vectors [n, D] of all items, or of those that `where` allows, in parts and in no promised order."""
-        raise NotImplementedError
 
     @abstractmethod
     def snapshot(self, name: str) -> None:

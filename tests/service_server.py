@@ -58,6 +58,10 @@ class MemoryCollection(Collection):
     def count(self, where: str | None = None) -> int:
         return len(self._allowed(where))
 
+    def scan(self, where: str | None = None) -> Iterator[tuple[list[str], numpy.ndarray]]:
+        for item in self._allowed(where):
+            yield [item.id], item.vector[None]
+
     def snapshot(self, name: str) -> None:
         raise CollectionError("no snapshots in memory")
 
