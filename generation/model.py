@@ -151,10 +151,19 @@ class KVCache:
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put `k`, `v` [B, H, T, d] after the used slots; return all keys and values up to and with them."""
         end = self.used + k.shape[2]
-        assert end <= self.keys.shape[3], f"the cache has {self.keys.shape[3]} slots, {end} are needed"
+        assert end <= self.length, f"the cache has {self.length} slots, {end} are needed"
         self.keys[layer, :, :, self.used : end] = k
         self.values[layer, :, :, self.used : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, new: int) -> None:
+        """`new` tokens have gone through all layers."""
+        self.used += new
+
+    @property
+    def length(self) -> int:
+        """Slots of a row."""
+        return self.keys.shape[3]
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows: the new row i is the old row `rows[i]`."""
@@ -410,7 +419,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         for block in self.blocks:
             x = block(x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None)
         if cache is not None:
-            cache.used += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return self.norm(x)
 
     def logits(self, hidden: Tensor, image_only: bool = False) -> Tensor:
