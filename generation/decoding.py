@@ -26,7 +26,7 @@ from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
 from generation.model import KVCache, Transformer, TransformerConfig
 
 BLOCK_ROWS = 16  # a guided image takes two of them
-SMALL_BLOCKS = (4, 8)
+SMALL_BLOCKS = (2, 4, 8)
 MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
 
 OnToken = Callable[[int, Tensor], None]
@@ -105,9 +105,23 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
 
 
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-    """Fill the cache with `tokens` [R, T]; float32 logits [R, N] of the first code after them."""
-    hidden = model(tokens, positions, cache)
-    return model.logits(hidden[:, -1], image_only=True).float()
+    """Fill the cache with `tokens` [R, T]; float32 logits [R, N] of the first code after them.
+
+    On a CPU every row goes by itself, equal ones once: that makes its bits its own, and costs nothing there.
+    """
+    if tokens.device.type != "cpu":
+        return model.logits(model(tokens, positions, cache)[:, -1], image_only=True).float()
+    logits: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # of a row's tokens: the first such row, and what follows
+    results = []
+    for row, key in enumerate(map(tuple, tokens.tolist())):
+        if key in logits:
+            cache.copy_row(logits[key][0], row)
+        else:
+            hidden = model(tokens[row : row + 1], positions[row : row + 1], cache.row(row))
+            logits[key] = row, model.logits(hidden[:, -1], image_only=True).float()
+        results.append(logits[key][1])
+    cache.advance(tokens.shape[1])
+    return torch.cat(results)
 
 
 def count_steps(
@@ -226,24 +240,26 @@ def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int, ki
     linear = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     results = []
     for inputs, outputs in sorted(linear | {(config.width, config.num_image_codes)}):
-        x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
-        for length in (window, slots):
-            y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
-            results.append(y.flatten(1).float())
-        if kind == "fused":
-            results.append(x.float().expand(rows, inputs).contiguous() @ weight.float().t().contiguous())
+        if kind == "fused" and window == 1:
+            x, weight, _ = _cancelling(inputs, outputs, False, torch.float32)
+            results.append(x.expand(rows, inputs).contiguous() @ weight.t().contiguous())
+        else:
+            x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
+            for length in (window, slots) if window > 1 else (1,):
+                y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
+                results.append(y.flatten(1).float())
     codes = torch.zeros(rows, window, dtype=torch.int64)
     places = sorted({0, (last - slots) // 2, last - slots} & set(range(last - slots + 1)))  # a single code: no step
     if window > 1:
         windows = WindowCache(config, hidden, dtype=torch.float32, device="cpu")
-        results.append(prefill(model, tokens, positions[:, :slots], windows))
+        results.append(model.logits(model(tokens, positions[:, :slots], windows)[:, -1], image_only=True).float())
         for place in places:
             windows.starts = torch.full((rows,), slots + place)
             here = positions[:, slots + place : slots + place + window]
             results.append(model.logits(model(codes, here, windows), image_only=True).float().flatten(1))
     else:
         cache = make_cache(kind, model, hidden)
-        results.append(prefill(model, tokens, positions[:, :slots], cache))
+        prefill(model, tokens, positions[:, :slots], cache)
         step = make_step(kind, model, positions[:, slots:], cache)
         for place in places:
             cache.used = slots + place

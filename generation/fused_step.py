@@ -19,14 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.model import Block, KVCache, Transformer
+from generation.model import Block, KVCache, Transformer, TransformerConfig
 
-MOST_NUMBERS = 2**27  # parameters of a model whose matrices are copied (512 MiB in float32)
+MOST_NUMBERS = 2**27  # 512 MiB
 
 
 def can_fuse(model: Transformer) -> bool:
     """Whether `FusedStep` knows the model: the structure of `TransformerConfig.modern`, on a CPU, not too large."""
-    config = model.config
+    # an adapter or a library may have put its own layers in
+    plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
+    return plain and fused_numbers(model.config) > 0 and model.embed.weight.device.type == "cpu"
+
+
+def fused_numbers(config: TransformerConfig) -> int:
+    """How many numbers `FusedStep` copies to float32; 0 for a model that it does not know, or that is too large."""
     known = (
         config.norm == "rmsnorm"
         and config.qk_norm
@@ -34,10 +40,9 @@ def can_fuse(model: Transformer) -> bool:
         and config.position == "rotary_2d"
         and not (config.sandwich or config.bias or config.pb_relax)
     )
-    count = sum(parameter.numel() for parameter in model.parameters())
-    # an adapter or a library may have put its own layers in
-    plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
-    return known and plain and count <= MOST_NUMBERS and model.embed.weight.device.type == "cpu"
+    block = config.width * (4 * config.width + 3 * config.hidden_width)
+    count = config.depth * block + config.num_image_codes * config.width
+    return count if known and count <= MOST_NUMBERS else 0
 
 
 class FusedStep:

@@ -47,6 +47,12 @@ class WindowCache(KVCache):
     def advance(self, new: int) -> None:
         """Nothing: `starts` says where the next tokens go."""
 
+    def row(self, number: int) -> WindowCache:
+        part = super().row(number)
+        assert isinstance(part, WindowCache)
+        part.starts = self.starts[number : number + 1]
+        return part
+
     def _slots(self, new: int) -> Tensor:
         """[R, new]"""
         return self.starts[:, None] + torch.arange(new, device=self.starts.device)

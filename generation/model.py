@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D width, H heads, d = D / H, V vocabulary (padded), N 
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,6 +165,17 @@ class KVCache:
     def length(self) -> int:
         """Slots of a row."""
         return self.keys.shape[3]
+
+    def row(self, number: int) -> "KVCache":
+        """The cache of one row alone, in the same memory; `advance` of one is not seen by the other."""
+        part = copy(self)
+        rows = slice(number, number + 1)
+        part.keys, part.values, part._bias = self.keys[:, rows], self.values[:, rows], self._bias[rows]
+        return part
+
+    def copy_row(self, source: int, to: int) -> None:
+        """Give a row the keys and values of another."""
+        self.keys[:, to], self.values[:, to] = self.keys[:, source], self.values[:, source]
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows: the new row i is the old row `rows[i]`."""

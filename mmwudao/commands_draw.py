@@ -193,8 +193,8 @@ def _format_memory(memory: dict[str, dict[str, Any]]) -> list[str]:
         gb = {name: f"{value / 1e9:.2f}" for name, value in plan.items() if isinstance(value, int)}
         lines.append(
             f"memory     {device}, {plan['dtype']}: {gb['total']} GB = transformer {gb['transformer']} + image "
-            f"tokenizer {gb['tokenizer']} + cache of {plan['rows']} rows {gb['cache']} + activations "
-            f"{gb['activations']}; decoding a picture {gb['picture']}"
+            f"tokenizer {gb['tokenizer']} + cache of {plan['rows']} rows {gb['cache']} + matrices {gb['matrices']} + "
+            f"noise {gb['noise']} + activations {gb['activations']}; decoding a picture {gb['picture']}"
         )
     return lines
 

@@ -152,7 +152,7 @@ def test_a_small_block_is_used_only_where_the_trial_finds_equal_bits(monkeypatch
 
     monkeypatch.setattr(decoding, "_trials", {})
     monkeypatch.setattr(decoding, "_trial", lambda model, rows, grid, window, kind: torch.ones(rows, 5))
-    assert [block_rows(model, needed, GRID) for needed in (1, 4, 5, 8, 9, 16)] == [4, 4, 8, 8, 16, 16]
+    assert [block_rows(model, needed, GRID) for needed in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
 
 
 def test_guidance_1_is_no_guidance_and_0_ignores_the_prompt(model, monkeypatch):
