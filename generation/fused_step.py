@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation.int8 import full_weight
 from generation.model import Block, KVCache, Transformer, TransformerConfig
 
 MOST_NUMBERS = 2**27  # 512 MiB
@@ -117,4 +118,4 @@ def _columns(weight: object) -> Tensor:
 
 def _float(weight: object) -> Tensor:
     assert isinstance(weight, Tensor)
-    return weight.detach().float()
+    return full_weight(weight).float()

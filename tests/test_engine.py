@@ -1,3 +1,6 @@
+import sys
+from copy import deepcopy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -5,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from generation.decoding import SamplingOptions, _left_padded, generate_codes, prefill
 from generation.engine import Engine, Kind, StaticStep, make_cache, make_step
 from generation.fused_step import can_fuse
+from generation.int8 import is_quantised, quantise
 from generation.jacobi import WindowCache
 from generation.model import Transformer, TransformerConfig
 from tests.test_decoding import GRID, PROMPTS, SEEDS
@@ -122,3 +126,19 @@ def test_recorded_steps_draw_the_modules_pictures(preset, kind):
     options = SamplingOptions(temperature=0, guidance=2.0)
     plain = generate_codes(model, PROMPTS, SEEDS, options, grid=GRID, engine=Engine("modules"))
     assert torch.equal(generate_codes(model, PROMPTS, SEEDS, options, grid=GRID, engine=Engine(kind)), plain)
+
+
+def test_weights_of_8_bits_draw_nearly_the_same(modern):
+    quantised = quantise(deepcopy(modern))
+    assert is_quantised(quantised)
+    assert not is_quantised(modern)
+    fused = run(quantised, "fused")
+    torch.testing.assert_close(fused, run(quantised, "modules"), atol=2e-5, rtol=1e-5)
+    plain = run(modern, "modules")
+    assert 0 < (fused - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_without_torchao_it_is_said_how_to_get_it(modern, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match=r"pip install 'mmwudao\[int8\]'"):
+        quantise(deepcopy(modern))
