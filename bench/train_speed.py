@@ -5,10 +5,10 @@
 
 A variant is `plain`, or of these joined by +: packed (rows behind one another, not padded), compiled, checkpointed,
 unfused (AdamW), muon. With `peer` first it is the Trainer with SDPA and padded rows, compiled or checkpointed at will:
-Llama, or GPT-2 for 4b, which is CogView's shape. All learn the same batches, one variant after the other, `--rounds` times.
-Captions are those of `--shards`, drawn as the shipped generator's were; the codes are random. Real tokens are no padding,
-and MFU counts them alone (`generation/flops.py`); the peer has logits over its whole vocabulary everywhere, ours where
-needed. Memory is the peak: allocated on CUDA, resident on a CPU. The last line is JSON.
+Llama, or GPT-2 for 4b, which is CogView's shape. All learn the same batches, one variant after the other, `--rounds`
+times. Captions are those of `--shards`, drawn as the shipped generator's were; the codes are random. Real tokens are no
+padding, and MFU counts them alone (`generation/flops.py`); the peer has logits over its whole vocabulary everywhere,
+ours where needed. Memory is the peak: allocated on CUDA, resident on a CPU. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -187,6 +187,24 @@ def test_kernels_are_chosen_by_what_they_can_do(monkeypatch):
     assert make_packing([2, 3], cuda, torch.float32).kernel == "rows"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_take_packed_rows(checkpointing):
+    torch.manual_seed(0)
+    model = Transformer(PRESETS["modern"])
+    batches = [both(model.config, describe) for describe in (False, True)]
+    expected = [loss_and_gradients(model, padded) for padded, _ in batches]
+    if checkpointing:
+        model.checkpoint_gradients()
+    for block in model.blocks:
+        block.compile(dynamic=True)
+    for (losses, gradients), (_, packed) in zip(expected, batches, strict=True):
+        again, gradients_again = loss_and_gradients(model, packed)
+        torch.testing.assert_close(again["loss"], losses["loss"])
+        for one, other in zip(gradients, gradients_again, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("describe", [False, True], ids=["draw", "describe"])
 def test_packed_rows_on_a_gpu(describe):
