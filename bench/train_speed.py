@@ -33,6 +33,7 @@ from data.text import TextTokenizer
 from generation.flops import peak_flops, real_tokens, training_flops
 from generation.layout import Batch, Row, caption_row, collate, pack, training_row
 from generation.model import Transformer, TransformerConfig
+from generation.packing import make_packing
 from generation.pairs import descriptions, draw_caption
 from generation.train import GeneratorTrainConfig, LossModule
 from vqvae.loop import Loop, LoopConfig
@@ -40,7 +41,7 @@ from vqvae.loop import Loop, LoopConfig
 CONFIG = Path(__file__).parents[1] / "mmwudao/configs/emoji-generator.yaml"
 OPTIONS = {"plain", "packed", "compiled", "checkpointed", "unfused", "muon", "peer"}
 PEER_OPTIONS = {"peer", "compiled", "checkpointed"}
-ROWS = {"tiny": 4, "emoji": 16, "1b": 8, "4b": 8}
+ROWS = {"tiny": 4, "emoji": 16, "1b": 12, "4b": 8}
 WARM_UP = 2  # steps, compilation among them
 
 Steps = Callable[[], None]  # one optimizer step, waited for
@@ -205,6 +206,7 @@ def train_peer(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.accelerator.free_memory()
     return [end - start for start, end in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
 
 
@@ -241,36 +243,15 @@ def fitting_layers(config: TransformerConfig, rows: int, checkpointed: bool) -> 
     layer = 18 * config.width * (4 * config.width + (3 if config.mlp == "swiglu" else 2) * config.hidden_width)
     layer += tokens * config.width * (4 if checkpointed else 80)
     rest = 18 * vocabulary * config.width + 12 * tokens * vocabulary  # the peer's logits, their gradient and copies
-    return max(1, min(config.depth, int((0.94 * free - rest) / layer)))
+    return max(1, min(config.depth, int((0.9 * free - rest) / layer)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(ROWS), default="emoji")
-    parser.add_argument("--variants", nargs="+", default=["plain", "packed", "peer"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="default: float32 on a CPU")
-    parser.add_argument("--rows", type=int, help="in a batch")
-    parser.add_argument("--layers", type=int, default=0, help="default: the shape's; of 4b on CUDA, as many as fit")
-    parser.add_argument("--minutes", type=float, default=0.5, help="of measuring, all variants together")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--describe", action="store_true", help="rows that describe pictures (no peer)")
-    parser.add_argument("--shards", type=Path, default=Path(__file__).parents[1] / "data/samples/emoji")
-    arguments = parser.parse_args()
-    variants = {variant: set(variant.split("+")) for variant in arguments.variants}
-    for variant, options in variants.items():
-        if options - (PEER_OPTIONS if "peer" in options else OPTIONS):
-            parser.error(f"unknown variant {variant!r}")
-    if arguments.describe and any("peer" in options for options in variants.values()):
-        parser.error("the peer has no mask for rows that describe: leave it out of --variants")
-    device = torch.device(arguments.device)
-    precision = arguments.precision or ("float32" if device.type == "cpu" else "bfloat16")
-    text = TextTokenizer(arguments.shards / "text.model")
-    config = shape_config(arguments.shape, arguments.layers, text)
-    size = arguments.rows or ROWS[arguments.shape]
-    if arguments.shape == "4b" and device.type == "cuda" and not arguments.layers:
-        checkpointed = all("checkpointed" in options for options in variants.values())
-        config = replace(config, depth=fitting_layers(config, size, checkpointed))
+def compare(
+    config: TransformerConfig, variants: dict[str, set[str]], arguments: argparse.Namespace, text: TextTokenizer
+) -> dict[str, Any]:
+    """Measure all variants of a shape, print a table, return the record."""
+    device, precision = torch.device(arguments.device), arguments.precision
+    size = arguments.rows
     endless = draw_rows(config, text, arguments.shards, arguments.describe, size)
     rows = [list(islice(endless, size)) for _ in range(8)]
     padded = [collate(config.vocabulary, part) for part in rows]
@@ -283,8 +264,9 @@ def main() -> None:
         "tokens_in_batch": padded[0].tokens.numel(), "describe": arguments.describe, "precision": precision,
         "padding": round(1 - sum(real) / sum(batch.tokens.numel() for batch in padded), 4),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "packing": make_packing([1], device, getattr(torch, precision)).kernel,
         "peak_tflops": round(peak / 1e12, 3), "peak_source": source, "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(), "torch": torch.__version__,
+        "cores": os.cpu_count(), "torch": torch.__version__, "runs": [],
     }  # fmt: skip
     print(
         f"{arguments.shape}: {config.depth} layers, {parameters / 1e6:.1f} M parameters, {size} rows a batch, "
@@ -292,30 +274,65 @@ def main() -> None:
     )
     print(f"{'variant':24} {'steps':>5} {'tokens/s':>10} {'real/s':>10} {'rows/s':>8} {'MFU':>6} {'MiB':>7}")
     seconds = 60 * arguments.minutes / (len(variants) * arguments.rounds)
-    record["runs"] = []
-    for _ in range(arguments.rounds):
-        for variant, options in variants.items():
-            found = measure(config, options, rows, precision, device, seconds)
-            steps, took = len(found.seconds), sum(found.seconds)
-            at = [(WARM_UP + number) % len(rows) for number in range(steps)]
-            row = {
-                "variant": variant,
-                "steps": steps,
-                "tokens_per_s": round(
-                    sum(real[i] if "packed" in options else padded[i].tokens.numel() for i in at) / took, 1
-                ),
-                "real_tokens_per_s": round(sum(real[i] for i in at) / took, 1),
-                "rows_per_s": round(steps * size / took, 2),
-                "mfu": round(sum(found.flops) / took / peak, 4),
-                "peak_mib": round(found.memory),
-            }
-            record["runs"].append(row)
-            print(
-                f"{variant:24} {steps:5} {row['tokens_per_s']:10.0f} {row['real_tokens_per_s']:10.0f} "
-                f"{row['rows_per_s']:8.2f} {100 * row['mfu']:5.1f}% {row['peak_mib']:7}",
-                flush=True,
-            )
-    record["ratio"] = ratios(record["runs"])
+    for variant, options in list(variants.items()) * arguments.rounds:
+        found = measure(config, options, rows, precision, device, seconds)
+        steps, took = len(found.seconds), sum(found.seconds)
+        at = [(WARM_UP + number) % len(rows) for number in range(steps)]
+        tokens = real if "packed" in options else [batch.tokens.numel() for batch in padded]
+        row = {
+            "variant": variant,
+            "steps": steps,
+            "tokens_per_s": round(sum(tokens[i] for i in at) / took, 1),
+            "real_tokens_per_s": round(sum(real[i] for i in at) / took, 1),
+            "rows_per_s": round(steps * size / took, 2),
+            "mfu": round(sum(found.flops) / took / peak, 4),
+            "peak_mib": round(found.memory),
+        }
+        record["runs"].append(row)
+        print(
+            f"{variant:24} {steps:5} {row['tokens_per_s']:10.0f} {row['real_tokens_per_s']:10.0f} "
+            f"{row['rows_per_s']:8.2f} {100 * row['mfu']:5.1f}% {row['peak_mib']:7}",
+            flush=True,
+        )
+    return record | {"ratio": ratios(record["runs"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(ROWS), default="emoji")
+    parser.add_argument("--variants", nargs="+", default=["plain", "packed", "peer"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="default: float32 on a CPU")
+    parser.add_argument("--rows", type=int, help="in a batch")
+    parser.add_argument("--layers", type=int, default=0, help="default: the shape's, or as many as fit on CUDA")
+    parser.add_argument("--minutes", type=float, default=0.5, help="of measuring, all variants together")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--describe", action="store_true", help="rows that describe pictures (no peer)")
+    parser.add_argument("--shards", type=Path, default=Path(__file__).parents[1] / "data/samples/emoji")
+    arguments = parser.parse_args()
+    variants = {variant: set(variant.split("+")) for variant in arguments.variants}
+    for variant, options in variants.items():
+        if options - (PEER_OPTIONS if "peer" in options else OPTIONS):
+            parser.error(f"unknown variant {variant!r}")
+    if arguments.describe and any("peer" in options for options in variants.values()):
+        parser.error("the peer has no mask for rows that describe: leave it out of --variants")
+    cuda = arguments.device == "cuda"
+    arguments.precision = arguments.precision or ("bfloat16" if cuda else "float32")
+    arguments.rows = arguments.rows or ROWS[arguments.shape]
+    text = TextTokenizer(arguments.shards / "text.model")
+    config = shape_config(arguments.shape, arguments.layers, text)
+    if cuda and not arguments.layers:
+        checkpointed = all("checkpointed" in options for options in variants.values())
+        config = replace(config, depth=fitting_layers(config, arguments.rows, checkpointed))
+    record = None
+    while record is None:
+        try:
+            record = compare(config, variants, arguments, text)
+        except torch.OutOfMemoryError:
+            if arguments.layers or config.depth <= 2:
+                raise
+            config = replace(config, depth=config.depth - 2)
+            print(f"out of memory: again with {config.depth} layers")
     print(json.dumps(record))
 
 

@@ -448,9 +448,10 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         hidden = self(batch.tokens, batch.positions, segments=batch.segments, lengths=batch.lengths)
         text_mask = (batch.weights > 0) & ~batch.image_mask
         # apart, because text needs the product with the whole vocabulary and image codes, most of a row, do not
-        image = self._cross_entropy(hidden, batch, batch.image_mask, self.config.image_softmax == "codes")
-        text = self._cross_entropy(hidden, batch, text_mask, False)
-        weighted = (image * batch.weights[batch.image_mask]).sum() + (text * batch.weights[text_mask]).sum()
+        codes_only = self.config.image_softmax == "codes"
+        image, image_weights = self._cross_entropy(hidden, batch, batch.image_mask, codes_only)
+        text, text_weights = self._cross_entropy(hidden, batch, text_mask, False)
+        weighted = (image * image_weights).sum() + (text * text_weights).sum()
         divisor = batch.weights.sum() if total_weight is None else total_weight
         return {
             "loss": weighted / divisor,
@@ -458,10 +459,13 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             "text_bits": text.detach().mean() / math.log(2),
         }
 
-    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> Tensor:
-        """Float32 cross entropy [n] at the n places of `mask` [B, T]."""
-        logits = self.logits(hidden[mask], image_only=image_only)
-        return F.cross_entropy(logits.float(), batch.targets[mask], reduction="none")
+    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
+        """Float32 cross entropy [n] at the n places of `mask` [B, T], and the weights there."""
+        # places instead of the mask: each use of a mask waits for a GPU to count it
+        places = mask.flatten().nonzero()[:, 0]
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, places), image_only=image_only)
+        losses = F.cross_entropy(logits.float(), batch.targets.flatten()[places], reduction="none")
+        return losses, batch.weights.flatten()[places]
 
     def _packing(self, x: Tensor, lengths: tuple[int, ...], segments: Tensor | None) -> Packing:
         biases = None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import train_speed
+from bench import train_pictures_speed, train_speed
 from data.text import TextTokenizer
 from generation.layout import collate
 from generation.model import Transformer, TransformerConfig
@@ -38,6 +38,7 @@ def test_ratios_are_between_the_best_of_the_rounds():
 
 
 def test_rows_that_describe(monkeypatch, capsys):
+    monkeypatch.setattr(train_speed, "peak_flops", lambda device, dtype: (1e12, "given"))
     record = run(monkeypatch, capsys, "--describe", "--variants", "plain", "packed", "--precision", "bfloat16")
     assert [row["variant"] for row in record["runs"]] == ["plain", "packed"]
     assert record["ratio"] == {}
@@ -91,3 +92,55 @@ def test_rows_are_of_real_captions():
     assert len(set(codes[:16])) == len(set(codes[16:])) == 1
     assert codes[0] != codes[16]
     assert collate(config.vocabulary, describing).segments is not None
+
+
+def test_a_shape_too_large_is_cut_to_what_fits(monkeypatch):
+    text = TextTokenizer(SHARDS / "text.model")
+    large = train_speed.shape_config("4b", 0, text)
+    layers = {}
+    for gib in (1, 40, 79, 139):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gib=gib: (gib * 2**30, gib * 2**30))
+        layers[gib] = train_speed.fitting_layers(large, 8, checkpointed=True)
+    assert layers[1] == 1
+    assert 15 < layers[40] < 25
+    assert 40 < layers[79] < 48
+    assert layers[139] == 48
+    assert train_speed.fitting_layers(train_speed.shape_config("1b", 0, text), 12, checkpointed=False) == 20
+
+
+def test_fewer_layers_when_memory_runs_out(monkeypatch, capsys):
+    monkeypatch.setattr(train_speed, "peak_flops", lambda device, dtype: (1e12, "given"))
+    measure, depths = train_speed.measure, []
+
+    def full(config, *rest):
+        depths.append(config.depth)
+        if config.depth > 4:
+            raise torch.OutOfMemoryError
+        return measure(config, *rest)
+
+    monkeypatch.setattr(train_speed, "measure", full)
+    shape_config = train_speed.shape_config
+    monkeypatch.setattr(train_speed, "shape_config", lambda shape, layers, text: shape_config(shape, layers or 8, text))
+    assert run(monkeypatch, capsys, "--variants", "plain")["layers"] == 4
+    assert depths == [8, 6, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        run(monkeypatch, capsys, "--variants", "plain", "--layers", "6")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("tokenizer", ["model.channels=[4,8]", "data.image_size=32"]),
+        ("towers", ["model.image_size=32", "model.head_width=32", "loop.warmup=1"]),
+    ],
+)
+def test_pictures_a_second(monkeypatch, capsys, part, changes):
+    options = ["--parts", part, "--minutes", "0.001", "--set", "loop.batch_size=4", *changes]
+    monkeypatch.setattr("sys.argv", ["train_pictures_speed.py", *options])
+    monkeypatch.setattr(train_pictures_speed, "peak_flops", lambda device, dtype: (1e12, "given"))
+    train_pictures_speed.main()
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]
+    assert row["part"] == part
+    assert row["steps"] >= 2
+    assert row["pictures_per_s"] > 0
+    assert 0 < row["mfu"] < 1
