@@ -1,6 +1,6 @@
 """Pictures a second and model-FLOPs utilisation (MFU) of training the shipped tokenizer and towers, as configured.
 
-    python bench/train_pictures_speed.py [--parts tokenizer towers] [--shards data/samples/emoji] [--minutes 0.5]
+    python bench/train_pictures_speed.py [--parts tokenizer towers] [--shards data/samples/emoji] [--minutes 0.3]
 
 Runs the training itself, but for evaluation and checkpoints. FLOPs are those that PyTorch counts in one step (products
 and convolutions, forward and backward); the peak is that of `generation/flops.py`. The last line is JSON.
@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -27,7 +28,7 @@ from generation.flops import peak_flops
 from vqvae.loop import Loop
 
 CONFIGS = Path(__file__).parents[1] / "mmwudao/configs"
-PARTS = {
+PARTS: dict[str, tuple[Any, Any]] = {
     "tokenizer": (vqvae.train, vqvae.train.TokenizerTrainConfig),
     "towers": (retrieval.train, retrieval.train.RetrievalTrainConfig),
 }
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--shards", type=Path, default=Path(__file__).parents[1] / "data/samples/emoji")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--minutes", type=float, default=0.4, help="of measuring, all parts together")
+    parser.add_argument("--minutes", type=float, default=0.3, help="of measuring, all parts together")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configurations")
     arguments = parser.parse_args()
     record = []

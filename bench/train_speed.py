@@ -148,7 +148,8 @@ def peer_model(config: TransformerConfig) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     vocabulary = config.vocabulary.padded_size
-    common = {"vocab_size": vocabulary, "attn_implementation": "sdpa", "use_cache": False, "tie_word_embeddings": True}
+    common: dict[str, Any] = {"vocab_size": vocabulary, "tie_word_embeddings": True, "use_cache": False}
+    common["attn_implementation"] = "sdpa"
     if config.mlp == "swiglu":
         return LlamaForCausalLM(
             LlamaConfig(

@@ -50,10 +50,15 @@ def make_packing(
 
         return Packing(lengths, "xformers", mask=BlockDiagonalCausalMask.from_seqlens(list(lengths)))
     if _installed("torch.nn.attention.varlen") and dtype in (torch.float16, torch.bfloat16):
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-        # rounded: compiled code is made anew for an integer that it has not seen
-        return Packing(lengths, "varlen", offsets=offsets, longest=-(-max(lengths) // 128) * 128)
+        return varlen_packing(lengths, device)
     return Packing(lengths, "rows")
+
+
+def varlen_packing(lengths: tuple[int, ...], device: torch.device) -> Packing:
+    """The packing that PyTorch's kernel for variable lengths takes."""
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    # rounded: compiled code is made anew for an integer that it has not seen
+    return Packing(lengths, "varlen", offsets=offsets, longest=-(-max(lengths) // 128) * 128)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: Attend) -> Tensor:
@@ -61,9 +66,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: 
     if packing.kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        parts = [x[0].transpose(0, 1) for x in (q, k, v)]  # [T, H, d]
-        sizes = (packing.offsets, packing.offsets, packing.longest, packing.longest)
-        mixed = varlen_attn(*parts, *sizes, window_size=(-1, 0))  # 0 tokens ahead: causal
+        offsets, longest = packing.offsets, packing.longest
+        assert offsets is not None
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, d]
+        mixed = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))  # 0 ahead: causal
         assert isinstance(mixed, Tensor)
         return mixed.transpose(0, 1).unsqueeze(0)
     if packing.kernel == "xformers":
@@ -74,9 +80,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: 
 # The lengths are other ones in every batch: compiled, this would be unrolled and compiled anew each time.
 @torch.compiler.disable
 def _attention_by_row(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: Attend) -> Tensor:
-    rows = zip(*(x.split(packing.lengths, dim=2) for x in (q, k, v)), strict=True)
+    queries, keys, values = (x.split(packing.lengths, dim=2) for x in (q, k, v))
     biases = packing.biases or [None] * len(packing.lengths)
-    return torch.cat([attend(*row, bias) for row, bias in zip(rows, biases, strict=True)], dim=2)
+    return torch.cat([attend(*row) for row in zip(queries, keys, values, biases, strict=True)], dim=2)
 
 
 @torch.compiler.disable

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from generation.flops import measured_flops, peak_flops, real_tokens, training_flops
 from generation.layout import Batch, Row, caption_row, collate, pack, training_row
-from generation.model import Transformer, TransformerConfig
-from generation.packing import Packing, make_packing, packed_attention
+from generation.model import Attention, Transformer, TransformerConfig
+from generation.packing import Packing, make_packing, packed_attention, varlen_packing
 
 SIZES = {"num_image_codes": 32, "num_text_pieces": 70, "width": 32, "depth": 2, "heads": 2, "max_text": 9}
 PRESETS = {
@@ -46,7 +46,7 @@ def loss_and_gradients(model: Transformer, batch: Batch) -> tuple[dict[str, Tens
     model.zero_grad()
     losses = model.loss(batch)
     losses["loss"].backward()
-    return losses, [parameter.grad.clone() for parameter in model.parameters()]
+    return losses, [gradient.clone() for parameter in model.parameters() if (gradient := parameter.grad) is not None]
 
 
 # layout
@@ -152,11 +152,11 @@ class FakeMask:
 
 def fake_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: FakeMask) -> Tensor:
     """[1, T, H, d] with a mask of all tokens, instead of block by block."""
-    ends = torch.tensor(attn_bias.lengths).repeat_interleave(torch.tensor(attn_bias.lengths))
     number = torch.arange(len(attn_bias.lengths)).repeat_interleave(torch.tensor(attn_bias.lengths))
-    assert q.shape[1] == len(ends)
+    assert q.shape[1] == len(number)
     mask = (number[:, None] == number[None]).tril()
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 def test_xformers_is_given_its_layout_and_mask(monkeypatch):
@@ -170,9 +170,32 @@ def test_xformers_is_given_its_layout_and_mask(monkeypatch):
     packing = make_packing(lengths, torch.device("cuda"), torch.bfloat16)
     assert (packing.kernel, packing.mask.lengths) == ("xformers", [3, 7, 1])
     q, k, v = torch.randn(3, 1, 2, 11, 8)
-    attend = Transformer(PRESETS["modern"]).eval().blocks[0].attention._attend
+    attend = Attention(PRESETS["modern"], layer=0).eval()._attend
     found = packed_attention(q, k, v, packing, attend)
     torch.testing.assert_close(found, packed_attention(q, k, v, Packing(lengths, "rows"), attend))
+
+
+def test_pytorch_is_given_its_layout_and_offsets(monkeypatch):
+    """`varlen_attn` runs on CUDA alone: here a stand-in that follows its documentation."""
+
+    def varlen(q, k, v, starts, starts_again, longest, longest_again, *, window_size):
+        assert starts is starts_again
+        assert starts.dtype == torch.int32
+        assert longest == longest_again >= int(starts.diff().max())
+        assert window_size == (-1, 0)
+        mixed = torch.empty_like(q)
+        for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            row = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+            mixed[start:end] = F.scaled_dot_product_attention(row[0], row[1], row[2], is_causal=True).transpose(0, 1)
+        return mixed
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    lengths = (3, 7, 1)
+    q, k, v = torch.randn(3, 1, 2, 11, 8)
+    attend = Attention(PRESETS["modern"], layer=0).eval()._attend
+    found = packed_attention(q, k, v, varlen_packing(lengths, torch.device("cpu")), attend)
+    torch.testing.assert_close(found, packed_attention(q, k, v, Packing(lengths, "rows"), attend))
+    assert varlen_packing((128, 129), torch.device("cpu")).longest == 256
 
 
 def test_kernels_are_chosen_by_what_they_can_do(monkeypatch):
