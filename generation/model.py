@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from generation.layout import COMMANDS_IN_ROW, Batch, PositionKind, Vocabulary
+from generation.packing import Packing, make_packing, packed_attention
 from generation.sparse import draw_pivots, sparse_attention
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
@@ -286,6 +287,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
         bias: Tensor | None,
         pivots: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
         rows, length, width = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.config.heads, self.config.head_width)
@@ -300,6 +302,8 @@ class Attention(nn.Module):
             sizes = self.config.sparse_window, self.config.sparse_windows
             # recomputed in the backward pass: what is gathered for the blocks is many times as large as k and v
             x = checkpoint(sparse_attention, q, k, v, pivots, *sizes, self._attend, use_reentrant=False)
+        elif packing is not None:
+            x = packed_attention(q, k.to(q.dtype), v.to(q.dtype), packing, self._attend)
         elif bias is not None and length == 1 and x.device.type == "cpu" and not self.config.pb_relax:
             # the fused CPU kernel is made for many queries: with one it takes 3 times as long as two products
             x = single_query_attention(q, k, v, bias)
@@ -354,8 +358,9 @@ class Block(nn.Module):
         cache: KVCache | None,
         bias: Tensor | None,
         pivots: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
-        branch = self.attention(self.attention_norm(x), rotation, cache, bias, pivots)
+        branch = self.attention(self.attention_norm(x), rotation, cache, bias, pivots, packing)
         x = x + self.attention_out_norm(self.dropout(branch))
         branch = self.mlp(self.mlp_norm(x))
         return x + self.mlp_out_norm(self.dropout(branch))
@@ -367,6 +372,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_gradients = False
         vocabulary_size = config.vocabulary.padded_size
         self.embed = nn.Embedding(vocabulary_size, config.width)
         axes = {"sequence": 1, "learned_2d": 2, "rotary_2d": 0}[config.position]
@@ -399,13 +405,23 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             for branch in (block.attention, block.mlp):
                 nn.init.normal_(branch.project.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
+    def checkpoint_gradients(self) -> None:
+        """In training, keep the inputs of the blocks alone and compute the rest again in the backward pass."""
+        self.checkpoints_gradients = True
+
     def forward(
-        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        segments: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, of `tokens` [B, T] at `positions` [B, T] or [B, T, 2].
 
         With a `cache`, the tokens follow those already in it and are added to it. With `segments` [B, T], a token sees
-        those before it of segment 0 and of its own alone; attention is dense then.
+        those before it of segment 0 and of its own alone; attention is dense then. With `lengths`, B is 1 and the row
+        is rows of those lengths behind one another, none of which sees another (`layout.pack`); dense, too.
         """
         x = self.embed(tokens)
         rotation = None
@@ -422,14 +438,19 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             )
         x = self.dropout(x)
         bias = None if cache is None else cache.bias(tokens.shape[1])
-        if segments is not None:
+        packing = None if lengths is None else self._packing(x, lengths, segments)
+        if segments is not None and packing is None:
             assert cache is None
             bias = segment_bias(segments)
         # rows inside the windows see all of themselves, which is dense attention
         within = self.config.sparse_window * self.config.sparse_windows
-        sparse = self.training and bias is None and 0 < within < tokens.shape[1]
+        sparse = self.training and bias is None and packing is None and 0 < within < tokens.shape[1]
         for block in self.blocks:
-            x = block(x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None)
+            inputs = (x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None, packing)
+            if self.checkpoints_gradients and self.training:
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -445,12 +466,13 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         `total_weight` replaces the batch's own sum of weights as the divisor, so that the losses (and gradients) of
         several batches can be added up to exactly those of one large one. Bits of a kind with no tokens are NaN.
         """
-        hidden = self(batch.tokens, batch.positions, segments=batch.segments)
+        hidden = self(batch.tokens, batch.positions, segments=batch.segments, lengths=batch.lengths)
         text_mask = (batch.weights > 0) & ~batch.image_mask
         # apart, because text needs the product with the whole vocabulary and image codes, most of a row, do not
-        image = self._cross_entropy(hidden, batch, batch.image_mask, self.config.image_softmax == "codes")
-        text = self._cross_entropy(hidden, batch, text_mask, False)
-        weighted = (image * batch.weights[batch.image_mask]).sum() + (text * batch.weights[text_mask]).sum()
+        codes_only = self.config.image_softmax == "codes"
+        image, image_weights = self._cross_entropy(hidden, batch, batch.image_mask, codes_only)
+        text, text_weights = self._cross_entropy(hidden, batch, text_mask, False)
+        weighted = (image * image_weights).sum() + (text * text_weights).sum()
         divisor = batch.weights.sum() if total_weight is None else total_weight
         return {
             "loss": weighted / divisor,
@@ -458,10 +480,20 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             "text_bits": text.detach().mean() / math.log(2),
         }
 
-    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> Tensor:
-        """Float32 cross entropy [n] at the n places of `mask` [B, T]."""
-        logits = self.logits(hidden[mask], image_only=image_only)
-        return F.cross_entropy(logits.float(), batch.targets[mask], reduction="none")
+    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
+        """Float32 cross entropy [n] at the n places of `mask` [B, T], and the weights there."""
+        # places instead of the mask: each use of a mask waits for a GPU to count it
+        places = mask.flatten().nonzero()[:, 0]
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, places), image_only=image_only)
+        losses = F.cross_entropy(logits.float(), batch.targets.flatten()[places], reduction="none")
+        return losses, batch.weights.flatten()[places]
+
+    def _packing(self, x: Tensor, lengths: tuple[int, ...], segments: Tensor | None) -> Packing:
+        biases = None
+        if segments is not None:
+            biases = [segment_bias(row) for row in segments.split(lengths, dim=1)]
+        plain = not (self.config.pb_relax or (self.training and self.config.dropout))
+        return make_packing(lengths, x.device, self._compute_dtype(x), biases, plain)
 
     def _draw_pivots(self, tokens: Tensor) -> Tensor:
         vocab = self.config.vocabulary

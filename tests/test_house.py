@@ -81,7 +81,7 @@ def test_every_import_is_required(setup: configparser.ConfigParser) -> None:
     }  # fmt: skip
     extras = setup["options.extras_require"]
     wanted = words(setup["options"]["install_requires"]) + words(extras["milvus"]) + words(extras["ray"])
-    wanted += words(extras["int8"])
+    wanted += words(extras["int8"]) + words(extras["gpu"])
     required = {distribution(requirement) for requirement in wanted}
     known = {names.get(name, name) for name in required} | set(LAYERS) | set(sys.stdlib_module_names)
     for path in SOURCES:
