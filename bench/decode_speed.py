@@ -34,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.attention import rotate
 from generation.cogview import cogview_config
 from generation.decoding import SamplingOptions, draw_noise, generate_codes, sample
 from generation.engine import Engine
 from generation.int8 import quantise
 from generation.layout import COMMANDS_IN_ROW, training_row
-from generation.model import Attention, Block, Transformer, TransformerConfig, rotate
+from generation.model import Attention, Block, Transformer, TransformerConfig
 from mmwudao.devices import DTYPES
 from mmwudao.pipeline import load
 

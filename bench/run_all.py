@@ -46,9 +46,9 @@ GPU = {
     "decode-emoji": (60, "decode_speed.py --device cuda --batches 1 64 --contenders graph compile modules llama"),
     "window": (40, "window_speed.py --device cuda --windows 1 16 32 --batches 1 8 --runs 2"),
     "growth": (60, "growth_speed.py --full --device cuda"),
-    "train-1b": (80, "train_speed.py --shape 1b --device cuda --minutes 1 "
+    "train-1b": (80, "train_speed.py --shape 1b --device cuda --minutes 0.7 "
                      "--variants plain compiled compiled+packed peer"),
-    "train-4b": (80, "train_speed.py --shape 4b --device cuda --minutes 1 --variants compiled+checkpointing peer"),
+    "train-4b": (80, "train_speed.py --shape 4b --device cuda --minutes 0.7 --variants compiled+checkpointed peer+checkpointed"),
 }  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from generation.attention import relaxed_attention, rotate
 from generation.layout import collate, training_row
-from generation.model import KVCache, Transformer, TransformerConfig, relaxed_attention, rotate
+from generation.model import KVCache, Transformer, TransformerConfig
 
 SIZES = {
     "num_image_codes": 32,
