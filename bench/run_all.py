@@ -48,7 +48,8 @@ GPU = {
     "growth": (60, "growth_speed.py --full --device cuda"),
     "train-1b": (80, "train_speed.py --shape 1b --device cuda --minutes 0.7 "
                      "--variants plain compiled compiled+packed peer"),
-    "train-4b": (80, "train_speed.py --shape 4b --device cuda --minutes 0.7 --variants compiled+checkpointed peer+checkpointed"),
+    "train-4b": (80, "train_speed.py --shape 4b --device cuda --minutes 0.7 "
+                     "--variants compiled+checkpointed peer+checkpointed"),
 }  # fmt: skip
 
 

@@ -452,4 +452,4 @@ def test_int8_and_the_engine_are_part_of_the_recipe(tiny_model_dir):
     with pytest.raises(ValueError, match="graph engine needs a CUDA device"):
         load(tiny_model_dir, "cpu", engine="graph")
     with pytest.raises(ValueError, match="unknown engine 'best'"):
-        load(tiny_model_dir, "cpu", engine="best")
+        load(tiny_model_dir, "cpu", engine="best")  # type: ignore[arg-type]
