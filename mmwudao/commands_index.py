@@ -17,9 +17,10 @@ from mmwudao.commands_draw import Device, Json, as_typed
 from mmwudao.commands_vectors import TowersDtype, TowersModel
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from numpy.typing import NDArray
 
-    from retrieval.index import Collection, Hit, Item
+    from retrieval.index import Collection, Hit
     from retrieval.vectors import Kind, Vectors
 
 SHEET_PIXELS = 128  # a side of each picture on the sheet of `search`
@@ -192,7 +193,7 @@ def _source(sources: list[str], model: str, device: str, dtype: str) -> Iterator
         yield open_vectors(Path(folder), shards)
 
 
-def _store(vectors: Vectors, kind: str, store: Callable[[list[Item]], None]) -> int:
+def _store(vectors: Vectors, kind: str, store: Callable[[pa.Table], None]) -> int:
     """Hand all items to `store`. Returns how many there were."""
     from tqdm import tqdm
 

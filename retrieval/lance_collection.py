@@ -22,12 +22,13 @@ from typing import Any, TypeVar
 import lancedb
 import numpy
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from lancedb.index import BTree, HnswSq
 from numpy.typing import NDArray
 
-from retrieval.collection import Collection, CollectionError, Hit, Item, Value
-from retrieval.items import check_ids, check_items, check_search, column_types, unit_vector
+from retrieval.collection import Collection, CollectionError, Hit, IdsThere, Item, Value
+from retrieval.items import PYTHON_TYPES, RESERVED, check_ids, check_search, to_table, unit_vector
 from retrieval.where import parse_where, sql_text, to_sql
 
 FORMAT = "mmwudao-collection/1"
@@ -39,9 +40,8 @@ EF = 200  # candidates that a search of the graph keeps (k, if that is more)
 REFINE = 2  # so many times k are compared with their exact vectors, since the graph holds 8 bits a number
 KEEP = timedelta(hours=1)  # how long a version stays readable for searches that are under way
 IDS_AT_ONCE = 5_000  # in one expression
+ROWS_AN_ID = 20  # to read so many ids one after the other costs about as much as to look one up by the index
 COMMIT_TRIES = 10
-TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-PYTHON_TYPES = {kind: name for name, kind in TYPES.items()}
 
 Result = TypeVar("Result")
 
@@ -102,21 +102,20 @@ class LanceCollection(Collection):
         # LanceDB frees a table's caches with the object
         del self._table
 
-    def add(self, items: Sequence[Item]) -> None:
-        vectors = check_items(items, self.dim)
+    def add(self, items: Sequence[Item] | pa.Table) -> None:
         with self._writing():
-            there = self._stored([item.id for item in items], ["id"])
+            rows = to_table(items, self.dim, self._types())
+            there = self._there(rows["id"])
             if there:
                 shown = ", ".join(sorted(there)[:5])
-                raise CollectionError(f"{len(there)} ids are there already: {shown}; `upsert` replaces items")
-            added = self._merge(items, vectors, replace=False)
-        if added < len(items):
-            raise CollectionError(f"another writer has stored {len(items) - added} of these ids meanwhile")
+                raise IdsThere(f"{len(there)} ids are there already: {shown}; `upsert` replaces items")
+            self._store(rows, replace=False)
 
-    def upsert(self, items: Sequence[Item]) -> None:
-        vectors = check_items(items, self.dim)
+    def upsert(self, items: Sequence[Item] | pa.Table) -> None:
         with self._writing():
-            self._merge(items, vectors, replace=True)
+            rows = to_table(items, self.dim, self._types())
+            # where there is no lock, another writer may store them meanwhile: a merge sees that
+            self._store(rows, replace=self.folder is None or bool(self._there(rows["id"])))
 
     def delete(self, ids: Sequence[str]) -> int:
         check_ids(ids)
@@ -169,10 +168,14 @@ class LanceCollection(Collection):
     def restore(self, name: str) -> None:
         _check_name(name)
         with self._writing():
-            tags = self._table.tags.list()
-            if name not in tags:
-                raise CollectionError(f"no snapshot {name!r}; there are: {', '.join(sorted(tags)) or 'none'}")
-            self._commit(lambda: self._table.restore(tags[name]["version"]))
+            version = self._tag(name)
+            self._commit(lambda: self._table.restore(version))
+
+    def drop_snapshot(self, name: str) -> None:
+        _check_name(name)
+        with self._writing():
+            self._tag(name)
+            self._table.tags.delete(name)
 
     def snapshots(self) -> list[str]:
         with _lance_errors(self.place):
@@ -236,15 +239,24 @@ class LanceCollection(Collection):
         made = [entry["timestamp"] for entry in self._table.list_versions() if entry["version"] in tagged]
         return max([KEEP, *(datetime.now(moment.tzinfo) - moment + timedelta(seconds=1) for moment in made)])
 
+    def _tag(self, name: str) -> int:
+        """The version that a snapshot remembers."""
+        tags = self._table.tags.list()
+        if name not in tags:
+            raise CollectionError(f"no snapshot {name!r}; there are: {', '.join(sorted(tags)) or 'none'}")
+        return int(tags[name]["version"])
+
     def _names(self) -> list[str]:
-        return [name for name in self._table.schema.names if name not in ("id", "vector")]
+        return list(self._types())
+
+    def _types(self) -> dict[str, type]:
+        """Of the columns of metadata."""
+        return {field.name: PYTHON_TYPES[field.type] for field in self._table.schema if field.name not in RESERVED}
 
     def _condition(self, where: str | None) -> str | None:
         if where is None:
             return None
-        schema = self._table.schema
-        columns = {name: PYTHON_TYPES[schema.field(name).type] for name in ["id", *self._names()]}
-        return to_sql(parse_where(where, columns))
+        return to_sql(parse_where(where, {"id": str, **self._types()}))
 
     def _stored(self, ids: Sequence[str], columns: list[str] | None) -> dict[str, dict[str, Any]]:
         """Rows by id."""
@@ -254,28 +266,36 @@ class LanceCollection(Collection):
             rows += (builder.select(columns) if columns else builder).to_list()
         return {row["id"]: row for row in rows}
 
-    def _merge(self, items: Sequence[Item], vectors: NDArray[numpy.float32], *, replace: bool) -> int:
-        """Store items in one commit. Returns how many ids are new."""
-        if not items:
-            return 0
-        schema = self._table.schema
-        known = {name: PYTHON_TYPES[schema.field(name).type] for name in self._names()}
-        new = {name: kind for name, kind in column_types(items, known).items() if name not in known}
+    def _there(self, ids: pa.ChunkedArray) -> list[str]:
+        """Those of `ids` that are stored."""
+        if len(ids) <= IDS_AT_ONCE or len(ids) * ROWS_AN_ID <= self._table.count_rows():
+            return list(self._stored(ids.to_pylist(), ["id"]))
+        wanted, found = ids.combine_chunks(), []
+        for batch in self._table.search().select(["id"]).to_batches(1_000_000):
+            found += batch["id"].filter(pc.is_in(batch["id"], wanted)).to_pylist()
+        return found
+
+    def _store(self, rows: pa.Table, *, replace: bool) -> None:
+        """Store `rows` in one commit; without `replace`, none of their ids is there."""
+        if not len(rows):
+            return
+        new = [field for field in rows.schema if field.name not in self._table.schema.names]
         if new:
-            self._commit(lambda: self._table.add_columns([pa.field(name, TYPES[kind]) for name, kind in new.items()]))
-            schema = self._table.schema
-        columns = {
-            "id": pa.array([item.id for item in items], pa.string()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.dim),
-        }
-        for name in self._names():
-            values = (item.metadata.get(name) for item in items)
-            columns[name] = pa.array(values, schema.field(name).type)
-        data = pa.table([columns[name] for name in schema.names], schema=schema)
+            self._commit(lambda: self._table.add_columns(new))
+        schema = self._table.schema
+        given = {name: rows[name] for name in rows.column_names}
+        nulls = {field.name: pa.nulls(len(rows), field.type) for field in schema if field.name not in given}
+        data = pa.table([(given | nulls)[name] for name in schema.names], schema=schema)
+        if self.folder is not None and not replace:
+            # a merge joins the new ids with those that are stored, at several times the cost; the lock is ours
+            self._commit(lambda: self._table.add(data))
+            return
         merge = self._table.merge_insert("id").when_not_matched_insert_all()
         if replace:
             merge = merge.when_matched_update_all()
-        return int(self._commit(lambda: merge.execute(data)).num_inserted_rows)
+        inserted = int(self._commit(lambda: merge.execute(data)).num_inserted_rows)
+        if not replace and inserted < len(rows):
+            raise CollectionError(f"another writer has stored {len(rows) - inserted} of these ids meanwhile")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -322,7 +342,7 @@ def _one_of(ids: Sequence[str]) -> str:
 
 
 def _metadata(row: Mapping[str, Any]) -> dict[str, Value]:
-    kept = ("id", "vector", "_distance")
+    kept = RESERVED | {"_distance"}
     return {name: value for name, value in row.items() if name not in kept and value is not None}
 
 

@@ -55,7 +55,7 @@ def test_from_vectors_with_captions_too(shards, tmp_path, capsys):
     assert run(["index", "build", *command, "--kind", "text"]) == 0
     assert json.loads(capsys.readouterr().out)["added"] == 32
     assert run(["index", "add", *command, "--kind", "all"]) == 2
-    assert "16 ids are there already" in capsys.readouterr().err
+    assert "32 ids are there already" in capsys.readouterr().err
     assert run(["index", "add", *command, "--kind", "all", "--replace"]) == 0
     capsys.readouterr()
     with open_collection(tmp_path / "c") as collection:
