@@ -7,6 +7,7 @@ has no lock, and takes one writing process at a time (two that store the same id
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -36,8 +37,14 @@ TABLE = "items"
 SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Items up to which all are compared: 5,000 x 512 cost about the CPU of a graph's search (bench/collection_speed.py)
 EXACT_UP_TO = 5_000
-EF = 200  # candidates that a search of the graph keeps (k, if that is more)
+EF = 300  # candidates that a search of the graph keeps (k, if that is more)
+EF_CONSTRUCTION = 150  # candidates of each item when the graph is built: half of LanceDB's, and half of its time
 REFINE = 2  # so many times k are compared with their exact vectors, since the graph holds 8 bits a number
+# With a filter, the index asks for each of its items whether it is allowed, which takes tens of nanoseconds; to fetch
+# an item takes some microseconds, as much as to ask for this many (bench/collection_speed.py)
+FETCH_COST = 400
+SPARE = 2.5  # so many times as many candidates as give k allowed ones on average
+MAX_CANDIDATES = 1_000
 KEEP = timedelta(hours=1)  # how long a version stays readable for searches that are under way
 IDS_AT_ONCE = 5_000  # in one expression
 ROWS_AN_ID = 20  # to read so many ids one after the other costs about as much as to look one up by the index
@@ -135,15 +142,9 @@ class LanceCollection(Collection):
         query = unit_vector(vector, self.dim)
         check_search(k)
         with _lance_errors(self.place):
-            condition = self._condition(where)
-            builder: Any = self._table.search(query, vector_column_name="vector")
-            builder = builder.distance_type("cosine").select([*self._names(), "id", "_distance"]).limit(k)
-            builder = builder.ef(max(EF, k)).refine_factor(REFINE)
-            if condition is not None:
-                builder = builder.where(condition, prefilter=True)
-            rows = builder.to_list()
+            rows = self._nearest(query, k, self._condition(where))
         hits = [Hit(row["id"], 1 - row["_distance"], _metadata(row)) for row in rows]
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
 
     def count(self, where: str | None = None) -> int:
         with _lance_errors(self.place):
@@ -221,8 +222,28 @@ class LanceCollection(Collection):
                     os.close(descriptor)
             self._synchronised |= fresh
 
+    def _nearest(self, query: NDArray[numpy.float32], k: int, condition: str | None) -> list[dict[str, Any]]:
+        """The `k` nearest rows that the condition allows, or more, found in the cheapest way."""
+        builder = self._table.search(query, vector_column_name="vector").distance_type("cosine")
+        builder = builder.select([*self._names(), "id", "_distance"]).limit(k).ef(max(EF, k)).refine_factor(REFINE)
+        if condition is None:
+            return builder.to_list()
+        items = self._table.count_rows()
+        allowed = self._table.count_rows(condition) if items > EXACT_UP_TO else 0
+        if allowed * FETCH_COST <= items:  # few: compare them all
+            return builder.where(condition, prefilter=True).bypass_vector_index().to_list()
+        candidates = math.ceil(SPARE * k * items / allowed)
+        if candidates <= MAX_CANDIDATES and candidates * FETCH_COST <= items:  # many: some of the nearest are allowed
+            builder = builder.limit(candidates).ef(max(EF, candidates)).refine_factor(1)
+            rows = builder.where(condition, prefilter=False).to_list()
+            if len(rows) >= k:
+                return rows
+            builder = builder.limit(k).ef(max(EF, k)).refine_factor(REFINE)
+        return builder.where(condition, prefilter=True).to_list()
+
     def _build_index(self) -> None:
-        self._commit(lambda: self._table.create_index("vector", config=HnswSq(distance_type="cosine"), replace=True))
+        graph = HnswSq(distance_type="cosine", ef_construction=EF_CONSTRUCTION)
+        self._commit(lambda: self._table.create_index("vector", config=graph, replace=True))
 
     def _index_columns(self) -> None:
         """What filters and ids are looked up by: without, LanceDB reads all rows to find the few that are allowed."""
