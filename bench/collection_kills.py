@@ -1,6 +1,6 @@
 """Does a collection keep what it acknowledged when its processes are killed? `--kills` times kill -9 at random moments.
 
-    python bench/collection_kills.py [--kills 20] [--items 100000] [--dim 64] [--batch 1000] [--durable]
+    python bench/collection_kills.py [--kills 20] [--items 100000] [--dim 64] [--batch 2000] [--durable]
 
 A writer adds, replaces and deletes batches, and notes each in a journal (with fsync) before it starts and after it was
 acknowledged; beside it another process optimises over and over. Both are killed together at a random moment. Then the
@@ -17,16 +17,17 @@ import os
 import random
 import tempfile
 import time
-import zlib
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval import lance_collection
-from retrieval.index import Collection, Item, Value, open_collection
+from retrieval.index import Collection, open_collection
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--items", type=int, default=100_000, help="that are added at most")
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=1_000)
-    parser.add_argument("--longest", type=float, default=5.0, help="seconds from the first change to a kill")
+    parser.add_argument("--batch", type=int, default=2_000, help="rows of a change; up to 5,000")
+    parser.add_argument("--longest", type=float, default=3.0, help="seconds from the first change to a kill")
     parser.add_argument("--index-from", type=int, default=5_000, help="items past which optimising builds an index")
     parser.add_argument("--durable", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,9 +105,11 @@ def write(place: Path, journal: Path, arguments: argparse.Namespace, seed: int) 
             if kind == "delete":
                 collection.delete(ids)
             else:
-                metadata: dict[str, Value] = {"batch": chosen, "version": version}
-                items = [Item(name, vector_of(name, version, arguments.dim), metadata) for name in ids]
-                (collection.add if kind == "add" else collection.upsert)(items)
+                columns = {"id": ids, "batch": [chosen] * len(ids), "version": [version] * len(ids)}
+                vectors = vectors_of(chosen, version, arguments.batch, arguments.dim)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), arguments.dim)
+                table = pa.table(columns | {"vector": column})
+                (collection.add if kind == "add" else collection.upsert)(table)
             note(log, {"step": "done", **change})
             apply(batches, change)
 
@@ -121,11 +124,10 @@ def optimise(place: Path, rounds: Path, arguments: argparse.Namespace) -> None:
             time.sleep(0.1)
 
 
-def vector_of(name: str, version: int, dim: int) -> NDArray[numpy.float32]:
-    """The unit vector that an item has in a version, to be told apart from every other."""
-    seed = zlib.crc32(f"{name} {version}".encode())
-    vector = numpy.random.default_rng(seed).standard_normal(dim).astype(numpy.float32)
-    return vector / numpy.linalg.norm(vector)
+def vectors_of(batch: int, version: int, rows: int, dim: int) -> NDArray[numpy.float32]:
+    """The unit vectors [rows, dim] that a batch has in a version, to be told apart from every other."""
+    vectors = numpy.random.default_rng([batch, version]).standard_normal((rows, dim), numpy.float32)
+    return vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def note(log: TextIO, entry: dict[str, Any]) -> None:
@@ -166,12 +168,15 @@ def compare(collection: Collection, journal: Path, rows: int) -> dict[str, int |
     ids: Counter[str] = Counter()
     stored: dict[int, Counter[int]] = {}  # batch -> version -> rows
     wrong = 0
-    for names, _ in collection.scan():
+    expected = cache(partial(vectors_of, rows=rows, dim=collection.dim))
+    for names, vectors in collection.scan():
         ids.update(names)
-        for item in collection.get(names):
-            batch, version = int(item.metadata["batch"]), int(item.metadata["version"])
+        metadata = {item.id: item.metadata for item in collection.get(names)}
+        for name, vector in zip(names, vectors, strict=True):
+            batch, version = int(metadata[name]["batch"]), int(metadata[name]["version"])
             stored.setdefault(batch, Counter())[version] += 1
-            wrong += not numpy.allclose(item.vector, vector_of(item.id, version, collection.dim), atol=1e-5)
+            there = expected(batch, version)[int(name.partition("-")[2])]
+            wrong += not numpy.allclose(vector, there, atol=1e-5)
     after = dict(batches)
     if change:
         apply(after, change)

@@ -17,9 +17,10 @@ from mmwudao.commands_draw import Device, Json, as_typed
 from mmwudao.commands_vectors import TowersDtype, TowersModel
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from numpy.typing import NDArray
 
-    from retrieval.index import Collection, Hit, Item
+    from retrieval.index import Collection, Hit
     from retrieval.vectors import Kind, Vectors
 
 SHEET_PIXELS = 128  # a side of each picture on the sheet of `search`
@@ -124,6 +125,31 @@ def optimise(collection: Place, durable: Durable = False, as_json: Json = False)
 
 
 @app.command()
+def snapshots(
+    collection: Place,
+    make: Annotated[str | None, typer.Option(help="Remember the collection as it is under a new name ...")] = None,
+    restore: Annotated[str | None, typer.Option(help="... or make it what it was (snapshots stay) ...")] = None,
+    drop: Annotated[str | None, typer.Option(help="... or forget a snapshot; `optimise` then frees its space.")] = None,
+    durable: Durable = False,
+    as_json: Json = False,
+) -> None:
+    """The names of a collection's snapshots; or one is made, restored or dropped first."""
+    from retrieval.index import CollectionError, open_collection
+
+    if sum(name is not None for name in (make, restore, drop)) > 1:
+        raise CollectionError("give one of --make, --restore and --drop")
+    with open_collection(collection, durable=durable) as opened:
+        if make is not None:
+            opened.snapshot(make)
+        elif restore is not None:
+            opened.restore(restore)
+        elif drop is not None:
+            opened.drop_snapshot(drop)
+        names = opened.snapshots()
+    _tell(as_json, "\n".join(names) or "no snapshots", collection=collection, snapshots=names)
+
+
+@app.command()
 def check(
     collection: Place,
     queries: Annotated[int, typer.Option(help="Stored items that are searched for.")] = 100,
@@ -192,7 +218,7 @@ def _source(sources: list[str], model: str, device: str, dtype: str) -> Iterator
         yield open_vectors(Path(folder), shards)
 
 
-def _store(vectors: Vectors, kind: str, store: Callable[[list[Item]], None]) -> int:
+def _store(vectors: Vectors, kind: str, store: Callable[[pa.Table], None]) -> int:
     """Hand all items to `store`. Returns how many there were."""
     from tqdm import tqdm
 

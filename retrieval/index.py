@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retrieval.collection import MAX_ID, Collection, CollectionError, Hit, Item, Value
+from retrieval.collection import MAX_ID, Collection, CollectionError, Hit, IdsThere, Item, Value
 
-__all__ = ["MAX_ID", "Collection", "CollectionError", "Hit", "Item", "Value", "open_collection"]
+__all__ = ["MAX_ID", "Collection", "CollectionError", "Hit", "IdsThere", "Item", "Value", "open_collection"]
 
 
 def open_collection(

@@ -7,6 +7,7 @@ has no lock, and takes one writing process at a time (two that store the same id
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -22,12 +23,13 @@ from typing import Any, TypeVar
 import lancedb
 import numpy
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from lancedb.index import BTree, HnswSq
 from numpy.typing import NDArray
 
-from retrieval.collection import Collection, CollectionError, Hit, Item, Value
-from retrieval.items import check_ids, check_items, check_search, column_types, unit_vector
+from retrieval.collection import Collection, CollectionError, Hit, IdsThere, Item, Value
+from retrieval.items import PYTHON_TYPES, RESERVED, check_ids, check_search, to_table, unit_vector
 from retrieval.where import parse_where, sql_text, to_sql
 
 FORMAT = "mmwudao-collection/1"
@@ -35,13 +37,18 @@ TABLE = "items"
 SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Items up to which all are compared: 5,000 x 512 cost about the CPU of a graph's search (bench/collection_speed.py)
 EXACT_UP_TO = 5_000
-EF = 200  # candidates that a search of the graph keeps (k, if that is more)
+EF = 300  # candidates that a search of the graph keeps (k, if that is more)
+EF_CONSTRUCTION = 150  # candidates of each item when the graph is built: half of LanceDB's, and half of its time
 REFINE = 2  # so many times k are compared with their exact vectors, since the graph holds 8 bits a number
+# With a filter, the index asks for each of its items whether it is allowed, which takes tens of nanoseconds; to fetch
+# an item takes some microseconds, as much as to ask for this many (bench/collection_speed.py)
+FETCH_COST = 400
+SPARE = 2.5  # so many times as many candidates as give k allowed ones on average
+MAX_CANDIDATES = 1_000
 KEEP = timedelta(hours=1)  # how long a version stays readable for searches that are under way
 IDS_AT_ONCE = 5_000  # in one expression
+ROWS_AN_ID = 20  # to read so many ids one after the other costs about as much as to look one up by the index
 COMMIT_TRIES = 10
-TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-PYTHON_TYPES = {kind: name for name, kind in TYPES.items()}
 
 Result = TypeVar("Result")
 
@@ -102,21 +109,20 @@ class LanceCollection(Collection):
         # LanceDB frees a table's caches with the object
         del self._table
 
-    def add(self, items: Sequence[Item]) -> None:
-        vectors = check_items(items, self.dim)
+    def add(self, items: Sequence[Item] | pa.Table) -> None:
         with self._writing():
-            there = self._stored([item.id for item in items], ["id"])
+            rows = to_table(items, self.dim, self._types())
+            there = self._there(rows["id"])
             if there:
                 shown = ", ".join(sorted(there)[:5])
-                raise CollectionError(f"{len(there)} ids are there already: {shown}; `upsert` replaces items")
-            added = self._merge(items, vectors, replace=False)
-        if added < len(items):
-            raise CollectionError(f"another writer has stored {len(items) - added} of these ids meanwhile")
+                raise IdsThere(f"{len(there)} ids are there already: {shown}; `upsert` replaces items")
+            self._store(rows, replace=False)
 
-    def upsert(self, items: Sequence[Item]) -> None:
-        vectors = check_items(items, self.dim)
+    def upsert(self, items: Sequence[Item] | pa.Table) -> None:
         with self._writing():
-            self._merge(items, vectors, replace=True)
+            rows = to_table(items, self.dim, self._types())
+            # where there is no lock, another writer may store them meanwhile: a merge sees that
+            self._store(rows, replace=self.folder is None or bool(self._there(rows["id"])))
 
     def delete(self, ids: Sequence[str]) -> int:
         check_ids(ids)
@@ -136,15 +142,9 @@ class LanceCollection(Collection):
         query = unit_vector(vector, self.dim)
         check_search(k)
         with _lance_errors(self.place):
-            condition = self._condition(where)
-            builder: Any = self._table.search(query, vector_column_name="vector")
-            builder = builder.distance_type("cosine").select([*self._names(), "id", "_distance"]).limit(k)
-            builder = builder.ef(max(EF, k)).refine_factor(REFINE)
-            if condition is not None:
-                builder = builder.where(condition, prefilter=True)
-            rows = builder.to_list()
+            rows = self._nearest(query, k, self._condition(where))
         hits = [Hit(row["id"], 1 - row["_distance"], _metadata(row)) for row in rows]
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
 
     def count(self, where: str | None = None) -> int:
         with _lance_errors(self.place):
@@ -169,10 +169,14 @@ class LanceCollection(Collection):
     def restore(self, name: str) -> None:
         _check_name(name)
         with self._writing():
-            tags = self._table.tags.list()
-            if name not in tags:
-                raise CollectionError(f"no snapshot {name!r}; there are: {', '.join(sorted(tags)) or 'none'}")
-            self._commit(lambda: self._table.restore(tags[name]["version"]))
+            version = self._tag(name)
+            self._commit(lambda: self._table.restore(version))
+
+    def drop_snapshot(self, name: str) -> None:
+        _check_name(name)
+        with self._writing():
+            self._tag(name)
+            self._table.tags.delete(name)
 
     def snapshots(self) -> list[str]:
         with _lance_errors(self.place):
@@ -218,8 +222,28 @@ class LanceCollection(Collection):
                     os.close(descriptor)
             self._synchronised |= fresh
 
+    def _nearest(self, query: NDArray[numpy.float32], k: int, condition: str | None) -> list[dict[str, Any]]:
+        """The `k` nearest rows that the condition allows, or more, found in the cheapest way."""
+        builder = self._table.search(query, vector_column_name="vector").distance_type("cosine")
+        builder = builder.select([*self._names(), "id", "_distance"]).limit(k).ef(max(EF, k)).refine_factor(REFINE)
+        if condition is None:
+            return builder.to_list()
+        items = self._table.count_rows()
+        allowed = self._table.count_rows(condition) if items > EXACT_UP_TO else 0
+        if allowed * FETCH_COST <= items:  # few: compare them all
+            return builder.where(condition, prefilter=True).bypass_vector_index().to_list()
+        candidates = math.ceil(SPARE * k * items / allowed)
+        if candidates <= MAX_CANDIDATES and candidates * FETCH_COST <= items:  # many: some of the nearest are allowed
+            builder = builder.limit(candidates).ef(max(EF, candidates)).refine_factor(1)
+            rows = builder.where(condition, prefilter=False).to_list()
+            if len(rows) >= k:
+                return rows
+            builder = builder.limit(k).ef(max(EF, k)).refine_factor(REFINE)
+        return builder.where(condition, prefilter=True).to_list()
+
     def _build_index(self) -> None:
-        self._commit(lambda: self._table.create_index("vector", config=HnswSq(distance_type="cosine"), replace=True))
+        graph = HnswSq(distance_type="cosine", ef_construction=EF_CONSTRUCTION)
+        self._commit(lambda: self._table.create_index("vector", config=graph, replace=True))
 
     def _index_columns(self) -> None:
         """What filters and ids are looked up by: without, LanceDB reads all rows to find the few that are allowed."""
@@ -236,15 +260,24 @@ class LanceCollection(Collection):
         made = [entry["timestamp"] for entry in self._table.list_versions() if entry["version"] in tagged]
         return max([KEEP, *(datetime.now(moment.tzinfo) - moment + timedelta(seconds=1) for moment in made)])
 
+    def _tag(self, name: str) -> int:
+        """The version that a snapshot remembers."""
+        tags = self._table.tags.list()
+        if name not in tags:
+            raise CollectionError(f"no snapshot {name!r}; there are: {', '.join(sorted(tags)) or 'none'}")
+        return int(tags[name]["version"])
+
     def _names(self) -> list[str]:
-        return [name for name in self._table.schema.names if name not in ("id", "vector")]
+        return list(self._types())
+
+    def _types(self) -> dict[str, type]:
+        """Of the columns of metadata."""
+        return {field.name: PYTHON_TYPES[field.type] for field in self._table.schema if field.name not in RESERVED}
 
     def _condition(self, where: str | None) -> str | None:
         if where is None:
             return None
-        schema = self._table.schema
-        columns = {name: PYTHON_TYPES[schema.field(name).type] for name in ["id", *self._names()]}
-        return to_sql(parse_where(where, columns))
+        return to_sql(parse_where(where, {"id": str, **self._types()}))
 
     def _stored(self, ids: Sequence[str], columns: list[str] | None) -> dict[str, dict[str, Any]]:
         """Rows by id."""
@@ -254,28 +287,36 @@ class LanceCollection(Collection):
             rows += (builder.select(columns) if columns else builder).to_list()
         return {row["id"]: row for row in rows}
 
-    def _merge(self, items: Sequence[Item], vectors: NDArray[numpy.float32], *, replace: bool) -> int:
-        """Store items in one commit. Returns how many ids are new."""
-        if not items:
-            return 0
-        schema = self._table.schema
-        known = {name: PYTHON_TYPES[schema.field(name).type] for name in self._names()}
-        new = {name: kind for name, kind in column_types(items, known).items() if name not in known}
+    def _there(self, ids: pa.ChunkedArray) -> list[str]:
+        """Those of `ids` that are stored."""
+        if len(ids) <= IDS_AT_ONCE or len(ids) * ROWS_AN_ID <= self._table.count_rows():
+            return list(self._stored(ids.to_pylist(), ["id"]))
+        wanted, found = ids.combine_chunks(), []
+        for batch in self._table.search().select(["id"]).to_batches(1_000_000):
+            found += batch["id"].filter(pc.is_in(batch["id"], wanted)).to_pylist()
+        return found
+
+    def _store(self, rows: pa.Table, *, replace: bool) -> None:
+        """Store `rows` in one commit; without `replace`, none of their ids is there."""
+        if not len(rows):
+            return
+        new = [field for field in rows.schema if field.name not in self._table.schema.names]
         if new:
-            self._commit(lambda: self._table.add_columns([pa.field(name, TYPES[kind]) for name, kind in new.items()]))
-            schema = self._table.schema
-        columns = {
-            "id": pa.array([item.id for item in items], pa.string()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.dim),
-        }
-        for name in self._names():
-            values = (item.metadata.get(name) for item in items)
-            columns[name] = pa.array(values, schema.field(name).type)
-        data = pa.table([columns[name] for name in schema.names], schema=schema)
+            self._commit(lambda: self._table.add_columns(new))
+        schema = self._table.schema
+        given = {name: rows[name] for name in rows.column_names}
+        nulls = {field.name: pa.nulls(len(rows), field.type) for field in schema if field.name not in given}
+        data = pa.table([(given | nulls)[name] for name in schema.names], schema=schema)
+        if self.folder is not None and not replace:
+            # a merge joins the new ids with those that are stored, at several times the cost; the lock is ours
+            self._commit(lambda: self._table.add(data))
+            return
         merge = self._table.merge_insert("id").when_not_matched_insert_all()
         if replace:
             merge = merge.when_matched_update_all()
-        return int(self._commit(lambda: merge.execute(data)).num_inserted_rows)
+        inserted = int(self._commit(lambda: merge.execute(data)).num_inserted_rows)
+        if not replace and inserted < len(rows):
+            raise CollectionError(f"another writer has stored {len(rows) - inserted} of these ids meanwhile")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -322,7 +363,7 @@ def _one_of(ids: Sequence[str]) -> str:
 
 
 def _metadata(row: Mapping[str, Any]) -> dict[str, Value]:
-    kept = ("id", "vector", "_distance")
+    kept = RESERVED | {"_distance"}
     return {name: value for name, value in row.items() if name not in kept and value is not None}
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval.collection import MAX_ID, Collection, CollectionError, Hit, Item, Value
-from retrieval.items import check_ids, check_items, check_search, column_types, unit_vector
+from retrieval.collection import MAX_ID, Collection, CollectionError, Hit, IdsThere, Item, Value
+from retrieval.items import PYTHON_TYPES, RESERVED, check_ids, check_search, to_table, unit_vector
 from retrieval.where import parse_where, to_milvus
 
 FORMAT = "mmwudao-collection/1"
@@ -93,31 +94,20 @@ class MilvusCollection(Collection):
     def close(self) -> None:
         self._client.close()
 
-    def add(self, items: Sequence[Item]) -> None:
-        check_items(items, self.dim)
-        with _milvus_errors(self.place):
-            there = sorted(self._stored([item.id for item in items], ["id"]))
-        if there:
-            raise CollectionError(
-                f"{len(there)} ids are there already: {', '.join(there[:5])}; `upsert` replaces items"
-            )
-        self.upsert(items)
-
-    def upsert(self, items: Sequence[Item]) -> None:
-        vectors = check_items(items, self.dim)
+    def add(self, items: Sequence[Item] | pa.Table) -> None:
         with _milvus_errors(self.place):
             known = self._columns()
-            types = column_types(items, known)
-            if types != known:
-                columns = json.dumps({name: kind.__name__ for name, kind in types.items()})
-                self._client.alter_collection_properties(self._name, {f"{PROPERTY}columns": columns})
-            rows = [
-                {"id": item.id, "vector": vector.tolist()}
-                | {name: types[name](value) for name, value in item.metadata.items()}
-                for item, vector in zip(items, vectors, strict=True)
-            ]
-            for start in range(0, len(rows), ROWS_AT_ONCE):
-                self._client.upsert(self._name, rows[start : start + ROWS_AT_ONCE])
+            rows = to_table(items, self.dim, known)
+            there = sorted(self._stored(rows["id"].to_pylist(), ["id"]))
+            if there:
+                shown = ", ".join(there[:5])
+                raise IdsThere(f"{len(there)} ids are there already: {shown}; `upsert` replaces items")
+            self._store(rows, known)
+
+    def upsert(self, items: Sequence[Item] | pa.Table) -> None:
+        with _milvus_errors(self.place):
+            known = self._columns()
+            self._store(to_table(items, self.dim, known), known)
 
     def delete(self, ids: Sequence[str]) -> int:
         check_ids(ids)
@@ -171,6 +161,9 @@ class MilvusCollection(Collection):
     def restore(self, name: str) -> None:
         raise CollectionError("snapshots of a Milvus server are restored with its own Milvus Backup")
 
+    def drop_snapshot(self, name: str) -> None:
+        raise CollectionError("snapshots of a Milvus server are dropped with its own Milvus Backup")
+
     def snapshots(self) -> list[str]:
         return []
 
@@ -178,6 +171,15 @@ class MilvusCollection(Collection):
         with _milvus_errors(self.place):
             self._client.flush(self._name)
             self._client.compact(self._name)
+
+    def _store(self, rows: pa.Table, known: dict[str, type]) -> None:
+        types = known | {field.name: PYTHON_TYPES[field.type] for field in rows.schema if field.name not in RESERVED}
+        if types != known:
+            columns = json.dumps({name: kind.__name__ for name, kind in types.items()})
+            self._client.alter_collection_properties(self._name, {f"{PROPERTY}columns": columns})
+        for batch in rows.to_batches(ROWS_AT_ONCE):
+            given = [{name: value for name, value in row.items() if value is not None} for row in batch.to_pylist()]
+            self._client.upsert(self._name, given)
 
     def _properties(self) -> dict[str, str]:
         stored = self._client.describe_collection(self._name)["properties"]

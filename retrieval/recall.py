@@ -32,21 +32,21 @@ def measure_recall(
     drawn = _draw(collection, queries, seed)
     ids, vectors = list(drawn), numpy.stack(list(drawn.values())) if drawn else numpy.empty((0, collection.dim))
     best = numpy.full((len(ids), k), -numpy.inf, numpy.float32)  # the k highest similarities so far
+    rows = {name: row for row, name in enumerate(ids)}
     compared = 0
     for names, part in collection.scan(where):
         compared += len(names)
         scores = vectors @ part.T
-        places = {name: place for place, name in enumerate(names)}
-        for row, name in enumerate(ids):
-            if name in places:  # to find oneself proves nothing
-                scores[row, places[name]] = -numpy.inf
-        best = numpy.sort(numpy.concatenate([best, scores], axis=1), axis=1)[:, -k:]
+        for place, name in enumerate(names):
+            if name in rows:  # to find oneself proves nothing
+                scores[rows[name], place] = -numpy.inf
+        best = numpy.partition(numpy.concatenate([best, scores], axis=1), -k, axis=1)[:, -k:]
     found = []
     for name, vector, nearest in zip(ids, vectors, best, strict=True):
         wanted = int(numpy.isfinite(nearest).sum())
         if not wanted:
             continue
-        limit = nearest[k - wanted] - 1e-5
+        limit = nearest[numpy.isfinite(nearest)].min() - 1e-5
         hits = [hit for hit in collection.search(vector, k + 1, where) if hit.id != name][:k]
         found.append(sum(hit.score >= limit for hit in hits) / wanted)
     if not found:

@@ -1,4 +1,4 @@
-"""The Parquet parts that `retrieval.embed` writes, read back as items of a collection."""
+"""The Parquet parts that `retrieval.embed` writes, read back as tables that a collection stores."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import numpy
+from typing import TYPE_CHECKING, Literal, get_args
 
 from data.sample import DataError
 from retrieval.embed import FORMAT, SETTINGS
-from retrieval.index import Item
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Kind = Literal["image", "text", "all"]
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 100_000  # handed to a collection
+READ_AT_ONCE = 8192
 TEXT_COLUMNS = ("kind", "language", "text", "family", "concept", "base_concept", "licence", "source")
 
 
@@ -49,31 +50,39 @@ def open_vectors(folder: Path, shards: dict[str, Path] | None = None) -> Vectors
     return Vectors(folder, settings["towers"], settings["embed_dim"], shards or places)
 
 
-def read_vectors(vectors: Vectors, kind: Kind = "image") -> Iterator[list[Item]]:
-    """The rows of that kind, up to `ROWS_AT_ONCE` at a time.
+def read_vectors(vectors: Vectors, kind: Kind = "image", rows: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
+    """The rows of that kind as tables that a collection stores, of about `rows` rows, the last of fewer.
 
     A picture has the id of its sample and its captions as `caption_LANGUAGE`; a caption has the id
     `SAMPLE:LANGUAGE`. Both have what else the part tells, and `shard`: where the picture lies.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if kind not in get_args(Kind):
         raise DataError(f"the kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
+    waiting: list[pa.Table] = []
+    for table in _read_parts(vectors, kind):
+        waiting.append(table)
+        if sum(map(len, waiting)) >= rows:
+            yield pa.concat_tables(waiting, promote_options="default")
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting, promote_options="default")
+
+
+def _read_parts(vectors: Vectors, kind: Kind) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     for stem, shard in vectors.shards.items():
         part = _part(vectors.folder, stem)
         try:
-            for batch in pq.ParquetFile(part).iter_batches(ROWS_AT_ONCE):
-                columns = {name: batch[name].to_pylist() for name in (*TEXT_COLUMNS, "id", "captions")}
-                flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
-                rows = flat.astype(numpy.float32).reshape(len(batch), vectors.dim)
-                items = [
-                    _item({name: column[k] for name, column in columns.items()}, rows[k], shard)
-                    for k in range(len(batch))
-                    if kind in ("all", columns["kind"][k])
-                ]
-                if items:
-                    yield items
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(READ_AT_ONCE):
+                    chosen = batch if kind == "all" else batch.filter(pc.equal(batch["kind"], kind))
+                    if len(chosen):
+                        yield _items(chosen, shard)
         except (OSError, KeyError, pa.ArrowInvalid) as error:  # what PyArrow raises for a damaged file
             raise DataError(f"{part} is damaged: delete it and run `mmwudao embed` again ({error})") from error
 
@@ -82,9 +91,16 @@ def _part(folder: Path, shard: str) -> Path:
     return folder / f"{Path(shard).stem}.parquet"
 
 
-def _item(row: dict[str, Any], vector: numpy.ndarray, shard: Path) -> Item:
-    metadata = {name: row[name] for name in TEXT_COLUMNS if row[name] is not None}
-    for language, caption in row["captions"] or []:
-        metadata[f"caption_{''.join(c if c.isascii() and c.isalnum() else '_' for c in language)}"] = caption
-    name = row["id"] if row["kind"] == "image" else f"{row['id']}:{row['language']}"
-    return Item(name, vector, metadata | {"shard": str(shard)})
+def _items(rows: pa.RecordBatch, shard: Path) -> pa.Table:
+    """Rows of a part as items of a collection."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    captioned = pc.binary_join_element_wise(rows["id"], rows["language"], ":")
+    columns = {"id": pc.if_else(pc.equal(rows["kind"], "image"), rows["id"], captioned), "vector": rows["vector"]}
+    columns |= {name: rows[name] for name in TEXT_COLUMNS}
+    captions = rows["captions"]
+    for language in captions.keys.unique().to_pylist():
+        name = f"caption_{''.join(c if c.isascii() and c.isalnum() else '_' for c in language)}"
+        columns[name] = pc.map_lookup(captions, language, "first")
+    return pa.table(columns | {"shard": pa.repeat(str(shard), len(rows))})

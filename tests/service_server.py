@@ -19,7 +19,7 @@ from mmwudao.pipeline import Pipeline, load
 from mmwudao.service.config import ServiceConfig
 from mmwudao.service.engine import Served
 from mmwudao.service.server import make_server
-from retrieval.index import Collection, CollectionError, Hit, Item
+from retrieval.index import Collection, CollectionError, Hit, IdsThere, Item
 from tests.tiny_towers import ColourTowers
 
 
@@ -36,7 +36,7 @@ class MemoryCollection(Collection):
     def add(self, items: Sequence[Item]) -> None:
         there = [item.id for item in items if item.id in self.items]
         if there:
-            raise CollectionError(f"ids that are there already: {', '.join(there)}")
+            raise IdsThere(f"ids that are there already: {', '.join(there)}")
         self.upsert(items)
 
     def upsert(self, items: Sequence[Item]) -> None:
@@ -66,6 +66,9 @@ class MemoryCollection(Collection):
         raise CollectionError("no snapshots in memory")
 
     def restore(self, name: str) -> None:
+        raise CollectionError("no snapshots in memory")
+
+    def drop_snapshot(self, name: str) -> None:
         raise CollectionError("no snapshots in memory")
 
     def snapshots(self) -> list[str]:

@@ -55,7 +55,7 @@ def test_from_vectors_with_captions_too(shards, tmp_path, capsys):
     assert run(["index", "build", *command, "--kind", "text"]) == 0
     assert json.loads(capsys.readouterr().out)["added"] == 32
     assert run(["index", "add", *command, "--kind", "all"]) == 2
-    assert "16 ids are there already" in capsys.readouterr().err
+    assert "32 ids are there already" in capsys.readouterr().err
     assert run(["index", "add", *command, "--kind", "all", "--replace"]) == 0
     capsys.readouterr()
     with open_collection(tmp_path / "c") as collection:
@@ -81,6 +81,21 @@ def test_delete_check_and_optimise(place, tmp_path, capsys):
     assert (record["recall"], record["queries"], record["items"], record["dim"]) == (1.0, 14, 14, 8)
 
 
+def test_snapshots_are_made_restored_and_dropped(place, capsys):
+    command = ["index", "snapshots", "--collection", str(place)]
+    assert run(command) == 0
+    assert capsys.readouterr().out == "no snapshots\n"
+    assert run([*command, "--make", "before", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["snapshots"] == ["before"]
+    assert run(["index", "delete", "noto-red", "--collection", str(place)]) == 0
+    assert run([*command, "--restore", "before"]) == 0
+    with open_collection(place) as collection:
+        assert collection.count() == 16
+    capsys.readouterr()
+    assert run([*command, "--drop", "before"]) == 0
+    assert capsys.readouterr().out == "no snapshots\n"
+
+
 def test_one_line_for_whatever_is_wrong(place, shards, tmp_path, capsys, monkeypatch):
     embed_shards(ColourTowers(), shards, tmp_path / "vectors")
     (tmp_path / "vectors" / "train-00001.parquet").write_bytes(b"PAR1 no more")
@@ -92,6 +107,8 @@ def test_one_line_for_whatever_is_wrong(place, shards, tmp_path, capsys, monkeyp
         (["index", "build", str(tmp_path / "vectors"), "--collection", str(tmp_path / "d")], "is damaged"),
         (["index", "delete", "--collection", str(place)], "no id"),
         (["index", "check", "--collection", str(place), "--queries", "0"], "at least one query"),
+        (["index", "snapshots", "--collection", str(place), "--drop", "a"], "no snapshot 'a'; there are: none"),
+        (["index", "snapshots", "--collection", str(place), "--make", "a", "--drop", "b"], "give one of --make"),
         (["search", str(place)], "give a text or --image"),
         (["search", str(place), "  "], "an empty text"),
         (["search", str(place), "red", "-k", "0"], "finds 1 to 10000"),

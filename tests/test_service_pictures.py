@@ -307,7 +307,7 @@ def test_items_are_stored_found_and_removed(address):
     assert {hit["id"] for hit in found} == {"green", "blue", "white"}
     conflict = httpx2.post(at, json={"items": many[:1], "mode": "add"})
     assert conflict.status_code == 409
-    assert "'green'" in conflict.json()["error"]["message"]
+    assert "green" in conflict.json()["error"]["message"]
     assert httpx2.delete(f"{at}/green").json() == {"id": "green", "deleted": True}
     assert httpx2.delete(f"{at}/green").status_code == 404
     assert httpx2.get(f"{at}/green").status_code == 404

@@ -16,7 +16,7 @@ from mmwudao.service.engine import Engine
 from mmwudao.service.errors import BadInput, Conflict, NotFound
 from mmwudao.service.incoming import Incoming, Part
 from mmwudao.service.routes_embeddings import embed
-from retrieval.index import CollectionError, Item
+from retrieval.index import CollectionError, IdsThere, Item
 
 T = TypeVar("T")
 Queue = Batcher[Callable[[], Any], Any]
@@ -118,10 +118,10 @@ async def _store(engine: Engine, incoming: Incoming, bodies: list[schemas.NewIte
         if not new:
             collection.upsert(items)
             return
-        there = [item.id for item in collection.get(ids)]
-        if there:
-            raise Conflict(f"{len(there)} of the ids are there already, such as {there[0]!r}", param="items")
-        collection.add(items)
+        try:
+            collection.add(items)
+        except IdsThere as error:
+            raise Conflict(str(error), param="items") from error
 
     await _ask(engine, engine.writes, write)
 
