@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +76,24 @@ def embed_shards(
     """
     from tqdm import tqdm
 
+    parts = claim_parts(towers, spec, out, split, images, texts, dtype, batch_size)
+    pending = {shard: part for shard, part in parts.items() if not part.exists()}
+    with tqdm(unit=" samples", disable=not progress) as bar:
+        write_parts(towers, pending, images, texts, dtype, batch_size, workers, bar.update)
+    return report_parts(Path(out), list(parts.values()), len(parts) - len(pending))
+
+
+def claim_parts(
+    towers: Towers,
+    spec: ShardSpec,
+    out: Path | str,
+    split: str | None,
+    images: bool,
+    texts: bool,
+    dtype: str,
+    batch_size: int,
+) -> dict[Path, Path]:
+    """The part of each shard, in a folder that is from now on of these towers and settings. Raises `DataError`."""
     if dtype not in VECTOR_DTYPES:
         raise DataError(f"vectors are stored as {' or '.join(VECTOR_DTYPES)}, not {dtype!r}")
     if not (images or texts):
@@ -99,16 +117,29 @@ def embed_shards(
             "shards": {shard.name: shard.stat().st_size for shard in shards},
         },
     )
-    pending = [shard for shard in shards if not parts[shard].exists()]
-    skips: dict[Path, list[tuple[str, str, str]]] = {shard: [] for shard in pending}
+    return parts
+
+
+def write_parts(
+    towers: Towers,
+    parts: dict[Path, Path],
+    images: bool,
+    texts: bool,
+    dtype: str,
+    batch_size: int,
+    workers: int | None,
+    on_sample: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the part of each shard, atomically; in it is the same whichever shards are written together."""
+    skips: dict[Path, list[tuple[str, str, str]]] = {shard: [] for shard in parts}
     samples: list[Sample] = []
     batch: list[Tensor] = []
     vectors: list[Tensor] = []
-    with ThreadPoolExecutor(workers or _cores()) as pool, tqdm(unit=" samples", disable=not progress) as bar:
-        for shard, sample, pixels in prepare(towers if images else None, pending, pool, AHEAD * batch_size, skips):
+    with ThreadPoolExecutor(workers or _cores()) as pool:
+        for shard, sample, pixels in prepare(towers if images else None, list(parts), pool, AHEAD * batch_size, skips):
             if sample is not None:
                 samples.append(sample)
-                bar.update()
+                on_sample()
             if pixels is not None:
                 batch.append(pixels)
             if batch and (sample is None or len(batch) == batch_size):
@@ -121,7 +152,6 @@ def embed_shards(
                     tables[0]["vector"] = torch.cat([torch.zeros(0, towers.embed_dim), *vectors])
                 _write(parts[shard], tables, towers.embed_dim, dtype, skips[shard])
                 samples, vectors = [], []
-    return _report(out, list(parts.values()), len(shards) - len(pending))
 
 
 def prepare(
@@ -246,7 +276,7 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
     os.replace(temporary, path)
 
 
-def _report(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
+def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
     """Count the rows of all parts, and write the log of what they skipped."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
