@@ -117,6 +117,7 @@ def tokenize(
         int | None, typer.Option(help="Crop to a square of that many pixels; default: pictures as they are.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Batches in work at a time; default: one a core.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad picture in shards.")] = False,
 ) -> None:
     """Pictures to codes (.npy) and back (.png), or a folder of shards to shards of codes."""
@@ -146,6 +147,7 @@ def tokenize(
         folders[0],
         out,
         image_size=image_size,
+        workers=workers,
         device=where.type,
         progress=sys.stderr.isatty(),
         strict=strict,

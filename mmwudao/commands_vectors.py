@@ -32,7 +32,7 @@ def embed(
     split: Annotated[str | None, typer.Option(help="Only that split; default: all.")] = None,
     vectors: Annotated[str, typer.Option(help="How vectors are stored: float32 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Pictures in one pass of the towers.")] = 64,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode pictures; default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Batches in work at a time; default: one a core.")] = None,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
