@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data.images import CorruptImage, ImageTooLarge, open_image, to_rgb
+from data.images import CorruptImage, ImageTooLarge, open_image, to_batch, to_rgb, to_tensor
 from data.sample import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -175,3 +176,11 @@ def test_towers_see_the_same_pixels():
     ):
         with Image.open(io.BytesIO(content)) as opened:
             assert towers.preprocess(opened).equal(towers.preprocess(open_image(content)))
+
+
+def test_a_batch_holds_the_numbers_of_its_pictures():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
+    batch = to_batch(list(pictures))
+    assert batch.shape == (3, 3, 5, 7)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.stack([to_tensor(Image.fromarray(pixels)) for pixels in pictures]))
