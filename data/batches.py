@@ -111,14 +111,14 @@ def _read_batches(shard: Path, size: int) -> Iterator[Batch[bytes]]:
     entries: list[tuple[Sample, bytes] | Skip] = []
     samples = 0
     for entry in read_entries(shard):
+        if isinstance(entry, Skip):
+            entries.append(entry)
+            continue
         if samples == size:
             yield Batch(shard, entries, last=False)
             entries, samples = [], 0
-        if isinstance(entry, Sample):
-            samples += 1
-            entries.append((replace(entry, image=b""), entry.image))
-        else:
-            entries.append(entry)
+        samples += 1
+        entries.append((replace(entry, image=b""), entry.image))
     yield Batch(shard, entries, last=True)
 
 

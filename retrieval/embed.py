@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -231,18 +232,21 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
         return pa.FixedSizeListArray.from_arrays(pa.array(rows[name].numpy().astype(dtype).reshape(-1)), dim)
 
     chunks = [pa.table([column(rows, f.type, f.name) for f in schema], schema=schema) for rows in tables]
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that the next run writes over what a kill left
+    # a name of its own: what a lost machine still writes must not get into the file of who took over its shard
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     pq.write_table(pa.concat_tables(chunks), temporary, compression="zstd")
     os.replace(temporary, path)
 
 
 def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
-    """Count the rows of all parts, and write the log of what they skipped."""
+    """Count the rows of all parts, write the log of what they skipped, and remove what kills left of them."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     report = EmbedReport(parts=len(parts), found=found)
     lines = []
+    for left in out.glob(".*.parquet.*.tmp"):
+        left.unlink(missing_ok=True)
     for part in parts:
         table = pq.read_table(part, columns=["kind"])
         images = pc.sum(pc.equal(table["kind"], "image")).as_py() or 0
