@@ -40,7 +40,7 @@ def write_shard(folder, number, contents):
 
 
 def red(image: Image.Image) -> int:
-    return image.getpixel((0, 0))[0]
+    return int(numpy.asarray(image)[0, 0, 0])
 
 
 def flat(batches):
@@ -118,7 +118,7 @@ def test_threads_share_the_cores_and_end():
 
 
 def test_closing_drops_what_was_not_begun():
-    begun = []
+    begun: list[int] = []
     with closing(in_order(begun.append, range(1000), 2)) as results:
         next(results)
     assert len(begun) <= 1 + AHEAD * 2
@@ -208,8 +208,9 @@ def test_results_may_be_rows_of_an_array(tmp_path):
     assert [row.tolist() for row in rows] == [[0, 0, 0], [0, 1, 0], [0, 0, 2], [3, 0], [0, 4]]
 
 
-@pytest.mark.parametrize(("options", "problem"), [({"batch_size": 0}, "at least one picture, not 0"),
-                                                  ({"batch_size": 1, "workers": 0}, "at least one worker")])
-def test_sizes_below_one_are_refused(options, problem):
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "problem"), [(0, None, "one picture, not 0"), (1, 0, "at least one worker")]
+)
+def test_sizes_below_one_are_refused(batch_size, workers, problem):
     with pytest.raises(DataError, match=problem):
-        encode_shards([], red, list, **options)
+        encode_shards([], red, list, batch_size=batch_size, workers=workers)
