@@ -2,7 +2,7 @@
 
     python bench/decoding_speed.py [--shards data/samples/emoji] [--pictures 64] [--photos 12] [--sizes 128 224]
 
-Decoders, on one thread: ours (`open_image`, `to_square`, `to_tensor`: Pillow); Pillow with a draft, that is JPEGs
+Decoders, on one thread: ours (`open_image`, `to_square`, `to_tensor`: Pillow); ours with `least_side`, that is JPEGs
 decoded at a half, a quarter or an eighth by their DCT, no smaller than twice (or once) the square; simplejpeg
 (libjpeg-turbo), whole and scaled likewise; `torchvision.io.decode_image`. All but the last are cut and resized by
 `to_square`; the last by torchvision's own bicubic filter, on tensors. Sources: the pictures of the shards as they are,
@@ -32,7 +32,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from webdataset.tariterators import tarfile_samples
 
-from data.images import open_image, to_rgb, to_square, to_tensor
+from data.images import open_image, to_square, to_tensor
 from data.reading import expand_shards, read_shard
 
 Item = TypeVar("Item")
@@ -96,9 +96,7 @@ def ours(content: bytes, size: int) -> Tensor:
 
 
 def drafted(content: bytes, size: int, margin: int) -> Tensor:
-    with Image.open(io.BytesIO(content)) as image:
-        image.draft("RGB", (margin * size, margin * size))
-        return to_tensor(to_square(to_rgb(image), size))
+    return to_tensor(to_square(open_image(content, least_side=margin * size), size))
 
 
 def torchvision_io(content: bytes, size: int) -> Tensor:

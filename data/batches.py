@@ -47,12 +47,14 @@ def encode_shards(
     batch_size: int,
     workers: int | None = None,
     device: torch.device | str = "cpu",
+    least_side: int | None = None,
 ) -> Generator[Batch[Result]]:
     """All samples of `shards` in order; every shard has a last batch, if an empty one.
 
     `prepare` takes a decoded RGB picture, and `encode` up to `batch_size` of what it made; both run in `workers`
     threads (default: one a core), each of which has its share of PyTorch's threads and the memory of a batch. On any
-    device but the CPU one batch is encoded at a time. What they raise comes out in its turn.
+    device but the CPU one batch is encoded at a time. What they raise comes out in its turn. `least_side` is that of
+    `open_image`.
     Close the iterator (`contextlib.closing`) to stop early. Raises `DataError` for a size or number below 1.
     """
     if batch_size < 1:
@@ -62,7 +64,7 @@ def encode_shards(
     turn: AbstractContextManager[Any] = nullcontext() if torch.device(device).type == "cpu" else threading.Lock()
 
     def work(batch: Batch[bytes]) -> Batch[Result]:
-        decoded = [_decode(batch.shard, entry, prepare) for entry in batch.entries]
+        decoded = [_decode(batch.shard, entry, prepare, least_side) for entry in batch.entries]
         pictures = [entry[1] for entry in decoded if not isinstance(entry, Skip)]
         results: Iterator[Result] = iter(())
         if pictures:
@@ -123,13 +125,16 @@ def _read_batches(shard: Path, size: int) -> Iterator[Batch[bytes]]:
 
 
 def _decode(
-    shard: Path, entry: tuple[Sample, bytes] | Skip, prepare: Callable[[Image.Image], Prepared]
+    shard: Path,
+    entry: tuple[Sample, bytes] | Skip,
+    prepare: Callable[[Image.Image], Prepared],
+    least_side: int | None,
 ) -> tuple[Sample, Prepared] | Skip:
     if isinstance(entry, Skip):
         return entry
     sample, image = entry
     try:
-        return sample, prepare(open_image(image))
+        return sample, prepare(open_image(image, least_side=least_side))
     except DataError as error:
         reason = TOO_LARGE if isinstance(error, ImageTooLarge) else CORRUPT_IMAGE
         return Skip(reason, f"{shard.name}: sample {sample.id}", error)

@@ -32,17 +32,22 @@ class ImageTooLarge(DataError):
     """The picture has more pixels than the cap."""
 
 
-def open_image(source: bytes | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: bytes | Path | str, max_pixels: int = MAX_PIXELS, *, least_side: int | None = None
+) -> Image.Image:
     """Decode `source` (encoded bytes, or a path) to RGB, 8 bits a channel.
 
     Turned upright by its EXIF orientation, transparency laid on white, 16-bit grey scaled to 8 bits, the first frame
-    of an animation. The cap `max_pixels` (width x height) is checked on the header, before decoding.
+    of an animation. The cap `max_pixels` (width x height) is checked on the header, before decoding. `least_side`
+    lets a JPEG be decoded at a half, a quarter or an eighth of its size, while both sides keep as many pixels.
     Raises `CorruptImage` or `ImageTooLarge` (both `DataError`).
     """
     try:
         with _opened(source) as image:
             if image.width * image.height > max_pixels:
                 raise ImageTooLarge(f"a picture of {image.width}x{image.height} pixels; the cap is {max_pixels} pixels")
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))  # from fewer DCT coefficients; other formats ignore it
             return to_rgb(image)
     except DataError:
         raise

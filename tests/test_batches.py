@@ -7,6 +7,7 @@ import tarfile
 import threading
 import time
 from contextlib import closing
+from functools import partial
 
 import numpy
 import pytest
@@ -41,6 +42,10 @@ def write_shard(folder, number, contents):
 
 def red(image: Image.Image) -> int:
     return int(numpy.asarray(image)[0, 0, 0])
+
+
+def same(reds: list[int]) -> list[int]:
+    return reds
 
 
 def flat(batches):
@@ -191,8 +196,8 @@ def test_batches_are_worked_on_side_by_side_on_the_cpu_and_in_line_elsewhere(tmp
 
 def test_too_large_pictures_and_errors_of_encode(tmp_path, monkeypatch):
     shard = write_shard(tmp_path, 0, [picture(0), picture(1, size=9), picture(2)])
-    monkeypatch.setattr("data.batches.open_image", lambda content: reading.open_image(content, max_pixels=50))
-    skip = flat(encode_shards([shard], red, list, batch_size=8))[1]
+    monkeypatch.setattr("data.batches.open_image", partial(reading.open_image, max_pixels=50))
+    skip = flat(encode_shards([shard], red, same, batch_size=8))[1]
     assert skip.reason == reading.TOO_LARGE
 
     def refuse(reds):
@@ -204,7 +209,11 @@ def test_too_large_pictures_and_errors_of_encode(tmp_path, monkeypatch):
 
 def test_results_may_be_rows_of_an_array(tmp_path):
     shard = write_shard(tmp_path, 0, [picture(number) for number in range(5)])
-    rows = [entry[1] for entry in flat(encode_shards([shard], red, numpy.diag, batch_size=3, workers=2))]
+
+    def diagonal(reds: list[int]) -> numpy.ndarray:
+        return numpy.diag(reds)
+
+    rows = [entry[1] for entry in flat(encode_shards([shard], red, diagonal, batch_size=3, workers=2))]
     assert [row.tolist() for row in rows] == [[0, 0, 0], [0, 1, 0], [0, 0, 2], [3, 0], [0, 4]]
 
 
@@ -213,4 +222,4 @@ def test_results_may_be_rows_of_an_array(tmp_path):
 )
 def test_sizes_below_one_are_refused(batch_size, workers, problem):
     with pytest.raises(DataError, match=problem):
-        encode_shards([], red, list, batch_size=batch_size, workers=workers)
+        encode_shards([], red, same, batch_size=batch_size, workers=workers)

@@ -184,3 +184,29 @@ def test_a_batch_holds_the_numbers_of_its_pictures():
     assert batch.shape == (3, 3, 5, 7)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, torch.stack([to_tensor(Image.fromarray(pixels)) for pixels in pictures]))
+
+
+def smooth(width, height):
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "found"),
+    [((256, 128), 64, (128, 64)), ((256, 128), 65, (256, 128)), ((256, 256), 16, (32, 32)), ((40, 40), 64, (40, 40))],
+)
+def test_a_jpeg_is_decoded_at_a_fraction(size, least, found):
+    content = encoded(smooth(*size), "JPEG", quality=95)
+    small = open_image(content, least_side=least)
+    assert small.size == found
+    whole = open_image(content).resize(found, Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(whole).astype(int)).mean() < 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    turned = open_image(encoded(smooth(*size), "JPEG", exif=exif), least_side=least)
+    assert turned.size == found[::-1]
+
+
+def test_other_formats_are_decoded_whole():
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert open_image(encoded(smooth(64, 64), kind), least_side=8).size == (64, 64)

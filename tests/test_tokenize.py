@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.codes import read_codes, tokenizer_hash
-from data.images import to_square, to_tensor
+from data.images import open_image, to_square, to_tensor
 from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
 from vqvae.hub import content_hash
@@ -234,3 +234,20 @@ def test_an_empty_shard_between_others(model, tmp_path):
     assert [coded.sample.id for coded in read_codes(tmp_path / "codes", "train")] == [
         "s.0", "s.1", "s.2", "s.6", "s.7", "s.8"
     ]  # fmt: skip
+
+
+def test_draft_decodes_large_jpegs_smaller_and_says_so(model, tmp_path):
+    large = Image.linear_gradient("L").convert("RGB")  # 256 px
+    buffer = io.BytesIO()
+    large.save(buffer, "JPEG", quality=95)
+    captions = {"en": Caption("a gradient")}
+    shards = write_shards(tmp_path / "shards", [Sample("a", buffer.getvalue(), "jpg", captions), sample(1)])
+    tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)
+    manifest = tokenize_shards(model, shards, tmp_path / "draft", image_size=16, draft=True, progress=False)
+    assert manifest.sources["decoding"] == "draft"
+    assert "decoding" not in read_manifest(tmp_path / "codes").sources
+    whole, (first, second) = (list(read_codes(tmp_path / name, "train")) for name in ("codes", "draft"))
+    assert numpy.array_equal(second.codes, whole[1].codes)
+    small = open_image(buffer.getvalue(), least_side=32)
+    assert small.size == (32, 32)
+    assert numpy.array_equal(first.codes, model.encode(to_tensor(to_square(small, 16)).unsqueeze(0))[0])

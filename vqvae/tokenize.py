@@ -73,12 +73,14 @@ def tokenize_shards(
     device: str = "cpu",
     progress: bool = True,
     strict: bool = False,
+    draft: bool = False,
 ) -> Manifest:
     """Write shards of codes for every split of the folder `shards` into the new folder `out`.
 
     The manifest names the tokenizer by content hash. Unreadable pictures are skipped, counted in the manifest and
     named in the log; `strict` raises `DataError` at the first. `workers` threads each decode and encode a batch;
-    default: one a core.
+    default: one a core. With `draft`, large JPEGs are decoded at a fraction of their size, at least twice
+    `image_size`, and pixels come out a few grey levels off; the manifest says so.
     """
     from tqdm import tqdm
 
@@ -113,6 +115,7 @@ def tokenize_shards(
                 batch_size=batch_size,
                 workers=workers,
                 device=device,
+                least_side=2 * image_size if draft else None,
             )
             with ShardWriter(building, split, samples_per_shard) as writer, bar, closing(batches):
                 for entry in (entry for batch in batches for entry in batch.entries):
@@ -123,7 +126,8 @@ def tokenize_shards(
                     writer.write_members(sample.id, CodedSample(sample, codes).to_members())
                     bar.update()
             splits[split] = writer.shards
-        manifest = Manifest(source.name, image_size, splits, {**source.sources, "tokenizer": name}, dict(log.counts))
+        sources = source.sources | {"tokenizer": name} | ({"decoding": "draft"} if draft else {})
+        manifest = Manifest(source.name, image_size, splits, sources, dict(log.counts))
         write_manifest(building, manifest)
         building.chmod(0o755)
         if out.exists():
