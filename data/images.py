@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data.sample import DataError
 
@@ -66,7 +66,9 @@ def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened picture of any mode as `open_image` gives it. Raises `CorruptImage` for floating-point pixels."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would only be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise CorruptImage("a picture of floating-point pixels; convert it to 8 bits a channel")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow alone would clip at 255
