@@ -65,7 +65,10 @@ def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture of any mode as `open_image` gives it. Raises `CorruptImage` for floating-point pixels."""
+    """An opened picture of any mode as `open_image` gives it; itself, if it is so already.
+
+    Raises `CorruptImage` for floating-point pixels.
+    """
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would only be copied
         image = ImageOps.exif_transpose(image)
@@ -80,6 +83,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "RGB" and type(image) is Image.Image:  # not one that belongs to an open file
+        return image
     return image.convert("RGB")
 
 

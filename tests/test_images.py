@@ -210,3 +210,11 @@ def test_a_jpeg_is_decoded_at_a_fraction(size, least, found):
 def test_other_formats_are_decoded_whole():
     for kind in ("PNG", "WEBP", "TIFF"):
         assert open_image(encoded(smooth(64, 64), kind), least_side=8).size == (64, 64)
+
+
+def test_what_is_rgb_already_is_not_copied(tmp_path):
+    image = smooth(8, 8)
+    assert to_rgb(image) is image
+    image.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert type(to_rgb(opened)) is Image.Image
