@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= mmwudao-out/demo
 
-.PHONY: help install demo test test-slow lint bench gpu-check clean
+.PHONY: help install demo test test-slow lint bench gpu-bench gpu-check clean
 
 help:
 	@echo "make install    create $(VENV) with the versions in constraints.txt"
@@ -13,6 +13,7 @@ help:
 	@echo "make test       install, then the tests (test-slow: also the slow ones)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed measurements in bench/, on the CPU"
+	@echo "make gpu-bench  the same on a GPU, kept in bench/results/gpu.json"
 	@echo "make gpu-check  the tests that need a CUDA device"
 
 install: $(STAMP)
@@ -39,7 +40,10 @@ lint: install
 	$(BIN)/python -m mypy
 
 bench: install
-	@for script in bench/*_speed.py; do echo "== $$script"; CUDA_VISIBLE_DEVICES= $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python bench/run_all.py cpu
+
+gpu-bench: install
+	$(BIN)/python bench/run_all.py gpu -o bench/results/gpu.json
 
 gpu-check: install
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -1,7 +1,7 @@
 """Bits per image token of a model on held-out splits, beside the unigram baseline.
 
     mmwudao tokenize shards/emoji -o codes/emoji
-    python bench/held_out_bits.py --codes codes/emoji [--model emoji]
+    python bench/held_out_bits.py --codes codes/emoji [--model emoji] [--dtype int8]
 
 Every picture of the split is used once, with its name and style in a language chosen by its id. The last line is JSON.
 """
@@ -23,9 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codes", type=Path, required=True)
     parser.add_argument("--model", default="emoji")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--pictures", type=int, default=10**9, help="of each split")
     arguments = parser.parse_args()
-    pipe = load(arguments.model, device="cpu", dtype="auto")
+    pipe = load(arguments.model, device="cpu", dtype=arguments.dtype)
     model, styles = pipe.generator, set(pipe.config.styles)
     train = CodedPairs(arguments.codes, "train")
     others = sorted({sample.family for sample in train.samples if sample.family} - styles)

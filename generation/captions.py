@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from generation.decoding import SamplingOptions, filter_logits
+from generation.engine import make_cache
 from generation.layout import Vocabulary, caption_prompt_row, caption_row, caption_row_positions, collate
 from generation.model import KVCache, Transformer
 
@@ -143,9 +144,7 @@ def _read(model: Transformer, codes: Tensor, start: Sequence[int], room: int) ->
     row = torch.tensor([caption_prompt_row(config.vocabulary, codes, start)], device=device)
     given = row.shape[1]
     positions = caption_row_positions(len(start) + room, grid, config.max_text, config.position_kind).to(device)
-    # on a CPU attention to one query is faster in float32 (as in `decoding`)
-    dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
-    cache = KVCache(config, torch.zeros(1, given + room, dtype=torch.bool), dtype=dtype, device=device)
+    cache = make_cache("modules", model, torch.zeros(1, given + room, dtype=torch.bool))
     return cache, model(row, positions[:given].unsqueeze(0), cache), positions[given:]
 
 

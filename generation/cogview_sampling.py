@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from generation.decoding import SamplingOptions, filter_logits
+from generation.engine import make_cache
 from generation.layout import Vocabulary
 from generation.model import KVCache, Transformer
 
@@ -78,9 +79,7 @@ def fill_sequence(
     vocab = model.config.vocabulary
     _check_row(model, ids, options, memory)
     device = model.embed.weight.device
-    # on a CPU attention to one query is faster in float32 (as in `decoding`)
-    dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
-    cache = KVCache(model.config, torch.zeros(1, len(ids), dtype=torch.bool), dtype=dtype, device=device)
+    cache = make_cache("modules", model, torch.zeros(1, len(ids), dtype=torch.bool))
     tokens = torch.empty(1, 0, dtype=torch.int64)  # [R, tokens so far]
     scores = torch.zeros(1)  # [R], of the gaps since the last given token
     given: list[int] = []

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.engine import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.jacobi import WindowCache, draw_by_windows
 from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
 from generation.model import KVCache, Transformer, TransformerConfig
 
 BLOCK_ROWS = 16  # a guided image takes two of them
-SMALL_BLOCKS = (4, 8)
+SMALL_BLOCKS = (2, 4, 8)
 MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
 
 OnToken = Callable[[int, Tensor], None]
@@ -104,15 +105,23 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
 
 
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-    """Fill the cache with `tokens` [R, T]; float32 logits [R, N] of the first code after them."""
-    hidden = model(tokens, positions, cache)
-    return model.logits(hidden[:, -1], image_only=True).float()
+    """Fill the cache with `tokens` [R, T]; float32 logits [R, N] of the first code after them.
 
-
-def decode_one_token(model: Transformer, codes: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-    """Float32 logits [R, N] of the code after `codes` [R], which stand at `positions` [R] or [R, 2]."""
-    hidden = model(codes.unsqueeze(1), positions.unsqueeze(1), cache)
-    return model.logits(hidden[:, 0], image_only=True).float()
+    On a CPU every row goes by itself, equal ones once: that makes its bits its own, and costs nothing there.
+    """
+    if tokens.device.type != "cpu":
+        return model.logits(model(tokens, positions, cache)[:, -1], image_only=True).float()
+    logits: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # of a row's tokens: the first such row, and what follows
+    results = []
+    for row, key in enumerate(map(tuple, tokens.tolist())):
+        if key in logits:
+            cache.copy_row(logits[key][0], row)
+        else:
+            hidden = model(tokens[row : row + 1], positions[row : row + 1], cache.row(row))
+            logits[key] = row, model.logits(hidden[:, -1], image_only=True).float()
+        results.append(logits[key][1])
+    cache.advance(tokens.shape[1])
+    return torch.cat(results)
 
 
 def count_steps(
@@ -135,17 +144,22 @@ def generate_codes(
     grid: tuple[int, int] = (16, 16),
     given_codes: Tensor | None = None,
     on_token: OnToken | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Codes [n, h, w] int64, one picture a prompt (raw text pieces) and seed, on the model's device.
 
     `given_codes` [n, h, w] are kept wherever they are not -1. A code is drawn in sight of what comes before it in
     raster order, and so not of the given codes behind it. `on_token(step, codes)` is called after every step, from 1
     to `count_steps` (with a window after every pass, which is several steps), with the codes [n, h, w] so far, -1 where
-    none is known yet; the tensor is the one being filled, so copy what you keep, and raise an exception to stop. Raises
-    `ValueError` for arguments that do not fit together.
+    none is known yet; the tensor is the one being filled, so copy what you keep, and raise an exception to stop. The
+    `engine` says how a step is run; a window is always drawn by the modules. Raises `ValueError` for arguments that do
+    not fit together.
     """
-    options = options or SamplingOptions()
+    options, engine = options or SamplingOptions(), engine or Engine()
+    kind = engine.resolved(model)
     full = full_block(model.config, grid)
+    if engine.images:
+        full = engine.images * (1 if options.guidance == 1 else 2)
     size = _images_in_block(options, full)
     device = model.embed.weight.device
     codes = _given(model.config, prompts, seeds, grid, given_codes).to(device)
@@ -163,11 +177,13 @@ def generate_codes(
     try:
         for first in range(0, len(prompts), size):
             last = min(first + size, len(prompts))
-            rows = block_rows(model, (last - first) * full // size, grid, options.window)
+            rows = full
+            if not engine.images:
+                rows = block_rows(model, (last - first) * full // size, grid, options.window, kind)
             fill = [first] * (rows * size // full - (last - first))
             images = [*range(first, last), *fill]
             _generate_block(model, [prompts[i] for i in images], [seeds[i] for i in images], options, grid,
-                            codes[first:last], prefix, report)  # fmt: skip
+                            codes[first:last], prefix, report, kind)  # fmt: skip
             done += grid[0] * grid[1] - prefix
     finally:
         model.train(training)
@@ -190,11 +206,11 @@ def full_block(config: TransformerConfig, grid: tuple[int, int]) -> int:
     return rows
 
 
-def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: int = 1) -> int:
+def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: int = 1, kind: Kind = "modules") -> int:
     """The rows of a block for `needed` of them: `full_block`, or fewer if this CPU then computes the same bits.
 
     A trial tells: does every row of a small block, and of a full one, get what the first row of a full block gets?
-    It runs once for each model shape, dtype, thread count and window.
+    It runs once for each model shape, dtype, thread count, window and way of running a step.
     """
     most = full_block(model.config, grid)
     if model.embed.weight.device.type != "cpu":
@@ -202,9 +218,9 @@ def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: i
     for rows in SMALL_BLOCKS:
         if needed <= rows < most:
             shape = replace(model.config, tokenizer_hash="", text_hash="")
-            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid, window)
+            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid, window, kind)
             if key not in _trials:
-                full, small = _trial(model, most, grid, window), _trial(model, rows, grid, window)
+                full, small = _trial(model, most, grid, window, kind), _trial(model, rows, grid, window, kind)
                 _trials[key] = bool((full == full[:1]).all() and (small == full[:1]).all())
             if _trials[key]:
                 return rows
@@ -214,7 +230,7 @@ def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: i
 _trials: dict[tuple[object, ...], bool] = {}
 
 
-def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int) -> Tensor:
+def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int, kind: Kind) -> Tensor:
     """What `rows` times the same row computes [rows, ...]: its linear layers on sums that cancel, then its logits."""
     config = model.config
     text = [i % config.num_text_pieces for i in range(config.max_text)]
@@ -224,25 +240,30 @@ def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int) ->
     linear = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     results = []
     for inputs, outputs in sorted(linear | {(config.width, config.num_image_codes)}):
-        x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
-        for length in (window, slots):
-            y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
-            results.append(y.flatten(1).float())
-    cache: KVCache
+        if kind == "fused" and window == 1:
+            x, weight, _ = _cancelling(inputs, outputs, False, torch.float32)
+            results.append(x.expand(rows, inputs).contiguous() @ weight.t().contiguous())
+        else:
+            x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
+            for length in (window, slots) if window > 1 else (1,):
+                y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
+                results.append(y.flatten(1).float())
+    codes = torch.zeros(rows, window, dtype=torch.int64)
+    places = sorted({0, (last - slots) // 2, last - slots} & set(range(last - slots + 1)))  # a single code: no step
     if window > 1:
-        cache = WindowCache(config, hidden, dtype=torch.float32, device="cpu")
-        cache.starts = torch.zeros(rows, dtype=torch.int64)
+        windows = WindowCache(config, hidden, dtype=torch.float32, device="cpu")
+        results.append(model.logits(model(tokens, positions[:, :slots], windows)[:, -1], image_only=True).float())
+        for place in places:
+            windows.starts = torch.full((rows,), slots + place)
+            here = positions[:, slots + place : slots + place + window]
+            results.append(model.logits(model(codes, here, windows), image_only=True).float().flatten(1))
     else:
-        cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
-    results.append(prefill(model, tokens, positions[:, :slots], cache))
-    for slot in {slots, (slots + last) // 2, last}:
-        if slot <= last:  # a grid of one code takes no step
-            if isinstance(cache, WindowCache):
-                cache.starts = torch.full((rows,), slot)
-            cache.used = slot
-            zeros = torch.zeros(rows, window, dtype=torch.int64)
-            hidden_states = model(zeros, positions[:, slot : slot + window], cache)
-            results.append(model.logits(hidden_states, image_only=True).float().flatten(1))
+        cache = make_cache(kind, model, hidden)
+        prefill(model, tokens, positions[:, :slots], cache)
+        step = make_step(kind, model, positions[:, slots:], cache)
+        for place in places:
+            cache.used = slots + place
+            results.append(step(codes[:, 0], place).clone())
     return torch.cat(results, dim=1)
 
 
@@ -270,6 +291,7 @@ def _generate_block(
     codes: Tensor,
     prefix: int,
     report: Callable[[int], None],
+    kind: Kind,
 ) -> None:
     """Fill the gaps (-1) of `codes` [m, S], none before the column `prefix`, by the first m prompts and seeds.
 
@@ -281,8 +303,6 @@ def _generate_block(
     rows = [*prompts, *([[]] * len(prompts) if guided else [])]
     tokens, hidden, positions = _left_padded(config, rows, grid)
     tokens, positions = tokens.to(device), positions.to(device)
-    # on a CPU attention to one query is faster in float32, and the cache then saves converting it at every step
-    dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
     noise = torch.empty(len(seeds), steps, config.num_image_codes, device=device)
     for row, seed in zip(noise, seeds, strict=True):
         row.copy_(draw_noise(seed, steps, config.num_image_codes))
@@ -301,21 +321,21 @@ def _generate_block(
             codes.copy_(given[:count])
             report(known)
 
-        windows = WindowCache(config, hidden, dtype=dtype, device=device)
+        windows = WindowCache(config, hidden, dtype=cache_dtype(model), device=device)
         draw_by_windows(model, windows, tokens, positions, given, options.window, grid[1], choose, on_pass)
         return
-    cache = KVCache(config, hidden, dtype=dtype, device=device)
+    cache = make_cache(kind, model, hidden)
     prompt = torch.cat([tokens, given[:, :prefix].repeat(2 if guided else 1, 1)], dim=1)
     logits = prefill(model, prompt, positions[:, : slots + prefix], cache)
-    for step in range(prefix, steps):
+    step = make_step(kind, model, positions[:, slots:], cache)
+    for place in range(prefix, steps):
         if guided:
             logits = guide(logits, options.guidance)
-        token = torch.where(given[:, step] < 0, sample(logits, noise[:, step], options), given[:, step])
-        codes[:, step] = token[:count]
-        report(step + 1)
-        if step + 1 < steps:
-            token = token.repeat(2) if guided else token
-            logits = decode_one_token(model, token, positions[:, slots + step], cache)
+        token = torch.where(given[:, place] < 0, sample(logits, noise[:, place], options), given[:, place])
+        codes[:, place] = token[:count]
+        report(place + 1)
+        if place + 1 < steps:
+            logits = step(token.repeat(2) if guided else token, place)
 
 
 def _left_padded(

@@ -16,30 +16,42 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from generation.model import KVCache, Transformer
+from generation.model import KVCache, Transformer, TransformerConfig
 
 
 class WindowCache(KVCache):
     """A cache whose rows stand at different places: the next tokens of row r go to the slots from `starts[r]` on.
 
-    What lies there is overwritten. Keys and values of all slots are returned, those behind the tokens masked: with an
-    end where the foremost row is, the bits of a row would depend on the others.
+    What lies there is overwritten. Keys and values of the first `reach` slots are returned, those behind the tokens
+    masked: with an end where the foremost row is, the bits of a row would depend on the others.
     """
 
-    starts: Tensor  # [R], to be set before each pass
+    def __init__(self, config: TransformerConfig, hidden: Tensor, *, dtype: torch.dtype, device: torch.device | str):
+        super().__init__(config, hidden, dtype=dtype, device=device)
+        self.starts = torch.zeros(len(hidden), dtype=torch.int64, device=device)  # [R], to be set before each pass
+        self.reach = self.length
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         slots = self._slots(k.shape[2])
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         self.keys[layer][rows, :, slots] = k.transpose(1, 2).to(self.keys.dtype)
         self.values[layer][rows, :, slots] = v.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer, :, :, : self.reach], self.values[layer, :, :, : self.reach]
 
     def bias(self, new: int) -> Tensor:
-        slots = torch.arange(self.keys.shape[3], device=self.starts.device)
+        slots = torch.arange(self.reach, device=self.starts.device)
         queries = self._slots(new)[:, None, :, None]  # [R, 1, new, 1]
-        bias = self._bias.masked_fill(slots > queries, -torch.inf)
+        bias = self._bias[..., : self.reach].masked_fill(slots > queries, -torch.inf)
         return bias.masked_fill(slots == queries, 0.0)  # as in `KVCache.bias`
+
+    def advance(self, new: int) -> None:
+        """Nothing: `starts` says where the next tokens go."""
+
+    def row(self, number: int) -> WindowCache:
+        part = super().row(number)
+        assert isinstance(part, WindowCache)
+        part.starts = self.starts[number : number + 1]
+        return part
 
     def _slots(self, new: int) -> Tensor:
         """[R, new]"""
@@ -72,7 +84,6 @@ def draw_by_windows(
     reached = final  # places before it have had a guess
     offsets = torch.arange(window, device=codes.device)
     begin = tokens[:, -1:]  # [BOI1], after which the first code comes
-    cache.starts = torch.zeros(len(tokens), dtype=torch.int64, device=codes.device)
     model(tokens[:, :-1], positions[:, : slots - 1], cache)
     if least:
         cache.starts = cache.starts + slots - 1

@@ -110,7 +110,7 @@ class Batch:
     """Rows with [PAD] at the end: `tokens`, `targets`, `image_mask`, `weights` [B, T], `positions` [B, T] or [B, T, 2].
 
     `weights` (float32) is 1 where the target is an image code, the text weight at text and commands, 0 at [PAD].
-    `segments` [B, T] is there if the rows describe, see `Row`.
+    `segments` [B, T] is there if the rows describe, see `Row`. `lengths` is there if the rows are packed (`pack`).
     """
 
     tokens: Tensor
@@ -119,6 +119,7 @@ class Batch:
     image_mask: Tensor
     weights: Tensor
     segments: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -129,6 +130,7 @@ class Batch:
             self.image_mask.to(device, non_blocking=True),
             self.weights.to(device, non_blocking=True),
             None if self.segments is None else self.segments.to(device, non_blocking=True),
+            self.lengths,
         )
 
 
@@ -268,3 +270,19 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
             segments[i, :end] = row.segments
     weights = torch.where(image_mask, 1.0, text_weight).masked_fill(targets == padding, 0.0)
     return Batch(tokens, positions, targets, image_mask, weights, segments)
+
+
+def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> Batch:
+    """`rows` behind one another in one row without padding, B = 1; `Batch.lengths` are theirs. None sees another."""
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    assert len({row.segments is None for row in rows}) == 1
+    segments = [row.segments for row in rows if row.segments is not None]
+    whole = Row(
+        torch.cat([row.tokens for row in rows]),
+        torch.cat([row.positions for row in rows]),
+        torch.cat([row.targets for row in rows]),
+        torch.cat([row.image_mask for row in rows]),
+        torch.cat(segments) if segments else None,
+    )
+    return replace(collate(vocab, [whole], text_weight), lengths=tuple(len(row.tokens) for row in rows))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from generation.decoding import SamplingOptions, cache_shape, full_block
+from generation.fused_step import fused_numbers
 from generation.layout import COMMANDS_IN_ROW
 from generation.model import Transformer, TransformerConfig
 from vqvae.hub import without_weights
@@ -33,6 +34,7 @@ class DrawingMemory:
     tokenizer: int
     rows: int  # of a block
     cache: int
+    matrices: int  # copied for a faster step (`generation.fused_step`)
     noise: int  # of all places of the pictures in a block
     activations: int  # the most that a piece of a row, or a step, needs beside these two
     picture: int  # decoding one picture, when the cache is gone
@@ -40,7 +42,7 @@ class DrawingMemory:
     @property
     def working(self) -> int:
         """What comes on top of the weights."""
-        return max(self.cache + self.noise + self.activations, self.picture)
+        return max(self.cache + self.matrices + self.noise + self.activations, self.picture)
 
     @property
     def total(self) -> int:
@@ -62,19 +64,21 @@ def plan_drawing(
     rows = full_block(config, grid)
     size = dtype.itemsize
     prompt = config.max_text + COMMANDS_IN_ROW - 1
+    alone = device == "cpu" and window == 1  # every row is prefilled by itself
     needs = [
-        _layer_bytes(config, rows, prompt + given, prompt + given, size),
+        _layer_bytes(config, 1 if alone else rows, prompt + given, prompt + given, size),
         _layer_bytes(config, rows, window, prompt + steps - 1, size),
         rows * window * config.num_image_codes * SAMPLING,
     ]
     if device == "cpu":
-        trial = _trial_bytes(config, rows, prompt + window - 1)
-        needs += [trial + _layer_bytes(config, rows, prompt, prompt, size), 2 * trial]
+        trial = _trial_bytes(config, rows, 1 if alone else prompt + window)
+        needs += [trial + _layer_bytes(config, 1 if alone else rows, prompt, prompt, size), 2 * trial]
     return DrawingMemory(
         transformer=_weight_bytes(lambda: Transformer(config), size),
         tokenizer=_weight_bytes(lambda: VQVAE(tokenizer), 4),
         rows=rows,
         cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does
+        matrices=4 * fused_numbers(config) if alone else 0,
         noise=rows // (1 if options.guidance == 1 else 2) * steps * config.num_image_codes * 4,
         activations=max(needs),
         picture=_picture_bytes(tokenizer, grid),
@@ -98,11 +102,11 @@ def _layer_bytes(config: TransformerConfig, rows: int, queries: int, keys: int, 
     return rows * queries * (max(mlp, attention) * size + 4 * keys)  # 4: the mask
 
 
-def _trial_bytes(config: TransformerConfig, rows: int, prompt: int) -> int:
+def _trial_bytes(config: TransformerConfig, rows: int, length: int) -> int:
     """What the trial of small blocks (`decoding.block_rows`) compares: the outputs of all linear layers."""
     gates = 2 if config.mlp == "swiglu" else 1
     outputs = 5 * config.width + gates * config.hidden_width + config.num_image_codes
-    return rows * (prompt + 1) * outputs * 4
+    return rows * length * outputs * 4
 
 
 def _picture_bytes(config: VQVAEConfig, grid: tuple[int, int]) -> int:

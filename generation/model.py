@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D width, H heads, d = D / H, V vocabulary (padded), N 
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from generation.attention import relaxed_attention, rotate, segment_bias, single_query_attention
 from generation.layout import COMMANDS_IN_ROW, Batch, PositionKind, Vocabulary
+from generation.packing import Packing, make_packing, packed_attention
 from generation.sparse import draw_pivots, sparse_attention
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
@@ -151,10 +154,30 @@ class KVCache:
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put `k`, `v` [B, H, T, d] after the used slots; return all keys and values up to and with them."""
         end = self.used + k.shape[2]
-        assert end <= self.keys.shape[3], f"the cache has {self.keys.shape[3]} slots, {end} are needed"
+        assert end <= self.length, f"the cache has {self.length} slots, {end} are needed"
         self.keys[layer, :, :, self.used : end] = k
         self.values[layer, :, :, self.used : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, new: int) -> None:
+        """`new` tokens have gone through all layers."""
+        self.used += new
+
+    @property
+    def length(self) -> int:
+        """Slots of a row."""
+        return self.keys.shape[3]
+
+    def row(self, number: int) -> "KVCache":
+        """The cache of one row alone, in the same memory; `advance` of one is not seen by the other."""
+        part = copy(self)
+        rows = slice(number, number + 1)
+        part.keys, part.values, part._bias = self.keys[:, rows], self.values[:, rows], self._bias[rows]
+        return part
+
+    def copy_row(self, source: int, to: int) -> None:
+        """Give a row the keys and values of another."""
+        self.keys[:, to], self.values[:, to] = self.keys[:, source], self.values[:, source]
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows: the new row i is the old row `rows[i]`."""
@@ -175,47 +198,6 @@ class KVCache:
         bias = bias.masked_fill(slots > queries, -torch.inf)
         # padding looks at itself: a row of nothing but minus infinity would become NaN and spread through V
         return bias.masked_fill(slots == queries, 0.0)
-
-
-def segment_bias(segments: Tensor) -> Tensor:
-    """What is added to the scores of rows with `segments` [B, T]: [B, 1, T, T], 0 or minus infinity."""
-    shared_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-    visible = shared_or_own.tril()
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf).unsqueeze(1)
-
-
-def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alpha: float, dropout: float) -> Tensor:
-    """Attention with precision-bottleneck relaxation (CogView section 2.4, equations 3 and 4).
-
-    softmax((Q^T K / (alpha sqrt(d)) - max) * alpha): the same numbers as plain attention, but the product stays
-    alpha times smaller, inside the range of float16. `bias` is added to the scores; None is causal.
-    """
-    scores = (q / (alpha * math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)  # [B, H, T, S]
-    if bias is None:
-        length = scores.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    else:
-        scores = scores + (bias / alpha).to(scores.dtype)
-    scores = (scores - scores.amax(-1, keepdim=True).detach()) * alpha
-    return F.dropout(scores.softmax(-1), dropout) @ v
-
-
-def single_query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of one query a row, q [B, H, 1, d], in the dtype of the keys and values [B, H, S, d]."""
-    scores = (q.to(k.dtype) / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + bias.to(k.dtype)
-    return (scores.softmax(-1) @ v).to(q.dtype)
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + d/2) of `x` [B, H, T, d] by the angles whose cos and sin [B, 1, T, d/2] are given.
-
-    Rotary positions (Su et al. 2021, arXiv:2104.09864, section 3.2.2); the first half of the pairs turns with the
-    position along axis 0 and the second half with axis 1.
-    """
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -265,6 +247,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
         bias: Tensor | None,
         pivots: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
         rows, length, width = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.config.heads, self.config.head_width)
@@ -279,6 +262,8 @@ class Attention(nn.Module):
             sizes = self.config.sparse_window, self.config.sparse_windows
             # recomputed in the backward pass: what is gathered for the blocks is many times as large as k and v
             x = checkpoint(sparse_attention, q, k, v, pivots, *sizes, self._attend, use_reentrant=False)
+        elif packing is not None:
+            x = packed_attention(q, k.to(q.dtype), v.to(q.dtype), packing, self._attend)
         elif bias is not None and length == 1 and x.device.type == "cpu" and not self.config.pb_relax:
             # the fused CPU kernel is made for many queries: with one it takes 3 times as long as two products
             x = single_query_attention(q, k, v, bias)
@@ -333,8 +318,9 @@ class Block(nn.Module):
         cache: KVCache | None,
         bias: Tensor | None,
         pivots: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
-        branch = self.attention(self.attention_norm(x), rotation, cache, bias, pivots)
+        branch = self.attention(self.attention_norm(x), rotation, cache, bias, pivots, packing)
         x = x + self.attention_out_norm(self.dropout(branch))
         branch = self.mlp(self.mlp_norm(x))
         return x + self.mlp_out_norm(self.dropout(branch))
@@ -346,6 +332,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoints_gradients = False
         vocabulary_size = config.vocabulary.padded_size
         self.embed = nn.Embedding(vocabulary_size, config.width)
         axes = {"sequence": 1, "learned_2d": 2, "rotary_2d": 0}[config.position]
@@ -378,13 +365,23 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             for branch in (block.attention, block.mlp):
                 nn.init.normal_(branch.project.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
+    def checkpoint_gradients(self) -> None:
+        """In training, keep the inputs of the blocks alone and compute the rest again in the backward pass."""
+        self.checkpoints_gradients = True
+
     def forward(
-        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        segments: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, of `tokens` [B, T] at `positions` [B, T] or [B, T, 2].
 
         With a `cache`, the tokens follow those already in it and are added to it. With `segments` [B, T], a token sees
-        those before it of segment 0 and of its own alone; attention is dense then.
+        those before it of segment 0 and of its own alone; attention is dense then. With `lengths`, B is 1 and the row
+        is rows of those lengths behind one another, none of which sees another (`layout.pack`); dense, too.
         """
         x = self.embed(tokens)
         rotation = None
@@ -401,16 +398,21 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             )
         x = self.dropout(x)
         bias = None if cache is None else cache.bias(tokens.shape[1])
-        if segments is not None:
+        packing = None if lengths is None else self._packing(x, lengths, segments)
+        if segments is not None and packing is None:
             assert cache is None
             bias = segment_bias(segments)
         # rows inside the windows see all of themselves, which is dense attention
         within = self.config.sparse_window * self.config.sparse_windows
-        sparse = self.training and bias is None and 0 < within < tokens.shape[1]
+        sparse = self.training and bias is None and packing is None and 0 < within < tokens.shape[1]
         for block in self.blocks:
-            x = block(x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None)
+            inputs = (x, rotation, cache, bias, self._draw_pivots(tokens) if sparse else None, packing)
+            if self.checkpoints_gradients and self.training:
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         if cache is not None:
-            cache.used += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return self.norm(x)
 
     def logits(self, hidden: Tensor, image_only: bool = False) -> Tensor:
@@ -424,12 +426,13 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         `total_weight` replaces the batch's own sum of weights as the divisor, so that the losses (and gradients) of
         several batches can be added up to exactly those of one large one. Bits of a kind with no tokens are NaN.
         """
-        hidden = self(batch.tokens, batch.positions, segments=batch.segments)
+        hidden = self(batch.tokens, batch.positions, segments=batch.segments, lengths=batch.lengths)
         text_mask = (batch.weights > 0) & ~batch.image_mask
         # apart, because text needs the product with the whole vocabulary and image codes, most of a row, do not
-        image = self._cross_entropy(hidden, batch, batch.image_mask, self.config.image_softmax == "codes")
-        text = self._cross_entropy(hidden, batch, text_mask, False)
-        weighted = (image * batch.weights[batch.image_mask]).sum() + (text * batch.weights[text_mask]).sum()
+        codes_only = self.config.image_softmax == "codes"
+        image, image_weights = self._cross_entropy(hidden, batch, batch.image_mask, codes_only)
+        text, text_weights = self._cross_entropy(hidden, batch, text_mask, False)
+        weighted = (image * image_weights).sum() + (text * text_weights).sum()
         divisor = batch.weights.sum() if total_weight is None else total_weight
         return {
             "loss": weighted / divisor,
@@ -437,10 +440,20 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             "text_bits": text.detach().mean() / math.log(2),
         }
 
-    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> Tensor:
-        """Float32 cross entropy [n] at the n places of `mask` [B, T]."""
-        logits = self.logits(hidden[mask], image_only=image_only)
-        return F.cross_entropy(logits.float(), batch.targets[mask], reduction="none")
+    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
+        """Float32 cross entropy [n] at the n places of `mask` [B, T], and the weights there."""
+        # places instead of the mask: each use of a mask waits for a GPU to count it
+        places = mask.flatten().nonzero()[:, 0]
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, places), image_only=image_only)
+        losses = F.cross_entropy(logits.float(), batch.targets.flatten()[places], reduction="none")
+        return losses, batch.weights.flatten()[places]
+
+    def _packing(self, x: Tensor, lengths: tuple[int, ...], segments: Tensor | None) -> Packing:
+        biases = None
+        if segments is not None:
+            biases = [segment_bias(row) for row in segments.split(lengths, dim=1)]
+        plain = not (self.config.pb_relax or (self.training and self.config.dropout))
+        return make_packing(lengths, x.device, self._compute_dtype(x), biases, plain)
 
     def _draw_pivots(self, tokens: Tensor) -> Tensor:
         vocab = self.config.vocabulary

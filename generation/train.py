@@ -20,7 +20,7 @@ from data.codes import tokenizer_hash
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.decoding import SamplingOptions, generate_codes
-from generation.layout import Batch, Row, caption_row, collate, noisy_codes, training_row, with_noise
+from generation.layout import Batch, Row, caption_row, collate, noisy_codes, pack, training_row, with_noise
 from generation.model import Transformer, TransformerConfig
 from generation.pairs import CaptionConfig, CodedPairs, descriptions, draw_caption, unigram_bits
 from vqvae.hub import content_hash, load_part, save_part
@@ -58,6 +58,8 @@ class GeneratorTrainConfig:
     code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `layout.with_noise`
     code_mask: float = 0.0  # share of the rows that draw whose given codes are hidden, half of them to all
     given_codes: float = 1.0  # each step that describes gives between that share of the codes and all of them
+    packing: bool = True  # rows behind one another, not padded to the longest; padded if attention is sparse
+    checkpoint_gradients: bool = False  # less memory, a third more time
     sample_prompts: list[str] = field(default_factory=list)
     sample_every: int = 2000  # steps between sample sheets
 
@@ -104,6 +106,8 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     if int(pairs.codes.max()) >= model_config.num_image_codes:
         raise ConfigError(f"model.num_image_codes={model_config.num_image_codes}, but {folder} holds larger codes")
     model = _start(config.start_from, model_config)
+    if config.checkpoint_gradients:
+        model.checkpoint_gradients()
     if config.loop.compile:
         for block in model.blocks:
             block.compile(dynamic=True)  # rows differ in length from batch to batch
@@ -186,7 +190,8 @@ class PairBatches:
             for place, index in part:
                 rng = random.Random(f"{seed} {place}")
                 built.append(self._describing_row(index, given, rng) if describes else self._drawing_row(index, rng))
-            batches.append(collate(self.model.vocabulary, built, self.config.text_weight))
+            together = pack if self.config.packing and not self.model.sparse_window else collate
+            batches.append(together(self.model.vocabulary, built, self.config.text_weight))
             ids.append([self.pairs.samples[index].id for _, index in part])
         # of all micro-batches: with a divisor each, a caption's weight would depend on which others it lies with
         total = torch.stack([batch.weights.sum() for batch in batches]).mean()

@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from generation.engine import Kind
     from mmwudao.pipeline import Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(model: str | Path = "emoji", device: str = "auto", dtype: str = "auto") -> Pipeline:
+def load(
+    model: str | Path = "emoji",
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    engine: Kind = "auto",
+) -> Pipeline:
     """A model ready to draw; see `mmwudao.pipeline.load`. PyTorch is imported only here, not with the package."""
     from mmwudao.pipeline import load as load_pipeline
 
-    return load_pipeline(model, device, dtype)
+    return load_pipeline(model, device, dtype, adapter, engine)

@@ -23,7 +23,12 @@ MAX_THREADS = 16  # more only wait for each other at the sizes of one picture's 
 
 Model = Annotated[str, typer.Option(help="A shipped name, a model directory, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or int8 (weights of 8 bits).")]
+# as in `generation.engine`, which is not imported for --help
+Engine = Annotated[
+    Literal["auto", "modules", "fused", "graph", "compile"],
+    typer.Option(help="How a step is run; on a GPU graph, or compile, which takes a minute first and is faster."),
+]
 Style = Annotated[str | None, typer.Option(help="A picture family the model knows (see `mmwudao info`).")]
 Seed = Annotated[int | None, typer.Option(help="Picture k is drawn with seed + k; default: a new one.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest code.")]
@@ -60,6 +65,7 @@ def generate(
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: Engine = "auto",
     out: Out = Path("mmwudao-out"),
     preview: Annotated[bool, typer.Option("--preview", help="Keep a preview.png up to date while drawing.")] = False,
     as_json: Json = False,
@@ -76,7 +82,7 @@ def generate(
         from mmwudao.pictures import unused_path
         from mmwudao.pipeline import load
 
-        pipeline = load(model, device, dtype, adapter)
+        pipeline = load(model, device, dtype, adapter, engine)
         preview_path = unused_path(out, "preview") if preview else None
         with drawing_progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
             images = pipeline.generate(
@@ -136,7 +142,8 @@ def replay(
         choose_threads()
         from mmwudao.pipeline import load
 
-        pipeline = load(model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"], adapter)
+        places = (model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"])
+        pipeline = load(*places, adapter, recipe.get("engine", "auto"))
         with drawing_progress(None, None) as on_progress:
             image = pipeline.redraw(recipe, on_progress)
         differing = differing_pixels(picture, image)
@@ -193,8 +200,8 @@ def _format_memory(memory: dict[str, dict[str, Any]]) -> list[str]:
         gb = {name: f"{value / 1e9:.2f}" for name, value in plan.items() if isinstance(value, int)}
         lines.append(
             f"memory     {device}, {plan['dtype']}: {gb['total']} GB = transformer {gb['transformer']} + image "
-            f"tokenizer {gb['tokenizer']} + cache of {plan['rows']} rows {gb['cache']} + activations "
-            f"{gb['activations']}; decoding a picture {gb['picture']}"
+            f"tokenizer {gb['tokenizer']} + cache of {plan['rows']} rows {gb['cache']} + matrices {gb['matrices']} + "
+            f"noise {gb['noise']} + activations {gb['activations']}; decoding a picture {gb['picture']}"
         )
     return lines
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmwudao.commands_draw import Adapter, Device, Dtype, choose_threads
+from mmwudao.commands_draw import Adapter, Device, Dtype, Engine, choose_threads
 
 if TYPE_CHECKING:
+    from generation.engine import Kind
     from mmwudao.service.engine import Served
 
 
@@ -39,6 +40,7 @@ def serve(
     drawing_deadline: Annotated[float, typer.Option(help="The same for pictures, captions and reranking.")] = 600.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: Engine = "auto",
 ) -> None:
     """Serve vectors, search, pictures and captions over HTTP; /docs describes it, SIGTERM ends it in good order."""
     choose_threads()
@@ -56,7 +58,7 @@ def serve(
     )
     check_binding(host, config.keys)  # before models are loaded
     configure_logging(log_prompts)
-    served = load_served(model, towers, collection, adapter, device, dtype)
+    served = load_served(model, towers, collection, adapter, device, dtype, engine)
     print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
     try:
         run(make_server(served, config, host, port))
@@ -66,7 +68,13 @@ def serve(
 
 
 def load_served(
-    model: str, towers: str | None, collection: str | None, adapter: Path | None, device: str, dtype: str
+    model: str,
+    towers: str | None,
+    collection: str | None,
+    adapter: Path | None,
+    device: str,
+    dtype: str,
+    engine: Kind = "auto",
 ) -> Served:
     """The parts of what the options name. Raises `ValueError`."""
     from mmwudao.pipeline import load
@@ -81,7 +89,7 @@ def load_served(
             raise ValueError(f"{model} holds towers alone: it takes neither --towers nor --adapter")
         pipeline, own = None, load_model_towers(model, device)
     else:
-        pipeline, own = load(model, device, dtype, adapter), None
+        pipeline, own = load(model, device, dtype, adapter, engine), None
         if towers is not None:
             own = load_model_towers(towers, device)
         elif "towers" in pipeline.config.parts:

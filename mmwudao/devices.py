@@ -28,7 +28,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":
-        raise ValueError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)} or int8")
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

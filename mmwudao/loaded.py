@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.text import TextTokenizer
 from generation.adapters import AdapterConfig
+from generation.int8 import is_quantised
 from generation.memory import DrawingMemory, plan_drawing
 from generation.model import Transformer
 from mmwudao.model_dir import ModelConfig, check_hash, check_pairing, find_model, read_model_config
@@ -76,7 +77,7 @@ class LoadedModel:
     @cached_property
     def memory(self) -> DrawingMemory:
         """What drawing takes."""
-        dtype = next(self.generator.parameters()).dtype
+        dtype = self.generator.embed.weight.dtype
         options = self.config.default_sampling
         return plan_drawing(
             self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid, options=options
@@ -92,7 +93,9 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         """The name of the transformer's number format, as `load` takes it."""
-        return str(next(self.generator.parameters()).dtype).removeprefix("torch.")
+        if is_quantised(self.generator):
+            return "int8"
+        return str(self.generator.embed.weight.dtype).removeprefix("torch.")
 
     def encode_text(self, text: str) -> list[int]:
         """What the generator reads of a text, as raw pieces; a warning where it is cut."""

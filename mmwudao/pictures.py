@@ -32,9 +32,10 @@ RECIPE_FIELDS: dict[str, type] = {
     "adapter_hash": str,
     "device": str,
     "dtype": str,
+    "engine": str,
     "version": str,
 }
-OPTIONAL_FIELDS = frozenset({"style", "window", "adapter_hash"})
+OPTIONAL_FIELDS = frozenset({"style", "window", "adapter_hash", "engine"})
 # What a picture tells besides: how well it describes its prompt, what was kept of another picture.
 NOTES = ("score", "kept")
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255

@@ -15,9 +15,11 @@ from torch import Tensor
 from data.styles import guess_language, with_style
 from generation.adapters import apply_adapter
 from generation.decoding import OnToken, SamplingOptions, count_steps, generate_codes
+from generation.engine import Engine, Kind
+from generation.int8 import quantise
 from generation.memory import check_memory, plan_drawing
 from mmwudao import __version__, tasks, upscaling
-from mmwudao.devices import DTYPES, choose_device, choose_dtype
+from mmwudao.devices import choose_device, choose_dtype
 from mmwudao.loaded import LoadedModel, load_parts
 from mmwudao.model_dir import copy_model
 from vqvae.hub import ModelError
@@ -51,19 +53,25 @@ class Drawing:
 
 
 def load(
-    model: str | Path = "emoji", device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+    model: str | Path = "emoji",
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    engine: Kind = "auto",
 ) -> Pipeline:
     """Load a model by shipped name, folder, or hub id, with the style in the folder `adapter` if there is one.
 
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
-    tokenizer is small and stays in float32). Every part is checked against the hashes in `config.json`.
+    tokenizer is small and stays in float32); "int8" is "auto" with the weights of the blocks rounded to 8 bits.
+    `engine` is how a step of drawing is run (`generation.engine`). Every part is checked against the hashes in
+    `config.json`.
 
-    Raises `ValueError` for an unknown or absent device or dtype and for a model that the device has no room for,
+    Raises `ValueError` for an unknown or absent device, dtype or engine and for a model the device has no room for,
     `ModelError` (a `ValueError`) for a model that is missing, incomplete or not what its config.json says, and for an
     adapter that is damaged or another model's.
     """
     chosen_device = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, chosen_device)
+    chosen_dtype = choose_dtype("auto" if dtype == "int8" else dtype, chosen_device)
     folder, config, tokenizer, generator, text = load_parts(model)
     # the parts are still the mapped files, which take no memory that others need
     options = config.default_sampling
@@ -72,11 +80,18 @@ def load(
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
     style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash) if adapter else None
-    return Pipeline(str(model), folder, config, tokenizer, generator, text, style)
+    if dtype == "int8":
+        quantise(generator)
+    pipeline = Pipeline(str(model), folder, config, tokenizer, generator, text, style)
+    pipeline.engine = Engine(engine)
+    pipeline.engine.resolved(generator)
+    return pipeline
 
 
 class Pipeline(LoadedModel):
     """A loaded model at work."""
+
+    engine = Engine()
 
     def generate(
         self,
@@ -159,10 +174,12 @@ class Pipeline(LoadedModel):
         `on_token` is that of `generate_codes`: an exception it raises stops the drawing.
         """
         assert len({one.options for one in drawings}) == 1, "drawings that share a batch share their options"
-        check_memory(self.memory.working, self.device, DTYPES[self.dtype])
+        check_memory(self.memory.working, self.device, self.generator.embed.weight.dtype)
         rows = [self.encode_text(one.text) for one in drawings]
         seeds, options = [one.seed for one in drawings], drawings[0].options
-        codes = generate_codes(self.generator, rows, seeds, options, grid=self.grid, on_token=on_token)
+        codes = generate_codes(
+            self.generator, rows, seeds, options, grid=self.grid, on_token=on_token, engine=self.engine
+        )
         return self._finished(drawings, codes)
 
     def _finished(self, drawings: Sequence[Drawing], codes: Tensor) -> list[Image.Image]:
@@ -280,7 +297,7 @@ class Pipeline(LoadedModel):
         given_codes: Tensor | None = None,
     ) -> Tensor:
         """Codes [n, h, w] of a text and a seed each."""
-        check_memory(self.memory.working, self.device, DTYPES[self.dtype])
+        check_memory(self.memory.working, self.device, self.generator.embed.weight.dtype)
         rows = [self.encode_text(text) for text in texts]
         prefix = 0
         if given_codes is not None:
@@ -293,8 +310,9 @@ class Pipeline(LoadedModel):
                 on_progress(Progress(step, total, rows_done, lambda: self.decode_partial(codes)))
 
         return generate_codes(
-            self.generator, rows, seeds, options, grid=self.grid, given_codes=given_codes, on_token=report
-        )
+            self.generator, rows, seeds, options, grid=self.grid, given_codes=given_codes, on_token=report,
+            engine=self.engine,
+        )  # fmt: skip
 
     def decode_partial(self, codes: Tensor) -> list[Image.Image]:
         """Codes so far [n, h, w], -1 where none is drawn, to pictures that are white below the last whole row."""
@@ -319,6 +337,8 @@ class Pipeline(LoadedModel):
             "dtype": self.dtype,
             "version": __version__,
         }
+        if self.engine.kind != "auto":
+            recipe["engine"] = self.engine.kind
         if self.adapter is not None:
             recipe["adapter_hash"] = self.adapter.hash
         return recipe

@@ -11,7 +11,6 @@ from generation.decoding import (
     SamplingOptions,
     block_rows,
     count_steps,
-    decode_one_token,
     draw_noise,
     filter_logits,
     generate_codes,
@@ -20,7 +19,8 @@ from generation.decoding import (
     prefill,
     sample,
 )
-from generation.model import KVCache, Transformer, TransformerConfig
+from generation.engine import Engine, make_cache, make_step
+from generation.model import Transformer, TransformerConfig
 from tests.test_generator import PRESETS, make_model
 
 GRID = (4, 4)
@@ -119,11 +119,13 @@ def test_logits_do_not_depend_on_the_row_or_its_neighbours(wide_model, threads):
 
     def logits(prompts):
         tokens, hidden, positions = decoding._left_padded(config, prompts, (6, 6))
-        cache = KVCache(config, hidden, dtype=torch.float32, device="cpu")
+        kind = Engine().resolved(wide_model)
+        assert kind == "fused"
+        cache = make_cache(kind, wide_model, hidden)
         slots = tokens.shape[1]
         first = prefill(wide_model, tokens, positions[:, :slots], cache)
-        code = torch.full((len(prompts),), 7)
-        return torch.cat([first, decode_one_token(wide_model, code, positions[:, slots], cache)], 1)
+        step = make_step(kind, wide_model, positions[:, slots:], cache)
+        return torch.cat([first, step(torch.full((len(prompts),), 7), 0)], 1)
 
     rows = [PROMPTS[i % len(PROMPTS)] for i in range(BLOCK_ROWS)]
     with torch.inference_mode():
@@ -149,8 +151,8 @@ def test_a_small_block_is_used_only_where_the_trial_finds_equal_bits(monkeypatch
     assert torch.equal(generate_codes(model, PROMPTS[:1], SEEDS[:1], grid=GRID), whole)
 
     monkeypatch.setattr(decoding, "_trials", {})
-    monkeypatch.setattr(decoding, "_trial", lambda model, rows, grid, window: torch.ones(rows, 5))
-    assert [block_rows(model, needed, GRID) for needed in (1, 4, 5, 8, 9, 16)] == [4, 4, 8, 8, 16, 16]
+    monkeypatch.setattr(decoding, "_trial", lambda model, rows, grid, window, kind: torch.ones(rows, 5))
+    assert [block_rows(model, needed, GRID) for needed in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
 
 
 def test_guidance_1_is_no_guidance_and_0_ignores_the_prompt(model, monkeypatch):

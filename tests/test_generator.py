@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from generation.attention import relaxed_attention, rotate
 from generation.layout import collate, training_row
-from generation.model import KVCache, Transformer, TransformerConfig, relaxed_attention, rotate
+from generation.model import KVCache, Transformer, TransformerConfig
 
 SIZES = {
     "num_image_codes": 32,
@@ -169,6 +170,7 @@ def test_padding_and_a_split_batch_do_not_change_the_loss():
         end = int((batch.weights[i] > 0).sum())
         parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         assert parts.pop("segments") is None  # rows that draw
+        assert parts.pop("lengths") is None  # padded
         halves.append(type(batch)(**{name: part[i : i + 1, :end] for name, part in parts.items()}))
     assert halves[1].tokens.shape[1] < batch.tokens.shape[1]
     assert vocab.command("[PAD]") not in halves[1].tokens

@@ -81,7 +81,7 @@ def test_every_import_is_required(setup: configparser.ConfigParser) -> None:
     }  # fmt: skip
     extras = setup["options.extras_require"]
     wanted = words(setup["options"]["install_requires"]) + words(extras["milvus"]) + words(extras["ray"])
-    wanted += words(extras["int8"])
+    wanted += words(extras["int8"]) + words(extras["gpu"])
     required = {distribution(requirement) for requirement in wanted}
     known = {names.get(name, name) for name in required} | set(LAYERS) | set(sys.stdlib_module_names)
     for path in SOURCES:
@@ -116,7 +116,7 @@ def test_every_package_of_ours_is_installed(setup: configparser.ConfigParser) ->
     assert {".".join(folder.parts) for folder in folders} == found
 
 
-@pytest.mark.parametrize("target", ["install", "demo", "test", "test-slow", "lint", "bench", "gpu-check"])
+@pytest.mark.parametrize("target", ["install", "demo", "test", "test-slow", "lint", "bench", "gpu-bench", "gpu-check"])
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"

@@ -135,6 +135,14 @@ def test_biases_are_not_decayed(tmp_path):
     assert decay == {id(model.weight): 0.3, id(model.bias): 0.0}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_fused_step_is_the_same_step(tmp_path, optimizer):
+    loops = [make_loop(tmp_path / str(on), model=_Headed(), optimizer=optimizer, fused=on) for on in (True, False)]
+    assert [bool(loop.optimizers[0].defaults["fused"]) for loop in loops] == [True, False]
+    fused, plain = (weights(loop.run()) for loop in loops)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_are_clipped(tmp_path, monkeypatch):
     norms: dict[float, list[float]] = {}
     for clip in (0.0, 0.25):

@@ -441,3 +441,15 @@ def test_cuda_repeats_itself_whatever_the_batch(tiny_model_dir: Path) -> None:
     again = pipe.generate("红心", seed=3 + 20)[0]
     assert pixels(again) == pixels(many[20])
     assert again.info["device"] == "cuda"
+
+
+def test_int8_and_the_engine_are_part_of_the_recipe(tiny_model_dir):
+    pipe = load(tiny_model_dir, "cpu", "int8", engine="modules")
+    assert pipe.dtype == "int8"
+    picture = pipe.generate("cat", seed=1)[0]
+    assert (picture.info["dtype"], picture.info["engine"]) == ("int8", "modules")
+    assert "engine" not in load(tiny_model_dir, "cpu").generate("cat", seed=1)[0].info
+    with pytest.raises(ValueError, match="graph engine needs a CUDA device"):
+        load(tiny_model_dir, "cpu", engine="graph")
+    with pytest.raises(ValueError, match="unknown engine 'best'"):
+        load(tiny_model_dir, "cpu", engine="best")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from generation.model import KVCache, Transformer, TransformerConfig, relaxed_attention
+from generation.attention import relaxed_attention
+from generation.model import KVCache, Transformer, TransformerConfig
 from generation.sparse import draw_pivots, sparse_attention
 from tests.test_cogview_parity import GOLDEN, assert_close, load_generator
 

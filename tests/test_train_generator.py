@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
@@ -199,7 +199,7 @@ def test_pictures_of_different_sizes(tmp_path):
 
 
 def batches_of(workspace, tmp_path, **loop) -> PairBatches:
-    config = make_config(workspace, tmp_path / "run", **loop)
+    config = replace(make_config(workspace, tmp_path / "run", **loop), packing=False)
     text = TextTokenizer(workspace / "text.model")
     pairs = CodedPairs(workspace / "codes", "train")
     model = TransformerConfig(**{**asdict(config.model), "num_text_pieces": text.vocab_size, "grid": pairs.grid})
@@ -329,6 +329,32 @@ def test_accumulation_is_one_large_batch(workspace, tmp_path):
         train(make_config(workspace, tmp_path / str(accumulate), accumulate=accumulate))
     losses = [logged(tmp_path / name, "train/loss") for name in ("1", "4")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"checkpoint_gradients": True}], ids=lambda o: next(iter(o)))
+def test_options_of_speed_change_no_loss(workspace, tmp_path, options):
+    captions = {"image_first": 0.5}
+    found = []
+    for name, changes in (("without", {"packing": False}), ("with", {"packing": False, **options})):
+        config = make_config(workspace, tmp_path / name, captions=captions, accumulate=2)
+        train(replace(config, given_codes=0.5, **changes))
+        found.append([logged(tmp_path / name, f"train/{figure}") for figure in ("loss", "image_bits", "caption_bits")])
+    assert all(found[0])
+    for without, with_option in zip(*found, strict=True):
+        assert with_option == pytest.approx(without, rel=1e-4)
+
+
+def test_rows_are_packed_where_attention_is_dense(workspace, tmp_path):
+    batches = batches_of(workspace, tmp_path)
+    (padded, total), ids = next(batches(2))
+    batches.config.packing = True
+    (packed, total_again), ids_again = next(batches(2))
+    assert (len(padded.tokens), len(packed.tokens), len(packed.lengths or ())) == (8, 1, 8)
+    assert ids == ids_again
+    assert torch.equal(total, total_again)
+    batches.model.sparse_window = 4
+    (sparse, _), _ = next(batches(2))
+    assert torch.equal(sparse.tokens, padded.tokens)
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(workspace, tmp_path, monkeypatch):

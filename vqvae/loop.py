@@ -41,6 +41,7 @@ class LoopConfig:
     final_ratio: float = 0.05  # of the learning rate, at the last step
     # muon: orthogonalised momentum (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else
     optimizer: Literal["adamw", "muon"] = "adamw"
+    fused: bool = True  # AdamW in one kernel; false: PyTorch's default
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0  # gradient norm; 0 = no clipping
@@ -312,7 +313,10 @@ def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimi
     vectors = [p for p in trained.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=config.fused or None,
     )
     if not muon:
         return [adamw]

@@ -1,0 +1,125 @@
+"""All speed measurements, one after the other, and their JSON lines in one file.
+
+    python bench/run_all.py cpu [-o bench/results/DATE-NAME.json] [--only decode ...]
+    python bench/run_all.py gpu -o ...
+
+`make bench` runs the CPU's in under ten minutes on two cores, `make gpu-bench` the GPU's in under nine. A measurement
+that fails or takes longer than its limit is reported and the others go on; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BENCH = Path(__file__).parent
+# name: seconds it may take, script and arguments
+CPU = {
+    "draw": (60, "draw_speed.py --runs 2"),
+    "decode": (90, "decode_speed.py --runs 2"),
+    "decode-float32": (60, "decode_speed.py --runs 2 --dtype float32 --contenders auto llama gpt2"),
+    "decode-original": (90, "decode_speed.py --shape 12x512 --dtype float32 --batches 1 --runs 1 "
+                            "--contenders auto original --original-steps 16"),
+    "window": (60, "window_speed.py --windows 1 16 --batches 1 --runs 2"),
+    "growth": (90, "growth_speed.py"),
+    "tokenize": (60, "tokenize_speed.py"),
+    "embed": (60, "embed_speed.py"),
+    "images": (60, "decoding_speed.py"),
+    "train": (100, "train_speed.py"),
+    "train-pictures": (60, "train_pictures_speed.py"),
+    "collection": (90, "collection_speed.py --items 20000"),
+}  # fmt: skip
+GPU = {
+    "decode-4b": (150, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
+                       "--contenders graph compile int8 gpt2-static"),
+    "decode-4b-64": (60, "decode_speed.py --shape cogview-4b --device cuda --batches 64 --runs 1 --contenders graph"),
+    "decode-emoji": (60, "decode_speed.py --device cuda --batches 1 64 --contenders graph compile modules llama"),
+    "window": (40, "window_speed.py --device cuda --windows 1 16 32 --batches 1 8 --runs 2"),
+    "growth": (60, "growth_speed.py --full --device cuda"),
+    "train-1b": (80, "train_speed.py --shape 1b --device cuda --minutes 0.7 "
+                     "--variants plain compiled compiled+packed peer"),
+    "train-4b": (80, "train_speed.py --shape 4b --device cuda --minutes 0.7 --variants compiled+checkpointed peer+checkpointed"),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("where", choices=["cpu", "gpu"])
+    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--only", nargs="+")
+    arguments = parser.parse_args()
+    chosen = CPU if arguments.where == "cpu" else GPU
+    unknown = set(arguments.only or []) - set(chosen)
+    if unknown:
+        parser.error(f"no measurement named {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
+    if arguments.where == "gpu" and not torch.cuda.is_available():
+        print("no CUDA device on this machine: nothing was measured")
+        return
+    record: dict[str, Any] = {**machine(arguments.where), "results": {}, "failed": {}}
+    if arguments.out and arguments.out.exists():  # measurements may be taken one by one
+        record["results"] = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
+    for name in arguments.only or chosen:
+        limit, command = chosen[name]
+        print(f"== {name}: python bench/{command}", flush=True)
+        started = time.perf_counter()
+        outcome = measure(command, limit, arguments.where)
+        kind = "failed" if isinstance(outcome, str) else "results"
+        record[kind][name] = outcome
+        print(f"   {outcome if kind == 'failed' else 'done'} ({time.perf_counter() - started:.0f} s)", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sys.exit(bool(record["failed"]))
+
+
+def measure(command: str, limit: int, where: str) -> dict[str, Any] | str:
+    """What a script's last line holds, with its command; or what went wrong."""
+    script, *options = command.split()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else None
+    with subprocess.Popen(
+        [sys.executable, str(BENCH / script), *options], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            out, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, _ = process.communicate()
+            print(out, end="")
+            return f"took longer than {limit} s"
+    lines = out.splitlines()
+    print("\n".join(lines[:-1]), flush=True)
+    if process.returncode:
+        return f"ended with {process.returncode}"
+    result = json.loads(lines[-1])
+    return {"command": f"python bench/{command}", "result": result}
+
+
+def machine(where: str) -> dict[str, Any]:
+    """Where and when."""
+    if where == "gpu":
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = named[0] if named else platform.processor()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

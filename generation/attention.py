@@ -1,0 +1,53 @@
+"""Attention and rotary positions as plain functions of tensors.
+
+Shapes: B rows, H heads, T tokens, S tokens that are looked at, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def segment_bias(segments: Tensor) -> Tensor:
+    """What is added to the scores of rows with `segments` [B, T]: [B, 1, T, T], 0 or minus infinity."""
+    shared_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    visible = shared_or_own.tril()
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf).unsqueeze(1)
+
+
+def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alpha: float, dropout: float) -> Tensor:
+    """Attention with precision-bottleneck relaxation (CogView section 2.4, equations 3 and 4).
+
+    softmax((Q^T K / (alpha sqrt(d)) - max) * alpha): the same numbers as plain attention, but the product stays
+    alpha times smaller, inside the range of float16. `bias` is added to the scores; None is causal.
+    """
+    scores = (q / (alpha * math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)  # [B, H, T, S]
+    if bias is None:
+        length = scores.shape[-1]
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    else:
+        scores = scores + (bias / alpha).to(scores.dtype)
+    scores = (scores - scores.amax(-1, keepdim=True).detach()) * alpha
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+def single_query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of one query a row, q [B, H, 1, d], in the dtype of the keys and values [B, H, S, d]."""
+    scores = (q.to(k.dtype) / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + bias.to(k.dtype)
+    return (scores.softmax(-1) @ v).to(q.dtype)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + d/2) of `x` [B, H, T, d] by the angles whose cos and sin [B, 1, T, d/2] are given.
+
+    Rotary positions (Su et al. 2021, arXiv:2104.09864, section 3.2.2); the first half of the pairs turns with the
+    position along axis 0 and the second half with axis 1.
+    """
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
