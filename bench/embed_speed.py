@@ -1,17 +1,19 @@
-"""Pictures a second of `embed` against the bare forward pass on the same batches, already decoded and in memory.
+"""Pictures a second of `embed` over shards against the bare forward pass on the same pictures in memory.
 
-    python bench/embed_speed.py [--shards data/samples/emoji] [--towers FOLDER]
+    python bench/embed_speed.py [--shards data/samples/emoji] [--towers FOLDER] [--repeat 4]
 
-Without --towers, our default architecture with random weights. The two are measured in turn, `--runs` times; the JSON
-holds the medians, and the CPU time that one picture takes to decode and to encode: where the towers run on all cores,
-decoding has to share them, and the ratio cannot exceed encode / (encode + decode).
+Without --towers, our default architecture with random weights. Measured in turn, `--runs` times: the bare pass as it
+comes, one batch after the other on all of PyTorch's threads; the same batches side by side, as `embed` encodes them;
+and `embed_shards`, from tar files to Parquet. The JSON holds the medians, and CPU times of one picture, in which
+threads that wait for each other count as busy. On cores that both share, `embed` cannot exceed
+encode / (encode + read + decode) of the batches side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -19,7 +21,9 @@ from pathlib import Path
 
 import torch
 
-from data.reading import open_shards
+from data.batches import cores, in_order
+from data.images import open_image
+from data.reading import expand_shards, read_shard
 from data.text import TextTokenizer
 from retrieval.embed import embed_shards
 from retrieval.model import EmojiTowers, TowersConfig
@@ -31,6 +35,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=Path("data/samples/emoji"))
     parser.add_argument("--towers", type=Path)
     parser.add_argument("--split", default="train")
+    parser.add_argument("--repeat", type=int, default=4, help="every shard so many times")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--runs", type=int, default=3)
@@ -38,39 +43,65 @@ def main() -> None:
     arguments = parser.parse_args()
     towers = load_towers(arguments.towers, arguments.device) if arguments.towers else random_towers(arguments.shards)
     towers.to(arguments.device)
-    images = [image for _, image in open_shards(arguments.shards, arguments.split)]
-    pixels = torch.stack([towers.preprocess(image) for image in images])
-    towers.encode_image(pixels[: arguments.batch_size])  # warm
-    bare, whole, encoding = [], [], 0.0
-    for _ in range(arguments.runs):
-        started, busy = time.perf_counter(), time.process_time()
-        towers.encode_image(pixels, arguments.batch_size)
-        bare.append(time.perf_counter() - started)
-        encoding += (time.process_time() - busy) / arguments.runs
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            embed_shards(
-                towers, arguments.shards, Path(folder) / "out", split=arguments.split, texts=False,
-                batch_size=arguments.batch_size, workers=arguments.workers,
-            )  # fmt: skip
-            whole.append(time.perf_counter() - started)
-    started = time.process_time()
-    for _ in map(towers.preprocess, (image for _, image in open_shards(arguments.shards, arguments.split))):
-        pass
-    decoding = time.process_time() - started
+    size, workers = arguments.batch_size, arguments.workers or cores()
+    wall: dict[str, list[float]] = {"bare": [], "side by side": [], "embed": []}
+    busy: dict[str, list[float]] = {name: [] for name in wall}
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = [
+            Path(shutil.copy(shard, Path(scratch) / f"{number:05d}.tar"))
+            for number, shard in enumerate(expand_shards(arguments.shards, arguments.split) * arguments.repeat)
+        ]
+        started = time.process_time()
+        encoded = [sample.image for shard in shards for sample in read_shard(shard, fail)]
+        reading = time.process_time() - started
+        started = time.process_time()
+        pixels = [towers.preprocess(open_image(image)) for image in encoded]
+        batches = [torch.stack(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+        decoding = time.process_time() - started
+        passes = {
+            "bare": lambda: [towers.encode_image(batch, size) for batch in batches],
+            "side by side": lambda: list(in_order(lambda batch: towers.encode_image(batch, size), batches, workers)),
+            "embed": lambda: embed_shards(
+                towers, shards, Path(scratch) / "out", texts=False, batch_size=size, workers=workers
+            ),
+        }
+        towers.encode_image(batches[0])  # warm
+        for _ in range(arguments.runs):
+            for name, work in passes.items():
+                started, start = time.perf_counter(), time.process_time()
+                work()
+                wall[name].append(time.perf_counter() - started)
+                busy[name].append(time.process_time() - start)
+            shutil.rmtree(Path(scratch) / "out")
+    rates = {name: len(pixels) / statistics.median(times) for name, times in wall.items()}
+    milliseconds = {name: 1000 * statistics.median(times) / len(pixels) for name, times in busy.items()}
+    encode, decode = milliseconds["side by side"], 1000 * (reading + decoding) / len(pixels)
+    print(f"{'':14}  pictures/s   CPU ms a picture")
+    for name, rate in rates.items():
+        print(f"{name:14} {rate:11.1f} {milliseconds[name]:18.3f}")
     record = {
-        "pictures": len(images),
-        "bare_per_s": round(len(images) / statistics.median(bare), 1),
-        "embed_per_s": round(len(images) / statistics.median(whole), 1),
-        "ratio": round(statistics.median(bare) / statistics.median(whole), 3),
-        "encode_cpu_ms": round(1000 * encoding / len(images), 3),
-        "decode_cpu_ms": round(1000 * decoding / len(images), 3),
-        "batch_size": arguments.batch_size,
+        "pictures": len(pixels),
+        "bare_per_s": round(rates["bare"], 1),
+        "side_by_side_per_s": round(rates["side by side"], 1),
+        "embed_per_s": round(rates["embed"], 1),
+        "ratio": round(rates["embed"] / rates["bare"], 3),
+        "ratio_side_by_side": round(rates["embed"] / rates["side by side"], 3),
+        "read_cpu_ms": round(1000 * reading / len(pixels), 3),
+        "decode_cpu_ms": round(1000 * decoding / len(pixels), 3),
+        "encode_cpu_ms": round(encode, 3),
+        "embed_cpu_ms": round(milliseconds["embed"], 3),
+        "limit_side_by_side": round(encode / (encode + decode), 3),
+        "batch_size": size,
+        "workers": workers,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "device": arguments.device,
     }
     print(json.dumps(record))
+
+
+def fail(reason: str, name: str, error: Exception) -> None:
+    raise error
 
 
 def random_towers(shards: Path) -> Towers:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data.sample import DataError
 
@@ -30,17 +32,22 @@ class ImageTooLarge(DataError):
     """The picture has more pixels than the cap."""
 
 
-def open_image(source: bytes | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: bytes | Path | str, max_pixels: int = MAX_PIXELS, *, least_side: int | None = None
+) -> Image.Image:
     """Decode `source` (encoded bytes, or a path) to RGB, 8 bits a channel.
 
     Turned upright by its EXIF orientation, transparency laid on white, 16-bit grey scaled to 8 bits, the first frame
-    of an animation. The cap `max_pixels` (width x height) is checked on the header, before decoding.
+    of an animation. The cap `max_pixels` (width x height) is checked on the header, before decoding. `least_side`
+    lets a JPEG be decoded at a half, a quarter or an eighth of its size, while both sides keep as many pixels.
     Raises `CorruptImage` or `ImageTooLarge` (both `DataError`).
     """
     try:
         with _opened(source) as image:
             if image.width * image.height > max_pixels:
                 raise ImageTooLarge(f"a picture of {image.width}x{image.height} pixels; the cap is {max_pixels} pixels")
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))  # from fewer DCT coefficients; other formats ignore it
             return to_rgb(image)
     except DataError:
         raise
@@ -58,8 +65,13 @@ def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture of any mode as `open_image` gives it. Raises `CorruptImage` for floating-point pixels."""
-    image = ImageOps.exif_transpose(image)
+    """An opened picture of any mode as `open_image` gives it; itself, if it is so already.
+
+    Raises `CorruptImage` for floating-point pixels.
+    """
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would only be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise CorruptImage("a picture of floating-point pixels; convert it to 8 bits a channel")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow alone would clip at 255
@@ -71,6 +83,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "RGB" and type(image) is Image.Image:  # not one that belongs to an open file
+        return image
     return image.convert("RGB")
 
 
@@ -85,6 +99,16 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W, 3]
     return pixels.permute(2, 0, 1).contiguous().float() / 255
+
+
+def to_batch(pictures: Sequence[NDArray[np.uint8]], device: torch.device | str = "cpu") -> torch.Tensor:
+    """RGB pictures [H, W, 3] of one size as float32 [N, 3, H, W] in [0, 1] on `device`: `to_tensor`, all at once.
+
+    In memory the channels of a pixel stay together (`torch.channels_last`), as convolutions want them.
+    """
+    import torch
+
+    return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
 def _opened(source: bytes | Path | str) -> Image.Image:

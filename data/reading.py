@@ -42,6 +42,14 @@ class Example(NamedTuple):
     image: Image.Image
 
 
+class Skip(NamedTuple):
+    """What cannot be used: why, the name of the sample or shard, and the problem."""
+
+    reason: str
+    name: str
+    error: Exception
+
+
 class SkipLog:
     """Counts what was skipped, by reason, and names each: in `logging` (a few a reason) and, with `path`, in a file.
 
@@ -77,6 +85,12 @@ class SkipLog:
             # one short unbuffered append a skip, so that lines of several processes do not mix
             with self.path.open("ab", buffering=0) as file:
                 file.write(line.encode("utf-8", "backslashreplace"))
+
+    def take(self, skip: Skip, strict: bool = False) -> None:
+        """Count and name one skip, or with `strict` raise it as `DataError`."""
+        if strict:
+            raise DataError(f"{skip.name}: {skip.error}") from skip.error
+        self.add(skip.reason, skip.name, str(skip.error))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -243,9 +257,7 @@ class ShardDataset(torch.utils.data.IterableDataset[Example]):
                 raise DataError(f"no readable sample in {len(self.shards)} shards, such as {shard}")
 
     def _skip(self, reason: str, name: str, error: Exception) -> None:
-        if self.strict:
-            raise DataError(f"{name}: {error}") from error
-        self.log.add(reason, name, str(error))
+        self.log.take(Skip(reason, name, error), self.strict)
 
 
 def read_shard(shard: Path, skip: Callable[[str, str, Exception], None]) -> Iterator[Sample]:
@@ -276,6 +288,16 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None]) -> Iter
     problem = _message(problems[0]) if problems else _early_end(shard)
     if problem is not None:
         skip(BROKEN_SHARD, str(shard), DataError(problem))
+
+
+def read_entries(shard: Path) -> Iterator[Sample | Skip]:
+    """The samples of `read_shard`, and in its place among them what is wrong with the others."""
+    skips: list[Skip] = []
+    for sample in read_shard(shard, lambda *skip: skips.append(Skip(*skip))):
+        yield from skips
+        skips.clear()
+        yield sample
+    yield from skips
 
 
 def _message(error: Exception) -> str:

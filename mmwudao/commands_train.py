@@ -117,7 +117,11 @@ def tokenize(
         int | None, typer.Option(help="Crop to a square of that many pixels; default: pictures as they are.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Batches in work at a time; default: one a core.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad picture in shards.")] = False,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Decode large JPEGs in shards faster, a few grey levels off.")
+    ] = False,
 ) -> None:
     """Pictures to codes (.npy) and back (.png), or a folder of shards to shards of codes."""
     import torch
@@ -146,9 +150,11 @@ def tokenize(
         folders[0],
         out,
         image_size=image_size,
+        workers=workers,
         device=where.type,
         progress=sys.stderr.isatty(),
         strict=strict,
+        draft=draft,
     )
     for split in manifest.splits:
         print(f"{split}: {manifest.samples(split)} samples")

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,9 +32,15 @@ def embed(
     split: Annotated[str | None, typer.Option(help="Only that split; default: all.")] = None,
     vectors: Annotated[str, typer.Option(help="How vectors are stored: float32 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Pictures in one pass of the towers.")] = 64,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode pictures; default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Batches in work at a time; default: one a core.")] = None,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: auto, HOST:PORT, or local.")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="With --ray: copies of the towers; default: one a GPU, or one a core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Vectors of pictures and captions, with what is known of each, as Parquet.
@@ -44,18 +50,24 @@ def embed(
     from mmwudao.towers import load_model_towers
     from retrieval.embed import embed_shards
 
-    report = embed_shards(
-        load_model_towers(model, device, dtype),
-        shards,
-        out,
-        split=split,
-        images=images or not texts,
-        texts=texts or not images,
-        dtype=vectors,
-        batch_size=batch_size,
-        workers=workers,
-        progress=sys.stderr.isatty(),
-    )
+    options: dict[str, Any] = {
+        "split": split,
+        "images": images or not texts,
+        "texts": texts or not images,
+        "dtype": vectors,
+        "batch_size": batch_size,
+        "workers": workers,
+        "progress": sys.stderr.isatty(),
+    }
+    if ray is None:
+        if replicas is not None:
+            raise ValueError("--replicas is for --ray: this process has one copy of the towers")
+        report = embed_shards(load_model_towers(model, device, dtype), shards, out, **options)
+    else:
+        from retrieval.embed_ray import embed_shards_on_cluster
+
+        towers = load_model_towers(model, "cpu", dtype)  # the actors move their copies
+        report = embed_shards_on_cluster(towers, shards, out, ray, replicas=replicas, device=device, **options)
     if as_json:
         print(json.dumps({"out": str(out), **asdict(report)}, ensure_ascii=False))
         return

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from data.images import ImageTooLarge, open_image
-from data.reading import CORRUPT_IMAGE, TOO_LARGE, ShardSpec, SkipLog, expand_shards, read_shard, split_name
+from data.batches import Batch, encode_shards
+from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, split_name
 from data.sample import DataError, Sample
 from retrieval.towers import Towers
 from vqvae.hub import content_hash
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 FORMAT = "mmwudao-vectors/1"
 SETTINGS = "settings.json"
 VECTOR_DTYPES = ("float32", "float16")
-AHEAD = 4  # batches that are decoded while the towers work
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +40,6 @@ class EmbedReport:
     skipped: dict[str, int] = field(default_factory=dict)
     parts: int = 0
     found: int = 0
-
-
-class Prepared(NamedTuple):
-    """A sample and its pixels as the towers take them (None where pictures are not asked for)."""
-
-    shard: Path
-    sample: Sample | None  # None: the shard has ended
-    pixels: Tensor | None
 
 
 def embed_shards(
@@ -70,12 +60,30 @@ def embed_shards(
     A row is a vector: of a picture (`kind` "image", with all captions of the sample) or of one caption (`kind` "text",
     with its `language`); `vector` is a list of `towers.embed_dim` float32 or float16 of unit length. A picture that
     does not decode leaves out its whole sample, which is named in the log, in the part's metadata and, in the end,
-    in `out/skipped.log`. `workers` threads decode while the towers work; default: one a core.
+    in `out/skipped.log`. `workers` threads each decode and encode a batch; default: one a core.
 
     Raises `DataError` when `out` holds something else, or vectors of other towers, shards or settings.
     """
     from tqdm import tqdm
 
+    parts = claim_parts(towers, spec, out, split, images, texts, dtype, batch_size)
+    pending = {shard: part for shard, part in parts.items() if not part.exists()}
+    with tqdm(unit=" samples", disable=not progress) as bar:
+        write_parts(towers, pending, images, texts, dtype, batch_size, workers, bar.update)
+    return report_parts(Path(out), list(parts.values()), len(parts) - len(pending))
+
+
+def claim_parts(
+    towers: Towers,
+    spec: ShardSpec,
+    out: Path | str,
+    split: str | None,
+    images: bool,
+    texts: bool,
+    dtype: str,
+    batch_size: int,
+) -> dict[Path, Path]:
+    """The part of each shard, in a folder that is from now on of these towers and settings. Raises `DataError`."""
     if dtype not in VECTOR_DTYPES:
         raise DataError(f"vectors are stored as {' or '.join(VECTOR_DTYPES)}, not {dtype!r}")
     if not (images or texts):
@@ -99,77 +107,60 @@ def embed_shards(
             "shards": {shard.name: shard.stat().st_size for shard in shards},
         },
     )
-    pending = [shard for shard in shards if not parts[shard].exists()]
-    skips: dict[Path, list[tuple[str, str, str]]] = {shard: [] for shard in pending}
+    return parts
+
+
+def write_parts(
+    towers: Towers,
+    parts: dict[Path, Path],
+    images: bool,
+    texts: bool,
+    dtype: str,
+    batch_size: int,
+    workers: int | None,
+    on_sample: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the part of each shard, atomically; in it is the same whichever shards are written together."""
+    log = SkipLog()
     samples: list[Sample] = []
-    batch: list[Tensor] = []
     vectors: list[Tensor] = []
-    with ThreadPoolExecutor(workers or _cores()) as pool, tqdm(unit=" samples", disable=not progress) as bar:
-        for shard, sample, pixels in prepare(towers if images else None, pending, pool, AHEAD * batch_size, skips):
-            if sample is not None:
+    skips: list[tuple[str, str, str]] = []
+    with closing(_batches(towers, list(parts), images, batch_size, workers)) as batches:
+        for batch in batches:
+            for entry in batch.entries:
+                if isinstance(entry, Skip):
+                    log.take(entry)
+                    skips.append((entry.reason, entry.name, str(entry.error)))
+                    continue
+                sample, vector = entry
                 samples.append(sample)
-                bar.update()
-            if pixels is not None:
-                batch.append(pixels)
-            if batch and (sample is None or len(batch) == batch_size):
-                vectors.append(towers.encode_image(torch.stack(batch), batch_size))
-                batch = []
-            if sample is None:
+                vectors.append(vector)
+                on_sample()
+            if batch.last:
                 tables = [_text_rows(towers, samples)] if texts else []
                 if images:
-                    tables.insert(0, _image_rows(samples))
-                    tables[0]["vector"] = torch.cat([torch.zeros(0, towers.embed_dim), *vectors])
-                _write(parts[shard], tables, towers.embed_dim, dtype, skips[shard])
-                samples, vectors = [], []
-    return _report(out, list(parts.values()), len(shards) - len(pending))
+                    rows = torch.stack(vectors) if vectors else torch.zeros(0, towers.embed_dim)
+                    tables.insert(0, _image_rows(samples) | {"vector": rows})
+                _write(parts[batch.shard], tables, towers.embed_dim, dtype, skips)
+                samples, vectors, skips = [], [], []
 
 
-def prepare(
-    towers: Towers | None,
-    shards: Sequence[Path],
-    pool: ThreadPoolExecutor,
-    ahead: int,
-    skips: dict[Path, list[tuple[str, str, str]]],
-) -> Iterator[Prepared]:
-    """The samples of `shards` in order, `ahead` of them decoded in `pool` before they are asked for.
+def _batches(
+    towers: Towers, shards: Sequence[Path], images: bool, batch_size: int, workers: int | None
+) -> Generator[Batch[Tensor]]:
+    """All samples of `shards` with the vectors of their pictures; without `images`, with empty ones, unopened."""
 
-    Without `towers` pictures stay as they are. What is skipped goes to `skips` of its shard.
-    """
-    log = SkipLog()
+    def encode(pixels: list[Tensor]) -> Tensor:
+        return towers.encode_image(torch.stack(pixels), batch_size)
 
-    def decode(sample: Sample) -> Tensor:
-        assert towers is not None
-        return towers.preprocess(open_image(sample.image))
-
-    def skip(shard: Path, reason: str, name: str, error: Exception) -> None:
-        log.add(reason, name, str(error))
-        skips[shard].append((reason, name, str(error)))
-
-    def read() -> Iterator[tuple[Path, Sample | None, Future[Tensor] | None]]:
-        for shard in shards:
-            for sample in read_shard(shard, partial(skip, shard)):
-                yield shard, sample, pool.submit(decode, sample) if towers is not None else None
-            yield shard, None, None
-
-    def settle(shard: Path, sample: Sample | None, future: Future[Tensor] | None) -> Iterator[Prepared]:
-        try:
-            yield Prepared(shard, sample, future.result() if future is not None else None)
-        except DataError as error:
-            assert sample is not None
-            reason = TOO_LARGE if isinstance(error, ImageTooLarge) else CORRUPT_IMAGE
-            skip(shard, reason, f"{shard.name}: sample {sample.id}", error)
-
-    window: deque[tuple[Path, Sample | None, Future[Tensor] | None]] = deque()
-    for entry in read():
-        window.append(entry)
-        if len(window) > ahead:
-            yield from settle(*window.popleft())
-    while window:
-        yield from settle(*window.popleft())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if images:
+        yield from encode_shards(
+            shards, towers.preprocess, encode, batch_size=batch_size, workers=workers, device=towers.device
+        )
+        return
+    for shard in shards:
+        entries = (e if isinstance(e, Skip) else (replace(e, image=b""), torch.zeros(0)) for e in read_entries(shard))
+        yield Batch(shard, list(entries), last=True)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -241,18 +232,21 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
         return pa.FixedSizeListArray.from_arrays(pa.array(rows[name].numpy().astype(dtype).reshape(-1)), dim)
 
     chunks = [pa.table([column(rows, f.type, f.name) for f in schema], schema=schema) for rows in tables]
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that the next run writes over what a kill left
+    # a name of its own: what a lost machine still writes must not get into the file of who took over its shard
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     pq.write_table(pa.concat_tables(chunks), temporary, compression="zstd")
     os.replace(temporary, path)
 
 
-def _report(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
-    """Count the rows of all parts, and write the log of what they skipped."""
+def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
+    """Count the rows of all parts, write the log of what they skipped, and remove what kills left of them."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     report = EmbedReport(parts=len(parts), found=found)
     lines = []
+    for left in out.glob(".*.parquet.*.tmp"):
+        left.unlink(missing_ok=True)
     for part in parts:
         table = pq.read_table(part, columns=["kind"])
         images = pc.sum(pc.equal(table["kind"], "image")).as_py() or 0

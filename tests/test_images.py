@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data.images import CorruptImage, ImageTooLarge, open_image, to_rgb
+from data.images import CorruptImage, ImageTooLarge, open_image, to_batch, to_rgb, to_tensor
 from data.sample import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -175,3 +176,45 @@ def test_towers_see_the_same_pixels():
     ):
         with Image.open(io.BytesIO(content)) as opened:
             assert towers.preprocess(opened).equal(towers.preprocess(open_image(content)))
+
+
+def test_a_batch_holds_the_numbers_of_its_pictures():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
+    batch = to_batch(list(pictures))
+    assert batch.shape == (3, 3, 5, 7)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.stack([to_tensor(Image.fromarray(pixels)) for pixels in pictures]))
+
+
+def smooth(width, height):
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "found"),
+    [((256, 128), 64, (128, 64)), ((256, 128), 65, (256, 128)), ((256, 256), 16, (32, 32)), ((40, 40), 64, (40, 40))],
+)
+def test_a_jpeg_is_decoded_at_a_fraction(size, least, found):
+    content = encoded(smooth(*size), "JPEG", quality=95)
+    small = open_image(content, least_side=least)
+    assert small.size == found
+    whole = open_image(content).resize(found, Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(whole).astype(int)).mean() < 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    turned = open_image(encoded(smooth(*size), "JPEG", exif=exif), least_side=least)
+    assert turned.size == found[::-1]
+
+
+def test_other_formats_are_decoded_whole():
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert open_image(encoded(smooth(64, 64), kind), least_side=8).size == (64, 64)
+
+
+def test_what_is_rgb_already_is_not_copied(tmp_path):
+    image = smooth(8, 8)
+    assert to_rgb(image) is image
+    image.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert type(to_rgb(opened)) is Image.Image

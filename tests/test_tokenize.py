@@ -1,4 +1,8 @@
 import io
+import multiprocessing
+import os
+import signal
+import threading
 
 import numpy
 import pytest
@@ -6,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.codes import read_codes, tokenizer_hash
-from data.images import to_square, to_tensor
+from data.images import open_image, to_square, to_tensor
 from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
 from vqvae.hub import content_hash
@@ -159,3 +163,91 @@ def test_a_folder_without_manifest(model, tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json"):
         tokenize_shards(model, tmp_path, tmp_path / "codes", image_size=16, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+# side by side
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(model, tmp_path):
+    items = [sample(number) for number in range(20)]
+    items[7] = sample(7, png(picture(7))[:60])
+    items[12] = sample(12, b"no picture")
+    shards = write_shards(tmp_path / "shards", items, [sample(20), sample(21, b"x")])
+    cut = shards / "train-00003.tar"
+    cut.write_bytes(cut.read_bytes()[:4096])
+    for workers in (1, 2, 5):
+        out = tmp_path / str(workers)
+        tokenize_shards(model, shards, out, image_size=16, batch_size=2, workers=workers, progress=False)
+        assert contents(out) == contents(tmp_path / "1")
+    lines = (tmp_path / "5" / "skipped.log").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == [
+        "corrupt image", "missing picture", "truncated or broken shard", "corrupt image", "corrupt image"
+    ]  # fmt: skip
+
+
+def test_strict_names_the_first_of_several(model, tmp_path):
+    items = [sample(number) for number in range(9)]
+    items[5] = sample(5, b"no picture")
+    items[7] = Sample("s.7", png(picture(7)), "png")  # read before the fifth is decoded
+    shards = write_shards(tmp_path / "shards", items)
+    with pytest.raises(DataError, match=r"sample s.5: not a picture"):
+        tokenize_shards(model, shards, tmp_path / "codes", image_size=16, batch_size=1, workers=4, strict=True,
+                        progress=False)  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", map(sample, range(40)))
+    before, encode, calls = threading.active_count(), model.encode, []
+
+    def interrupted(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode(pixels)
+
+    monkeypatch.setattr(model, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_shards(model, shards, tmp_path / "codes", image_size=16, batch_size=1, workers=2, progress=False)
+    assert 3 <= len(calls) < 40
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    assert threading.active_count() == before
+    assert not multiprocessing.active_children()
+
+
+def test_a_size_that_the_model_cannot_take(model, tmp_path):
+    shards = write_shards(tmp_path / "shards", map(sample, range(8)))
+    with pytest.raises(ValueError, match="multiples of 4, not 18x18"):
+        tokenize_shards(model, shards, tmp_path / "codes", image_size=18, batch_size=1, workers=3, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_an_empty_shard_between_others(model, tmp_path):
+    shards = write_shards(tmp_path / "shards", map(sample, range(9)))
+    (shards / "train-00001.tar").write_bytes(bytes(10240))
+    manifest = tokenize_shards(model, shards, tmp_path / "codes", image_size=16, workers=2, progress=False)
+    assert (manifest.samples("train"), manifest.skipped) == (6, {})
+    assert [coded.sample.id for coded in read_codes(tmp_path / "codes", "train")] == [
+        "s.0", "s.1", "s.2", "s.6", "s.7", "s.8"
+    ]  # fmt: skip
+
+
+def test_draft_decodes_large_jpegs_smaller_and_says_so(model, tmp_path):
+    large = Image.linear_gradient("L").convert("RGB")  # 256 px
+    buffer = io.BytesIO()
+    large.save(buffer, "JPEG", quality=95)
+    captions = {"en": Caption("a gradient")}
+    shards = write_shards(tmp_path / "shards", [Sample("a", buffer.getvalue(), "jpg", captions), sample(1)])
+    tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)
+    manifest = tokenize_shards(model, shards, tmp_path / "draft", image_size=16, draft=True, progress=False)
+    assert manifest.sources["decoding"] == "draft"
+    assert "decoding" not in read_manifest(tmp_path / "codes").sources
+    whole, (first, second) = (list(read_codes(tmp_path / name, "train")) for name in ("codes", "draft"))
+    assert numpy.array_equal(second.codes, whole[1].codes)
+    small = open_image(buffer.getvalue(), least_side=32)
+    assert small.size == (32, 32)
+    assert numpy.array_equal(first.codes, model.encode(to_tensor(to_square(small, 16)).unsqueeze(0))[0])

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from data.batches import encode_shards
 from data.codes import CodedSample
-from data.images import open_image, to_square, to_tensor
-from data.reading import SkipLog, open_shards
-from data.sample import DataError, Sample
+from data.images import open_image, to_batch, to_square, to_tensor
+from data.reading import Skip, SkipLog, expand_shards
+from data.sample import DataError
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
 from vqvae.hub import content_hash
 from vqvae.model import VQVAE
@@ -68,14 +69,18 @@ def tokenize_shards(
     image_size: int,
     batch_size: int = 64,
     samples_per_shard: int = 10_000,
+    workers: int | None = None,
     device: str = "cpu",
     progress: bool = True,
     strict: bool = False,
+    draft: bool = False,
 ) -> Manifest:
     """Write shards of codes for every split of the folder `shards` into the new folder `out`.
 
     The manifest names the tokenizer by content hash. Unreadable pictures are skipped, counted in the manifest and
-    named in the log; `strict` raises `DataError` at the first.
+    named in the log; `strict` raises `DataError` at the first. `workers` threads each decode and encode a batch;
+    default: one a core. With `draft`, large JPEGs are decoded at a fraction of their size, at least twice
+    `image_size`, and pixels come out a few grey levels off; the manifest says so.
     """
     from tqdm import tqdm
 
@@ -86,6 +91,14 @@ def tokenize_shards(
     name = content_hash(model)
     # the nearest code is looked for in float32, whatever the weights are stored in
     model = model.to(device=device, dtype=torch.float32)
+    dtype = numpy.uint16 if model.config.codebook_size <= 65536 else numpy.int32
+
+    def prepare(image: Image.Image) -> NDArray[numpy.uint8]:
+        return numpy.asarray(to_square(image, image_size))
+
+    def encode(pictures: list[NDArray[numpy.uint8]]) -> NDArray[numpy.integer]:
+        return model.encode(to_batch(pictures, device)).cpu().numpy().astype(dtype)
+
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     log = SkipLog(building / "skipped.log")
@@ -94,19 +107,27 @@ def tokenize_shards(
         for split in source.splits:
             if not source.splits[split]:
                 continue
-            pictures = iter(open_shards(shards, split, strict=strict, log=log))
-            with ShardWriter(building, split, samples_per_shard) as writer:
-                bar = tqdm(total=source.samples(split), desc=split, disable=not progress)
-                for batch in _batched(pictures, batch_size):
-                    pixels = torch.stack([to_tensor(to_square(image, image_size)) for _, image in batch])
-                    codes = model.encode(pixels.to(device)).cpu().numpy()
-                    codes = codes.astype(numpy.uint16 if model.config.codebook_size <= 65536 else numpy.int32)
-                    for (sample, _), grid in zip(batch, codes, strict=True):
-                        writer.write_members(sample.id, CodedSample(sample, grid).to_members())
-                    bar.update(len(batch))
-                bar.close()
+            bar = tqdm(total=source.samples(split), desc=split, disable=not progress)
+            batches = encode_shards(
+                expand_shards(shards, split),
+                prepare,
+                encode,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                least_side=2 * image_size if draft else None,
+            )
+            with ShardWriter(building, split, samples_per_shard) as writer, bar, closing(batches):
+                for entry in (entry for batch in batches for entry in batch.entries):
+                    if isinstance(entry, Skip):
+                        log.take(entry, strict)
+                        continue
+                    sample, codes = entry
+                    writer.write_members(sample.id, CodedSample(sample, codes).to_members())
+                    bar.update()
             splits[split] = writer.shards
-        manifest = Manifest(source.name, image_size, splits, {**source.sources, "tokenizer": name}, dict(log.counts))
+        sources = source.sources | {"tokenizer": name} | ({"decoding": "draft"} if draft else {})
+        manifest = Manifest(source.name, image_size, splits, sources, dict(log.counts))
         write_manifest(building, manifest)
         building.chmod(0o755)
         if out.exists():
@@ -117,7 +138,3 @@ def tokenize_shards(
         raise
     return manifest
 
-
-def _batched(pictures: Iterator[tuple[Sample, Image.Image]], size: int) -> Iterator[list[tuple[Sample, Image.Image]]]:
-    while batch := list(islice(pictures, size)):
-        yield batch
