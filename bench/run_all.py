@@ -34,7 +34,7 @@ CPU = {
     "growth": (90, "growth_speed.py"),
     "tokenize": (60, "tokenize_speed.py"),
     "embed": (60, "embed_speed.py"),
-    "images": (60, "decoding_speed.py"),
+    "images": (60, "image_speed.py"),
     "train": (100, "train_speed.py"),
     "train-pictures": (60, "train_pictures_speed.py"),
     "collection": (90, "collection_speed.py --items 20000"),
