@@ -144,12 +144,7 @@ def application(settings: ScaleOut) -> Application:
         deadline=settings.deadline,
         drawing_deadline=settings.drawing_deadline,
     )
-    share = settings.generator_replicas / settings.tower_replicas
-    front = replace(
-        config,
-        waiting_drawings=max(config.max_pictures, math.ceil(config.waiting_drawings * share)),
-        waiting_tasks=max(1, math.ceil(config.waiting_tasks * share)),
-    )
+    front, behind = queues(config, settings)
     common: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         "graceful_shutdown_timeout_s": max(config.deadline, config.drawing_deadline) + 5,  # past every deadline
@@ -157,12 +152,6 @@ def application(settings: ScaleOut) -> Application:
     }
     generator = None
     if draws:
-        # whatever all the towers' queues let through has room in any of the generators
-        behind = replace(
-            config,
-            waiting_drawings=front.waiting_drawings * settings.tower_replicas,
-            waiting_tasks=front.waiting_tasks * settings.tower_replicas,
-        )
         deployment = serve.deployment(
             name="generator",
             num_replicas=settings.generator_replicas,
@@ -179,6 +168,19 @@ def application(settings: ScaleOut) -> Application:
         **common,
     )
     return ingress(serve.ingress()(TowersReplica)).bind(settings, front, generator)
+
+
+def queues(config: ServiceConfig, settings: ScaleOut) -> tuple[ServiceConfig, ServiceConfig]:
+    """The limits of a replica of the towers, and of the generator.
+
+    The towers let through, all together, what so many servers would. All of it has room in any of the generators.
+    """
+    towers = settings.tower_replicas
+    share = settings.generator_replicas / towers
+    drawings = max(config.max_pictures, math.ceil(config.waiting_drawings * share))
+    tasks = max(1, math.ceil(config.waiting_tasks * share))
+    front = replace(config, waiting_drawings=drawings, waiting_tasks=tasks)
+    return front, replace(config, waiting_drawings=drawings * towers, waiting_tasks=tasks * towers)
 
 
 def run(settings: ScaleOut, host: str, port: int) -> None:
