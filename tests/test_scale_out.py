@@ -250,7 +250,7 @@ def address(options):
         reader = threading.Thread(target=lambda: said.extend(server.stderr))
         reader.start()
         try:
-            wait_for(lambda: server.poll() is not None or any(line.startswith("serving") for line in said), "no start")
+            wait_for(lambda: not reader.is_alive() or any(line.startswith("serving") for line in said), "no start", 400)
             assert server.poll() is None, "".join(said)
             yield f"http://127.0.0.1:{port}"
             server.terminate()
