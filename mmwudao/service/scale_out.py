@@ -12,6 +12,7 @@ pip install 'mmwudao[ray]'.
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ from retrieval.index import open_collection
 from vqvae.hub import content_hash
 
 NAME = "mmwudao"
+CONSTRUCTION_TRIES = 3  # of a replica, before the deployment is given up
 SPARE = 64  # requests beyond `max_requests` that reach the application, which refuses them or tells its health
 
 
@@ -146,6 +148,7 @@ def application(settings: ScaleOut) -> Application:
     )
     front, behind = queues(config, settings)
     common: dict[str, Any] = {
+        "max_constructor_retry_count": CONSTRUCTION_TRIES,
         "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         "graceful_shutdown_timeout_s": max(config.deadline, config.drawing_deadline) + 5,  # past every deadline
         "logging_config": LoggingConfig(enable_access_log=False),  # the gate writes its own, without ids and queries
@@ -204,7 +207,10 @@ def run(settings: ScaleOut, host: str, port: int) -> None:
     before = signal.signal(signal.SIGTERM, _stop)
     serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE})
     try:
-        serve.run(built, name=NAME, route_prefix="/")
+        try:
+            serve.run(built, name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise ValueError(f"the replicas do not start: {_reason() or error}") from error
         counts = f"{settings.tower_replicas} x towers, {settings.generator_replicas} x generator"
         print(f"serving {Path(settings.model).name} on {host}:{port} ({counts})", file=sys.stderr)
         while True:
@@ -213,6 +219,13 @@ def run(settings: ScaleOut, host: str, port: int) -> None:
         serve.delete(NAME)  # what was accepted is finished
         serve.shutdown()
         signal.signal(signal.SIGTERM, before)
+
+
+def _reason() -> str:
+    """The last line of what a replica raised, which Ray Serve has in a longer message."""
+    found = serve.status().applications[NAME].deployments.values()
+    lines = [line for one in found for line in one.message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return lines[-1] if lines else ""
 
 
 def _stop(*_: object) -> None:
