@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,8 +41,28 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     engine: Engine = "auto",
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Serve by a Ray cluster: auto, HOST:PORT, or local.")
+    ] = None,
+    tower_replicas: Annotated[int, typer.Option(min=1, help="With --ray: processes that make vectors.")] = 1,
+    generator_replicas: Annotated[int, typer.Option(min=0, help="With --ray: processes that draw, or none.")] = 1,
+    cpus: Annotated[float, typer.Option(min=0, help="With --ray: cores of each replica.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of each replica, or a part of one.")] = 0.0,
 ) -> None:
     """Serve vectors, search, pictures and captions over HTTP; /docs describes it, SIGTERM ends it in good order."""
+    if ray is not None:
+        if device != "auto":
+            raise ValueError("with --ray, replicas work on GPUs that --gpus reserves, else on CPUs: leave out --device")
+        _serve_by_ray(
+            ray, host, port,
+            model=model, towers=towers, collection=collection, adapter=str(adapter) if adapter else None,
+            tower_replicas=tower_replicas, generator_replicas=generator_replicas, cpus=cpus, gpus=gpus, dtype=dtype, engine=engine,
+            keys_file=keys_file, allow_urls=allow_urls, log_prompts=log_prompts, max_requests=max_requests,
+            deadline=deadline, drawing_deadline=drawing_deadline,
+        )  # fmt: skip
+        return
+    if tower_replicas != 1 or generator_replicas != 1 or cpus != 1 or gpus:
+        raise ValueError("replicas are for --ray: without it, one process has one of each")
     choose_threads()
     from mmwudao.service.config import ServiceConfig
     from mmwudao.service.keys import check_binding, read_keys
@@ -65,6 +85,18 @@ def serve(
     finally:
         if served.collection is not None:
             served.collection.close()
+
+
+def _serve_by_ray(address: str, host: str, port: int, **settings: Any) -> None:
+    """Until SIGTERM or SIGINT. Raises `ValueError`."""
+    from mmwudao.service.keys import check_binding, read_keys
+    from retrieval.cluster import connected
+
+    check_binding(host, read_keys(settings["keys_file"]))  # before anything is started
+    with connected(address):
+        from mmwudao.service.scale_out import ScaleOut, run
+
+        run(ScaleOut(**settings), host, port)
 
 
 def load_served(

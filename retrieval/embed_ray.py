@@ -7,6 +7,7 @@ whole parts are the record of what is done.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,10 @@ def _write(
     progress: bool,
 ) -> None:
     import ray
+    import ray.data
     from tqdm import tqdm
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # its plans are not our users' business
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if device == "cuda" and not gpus:

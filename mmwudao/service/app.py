@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -32,14 +32,18 @@ class NotReady(ServiceError):
     kind = "server_error"
 
 
-def create_app(served: Served, config: ServiceConfig | None = None) -> FastAPI:
+def create_app(
+    served: Served,
+    config: ServiceConfig | None = None,
+    make_engine: Callable[[Served, ServiceConfig, Metrics], Engine] = Engine,
+) -> FastAPI:
     """The ASGI application of one server, which may be run by any ASGI server."""
     config = config or ServiceConfig()
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = Engine(served, config, metrics)
+        engine = make_engine(served, config, metrics)
         app.state.engine, app.state.incoming = engine, Incoming(config)
         engine.start()
         app.state.ready = True

@@ -23,6 +23,7 @@ from retrieval.towers import Towers, to_device
 from vqvae.hub import content_hash
 
 T = TypeVar("T")
+Watch = Callable[[str, int, float], None]  # of a `Batcher`
 
 
 class Embedded(NamedTuple):
@@ -81,28 +82,32 @@ class Engine:
             "images", self._embed_images, max_batch=config.batch_images, limit=config.waiting_images,
             window=config.window, watch=watch,
         )  # fmt: skip
-        pipeline = served.pipeline
-        # a guided picture takes two rows of a block
-        block = full_block(pipeline.generator.config, pipeline.grid) // 2 if pipeline else 1
-        self.drawings: Batcher[Commission, Any] = Batcher(
-            "drawings", self._draw, max_batch=block, limit=config.waiting_drawings, window=config.drawing_window,
-            key=lambda commission: commission.drawing.options, watch=watch,
-        )  # fmt: skip
-        self.tasks: Batcher[Callable[[], Any], Any] = Batcher(
-            "tasks", _call, max_batch=1, limit=config.waiting_tasks, watch=watch
-        )
+        self.drawings: Batcher[Commission, Any] = self._drawing_queue(watch)
+        self.tasks: Batcher[Callable[[], Any], Any] = self._task_queue(watch)
         self.searches: Batcher[Callable[[], Any], Any] = Batcher(
-            "searches", _call, max_batch=1, limit=config.waiting_searches, workers=2, watch=watch
+            "searches", call_jobs, max_batch=1, limit=config.waiting_searches, workers=2, watch=watch
         )
         # one after the other: writers of a collection exclude each other
         self.writes: Batcher[Callable[[], Any], Any] = Batcher(
-            "writes", _call, max_batch=1, limit=config.waiting_searches, watch=watch
+            "writes", call_jobs, max_batch=1, limit=config.waiting_searches, watch=watch
         )
         self._batchers: list[Batcher[Any, Any]] = [
             self.texts, self.images, self.drawings, self.tasks, self.searches, self.writes
         ]  # fmt: skip
         for batcher in self._batchers:
             metrics.watch_queue(batcher.name, lambda batcher=batcher: batcher.reserved)  # type: ignore[misc]
+
+    def _drawing_queue(self, watch: Watch) -> Batcher[Commission, Any]:
+        pipeline, config = self.served.pipeline, self.config
+        # a guided picture takes two rows of a block
+        block = full_block(pipeline.generator.config, pipeline.grid) // 2 if pipeline else 1
+        return Batcher(
+            "drawings", self._draw, max_batch=block, limit=config.waiting_drawings, window=config.drawing_window,
+            key=lambda commission: commission.drawing.options, watch=watch,
+        )  # fmt: skip
+
+    def _task_queue(self, watch: Watch) -> Batcher[Callable[[], Any], Any]:
+        return Batcher("tasks", call_jobs, max_batch=1, limit=self.config.waiting_tasks, watch=watch)
 
     def start(self) -> None:
         for batcher in self._batchers:
@@ -154,7 +159,7 @@ class Engine:
         return draw_block(self.pipeline, block)
 
 
-def _call(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+def call_jobs(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     return [job() for job in jobs]
 
 
