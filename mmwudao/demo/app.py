@@ -25,6 +25,8 @@ FONTS = ("system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "san
 THEME = gr.themes.Soft(
     primary_hue="teal", secondary_hue="teal", neutral_hue="stone", font=FONTS, font_mono=("ui-monospace", "monospace")
 ).set(
+    body_background_fill="*neutral_100",
+    background_fill_primary="white",
     block_title_background_fill="transparent",
     block_title_padding="0",
     block_title_text_color="*body_text_color",
@@ -65,8 +67,9 @@ def build(actions: Actions, language: Language) -> gr.Blocks:
     examples = example_pictures(Path(os.environ["GRADIO_TEMP_DIR"]) / "examples")
     other: Language = "zh" if language == "en" else "en"
 
-    def left(request: gr.Request) -> None:
-        actions.stop(request.session_hash or "")
+    def left(request: gr.Request | None) -> None:
+        if request is not None:  # it is None when the server ends
+            actions.stop(request.session_hash or "")
 
     with gr.Blocks(analytics_enabled=False, title="mmwudao", delete_cache=(KEPT_FOR // 4, KEPT_FOR)) as demo:
         _page(Page(WORDS[language], actions, examples), WORDS[language].name)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
 from gradio.events import Dependency
 from PIL import Image
 
@@ -32,22 +31,9 @@ class Page:
     examples: dict[str, Path]
 
 
-class Picture(gr.Image):
-    """An upload, handed on as the path of its file: Gradio neither opens it nor fetches it from somewhere else."""
-
-    is_template = True  # Gradio's word for a component that looks like the one it derives from
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        return payload.path if payload else None
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if str(url_or_file_path).startswith(("http://", "https://")):
-            raise gr.Error("pictures are uploaded, not fetched")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-
-def picture_field(words: Words, height: int = 240, label: str | None = None) -> Picture:
-    return Picture(
+def picture_field(words: Words, height: int = 240, label: str | None = None) -> gr.Image:
+    """A field for an upload, which hands on the path of its file: Gradio neither opens it nor fetches it by a URL."""
+    field = gr.Image(
         label=label or words.picture,
         placeholder=words.drop,
         sources=["upload", "clipboard"],
@@ -56,6 +42,17 @@ def picture_field(words: Words, height: int = 240, label: str | None = None) -> 
         height=height,
         buttons=[],
     )
+    keep = field.async_move_resource_to_block_cache
+
+    async def keep_upload(place: str | Path | None) -> str | None:
+        if str(place).startswith(("http://", "https://")):
+            raise gr.Error("pictures are uploaded, not fetched", print_exception=False)
+        return await keep(place)
+
+    # set on the object: for a class derived from a component, Gradio writes a stub file beside our source
+    field.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+    field.async_move_resource_to_block_cache = keep_upload  # type: ignore[method-assign]
+    return field
 
 
 def picture_examples(page: Page, rows: Sequence[Sequence[str]], inputs: Sequence[gr.components.Component]) -> None:
@@ -183,7 +180,8 @@ def connect_drawing(
 def preview_html(pictures: Sequence[Image.Image], share: float, text: str) -> str:
     """Pictures side by side above a bar; data URIs, so that nothing flickers."""
     tiles = _tiles([f'<img alt="" src="{_data_uri(one)}">' for one in pictures])
-    return f'{tiles}<progress value="{share:.3f}" max="1"></progress><p>{html.escape(text)}</p>'
+    bar = f'<div class="bar"><div style="width: {100 * share:.0f}%"></div></div>'
+    return f"{tiles}{bar}<p>{html.escape(text)}</p>"
 
 
 def empty_html(count: int) -> str:

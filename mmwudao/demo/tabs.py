@@ -36,11 +36,11 @@ def draw_tab(page: Page) -> None:
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(words.draw_lead)
             prompt = gr.Textbox(
-                label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT, autofocus=True
+                "", label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
             )
             with gr.Row():
                 style = _styles(page)
-                seed = gr.Textbox(label=words.seed, placeholder=words.seed_hint, min_width=120)
+                seed = gr.Textbox("", label=words.seed, placeholder=words.seed_hint, min_width=120)
             count = gr.Slider(1, MAX_DRAWN, 4, step=1, label=words.count, buttons=[])
             candidates = gr.Slider(
                 1, MAX_CANDIDATES, 8, step=1, label=words.candidates, info=words.candidates_info, buttons=[],
@@ -87,20 +87,20 @@ def search_tab(page: Page) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(words.search_lead.format(count=library.count()))
-            text = gr.Textbox(label=words.look_for, placeholder=words.look_for_hint, max_lines=3)
+            text = gr.Textbox("", label=words.look_for, placeholder=words.look_for_hint, max_lines=3)
             picture = picture_field(words, 180, words.or_picture)
             with gr.Row():
                 family = gr.Dropdown(families, value="", label=words.family, min_width=140)
                 k = gr.Slider(1, MAX_FOUND, 12, step=1, label=words.how_many, buttons=[], min_width=140)
             with gr.Accordion(words.where, open=False):
-                where = gr.Textbox(show_label=False, info=words.where_info, max_length=2000, container=False)
+                where = gr.Textbox("", show_label=False, info=words.where_info, max_length=2000, container=False)
             start = gr.Button(words.search, variant="primary")
             rows = [[one] for one in words.search_examples]
             gr.Examples(rows, [text], label=words.examples, api_visibility="private")
             with gr.Accordion(words.add_title, open=False):
                 own = picture_field(words, 180)
                 description = gr.Textbox(
-                    label=words.add_description, placeholder=words.add_hint, max_lines=2, max_length=MAX_PROMPT
+                    "", label=words.add_description, placeholder=words.add_hint, max_lines=2, max_length=MAX_PROMPT
                 )
                 add = gr.Button(words.add)
                 added = gr.Markdown()
@@ -172,7 +172,7 @@ def complete_tab(page: Page) -> None:
             gr.Markdown(words.complete_lead)
             picture = picture_field(words)
             prompt = gr.Textbox(
-                label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
+                "", label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
             )
             with gr.Row():
                 sides = [(words.keep_top, "top"), (words.keep_left, "left")]
@@ -180,7 +180,7 @@ def complete_tab(page: Page) -> None:
                 share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label=words.share, buttons=[], min_width=140)
             with gr.Row():
                 style = _styles(page)
-                seed = gr.Textbox(label=words.seed, placeholder=words.seed_hint, min_width=120)
+                seed = gr.Textbox("", label=words.seed, placeholder=words.seed_hint, min_width=120)
             count = gr.Slider(1, MAX_DRAWN, 4, step=1, label=words.count, buttons=[])
             start, stop = _start_and_stop(page, words.complete)
             rows = list(zip(COMPLETED, words.complete_examples, strict=True))
