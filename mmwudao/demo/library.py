@@ -6,6 +6,7 @@ import hashlib
 import re
 import threading
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Library:
         """`shards`: where the pictures lie, if not where they were read from."""
         self._collection, self._towers, self._added, self._shards = collection, towers, added, shards
         self._writing = threading.Lock()
-        ids = next((ids for ids, _ in collection.scan()), [])[:LOOKED_AT]
+        ids = list(islice(chain.from_iterable(ids for ids, _ in collection.scan()), LOOKED_AT))
         families = {str(item.metadata["family"]) for item in collection.get(ids) if "family" in item.metadata}
         self.families = sorted(families - {OWN})
 

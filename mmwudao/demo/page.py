@@ -75,6 +75,7 @@ def on_model(
         concurrency_id="model",
         concurrency_limit=1,
         show_progress="minimal",
+        show_progress_on=outputs[0],
         api_visibility="private",
     )
 
@@ -94,7 +95,7 @@ def errors_as_messages(words: Words) -> Iterator[None]:
     else:
         return
     # Gradio shows it as HTML
-    raise gr.Error(html.escape(message), title=words.error, print_exception=False)
+    raise gr.Error(html.escape(message), print_exception=False)
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,14 @@ def drawing_outputs(words: Words, start: gr.Button, stop: gr.Button) -> DrawingO
     live = gr.HTML(empty_html(4), elem_classes="live")
     gallery = gr.Gallery(
         label=words.results,
+        show_label=False,
         columns=2,
         object_fit="contain",
         height="auto",
         buttons=["download", "fullscreen"],
         interactive=False,
         visible=False,
+        elem_classes="results",
     )
     note = gr.Markdown()
     return DrawingOutputs(live, gallery, note, gr.DownloadButton(words.download, visible=False), start, stop)

@@ -25,7 +25,7 @@ from mmwudao.demo.words import LANGUAGE_NAMES
 from mmwudao.pipeline import MAX_PROMPT
 
 COMPLETED = ("noto-v1-1f604", "noto-v1-1f481-200d-2640", "noto-1f7e0")  # as `Words.complete_examples`
-EXAMPLES = ("noto-v1-1f98a", "noto-1f354", "fluent-emoji-flat-1f993", "fluent-emoji-1f438", "noto-v1-1f604")
+EXAMPLES = ("noto-v1-1f98a", "noto-1f354", "fluent-emoji-flat-1f993", "fluent-emoji-1f438")
 
 
 def draw_tab(page: Page) -> None:
@@ -107,8 +107,8 @@ def search_tab(page: Page) -> None:
         with gr.Column(scale=6, min_width=320):
             empty = gr.HTML(empty_html(8), elem_classes="live")
             gallery = gr.Gallery(
-                label=words.results, columns=4, object_fit="contain", height="auto", interactive=False,
-                buttons=["download", "fullscreen"], visible=False,
+                label=words.results, show_label=False, columns=4, object_fit="contain", height="auto",
+                interactive=False, buttons=["download", "fullscreen"], visible=False, elem_classes="results",
             )  # fmt: skip
             note = gr.Markdown()
             download = gr.DownloadButton(words.download, visible=False)
@@ -246,8 +246,7 @@ def _name(metadata: dict[str, Any], language: str) -> str:
     """What is known of a picture in the page's language, else in any."""
     captions = [str(value) for name, value in sorted(metadata.items()) if name.startswith("caption_")]
     known = metadata.get(f"caption_{language}") or metadata.get("text") or (captions[0] if captions else "")
-    family = metadata.get("family")
-    return f"{known} · {family}" if known and family else str(known or family or "")
+    return str(known or metadata.get("family") or "")
 
 
 def _captions_html(told: dict[str, str]) -> str:

@@ -18,7 +18,6 @@ class Words:
     language: Language
     name: str  # of the language
     lead: str
-    error: str  # the title of an error
     examples: str
     download: str
     prompt: str
@@ -107,7 +106,6 @@ ZH = Words(
     language="zh",
     name="中文",
     lead="文字与图片互相生成、互相检索——模型 **{model}** 就在这台机器上运行。",
-    error="出错了",
     examples="示例（点一下就会填入）",
     download="下载",
     prompt="画什么",
@@ -194,7 +192,6 @@ EN = Words(
     language="en",
     name="English",
     lead="Text to pictures, pictures to text: the model **{model}** runs on this very machine.",
-    error="That did not work",
     examples="Examples (a click fills them in)",
     download="Download",
     prompt="What to draw",
@@ -249,7 +246,7 @@ EN = Words(
     keep="Keep",
     keep_top="the top",
     keep_left="the left",
-    share="How much of it",
+    share="Share",
     completed="Completed {count} times. The PNGs tell the prompt, the seed and what was kept.",
     upscale="Enlarge",
     upscale_lead="Twice the size; move the divider to compare.",
