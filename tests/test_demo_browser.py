@@ -230,7 +230,7 @@ def test_caption(visitor: Visitor, tmp_path: Path) -> None:
     words = visitor.words
     panel = visitor.open(words.caption)
     panel.locator("button.gallery-item").first.click()
-    sync_api.expect(panel.locator("img[src*='1f98a']").first).to_be_visible()
+    sync_api.expect(panel.locator(".image-frame img")).to_be_visible()
     panel.get_by_role("button", name=words.describe, exact=True).click()
     sync_api.expect(panel.get_by_text(words.described.format(count=7))).to_be_visible()
     visitor.screenshot("caption")
@@ -245,6 +245,7 @@ def test_complete(visitor: Visitor, tmp_path: Path) -> None:
     words = visitor.words
     panel = visitor.open(words.complete)
     panel.locator("button.gallery-item").nth(1).click()
+    sync_api.expect(panel.locator(".image-frame img")).to_be_visible()
     sync_api.expect(panel.get_by_label(words.prompt, exact=True)).to_have_value(words.complete_examples[1])
     panel.get_by_role("button", name=words.complete, exact=True).click()
     sync_api.expect(panel.locator(".live img")).to_have_count(4)
@@ -262,7 +263,7 @@ def test_upscale(visitor: Visitor, tmp_path: Path) -> None:
     words = visitor.words
     panel = visitor.open(words.upscale)
     panel.locator("button.gallery-item").nth(2).click()
-    sync_api.expect(panel.locator("img[src*='1f993']").first).to_be_visible()
+    sync_api.expect(panel.locator(".image-frame img")).to_be_visible()
     panel.get_by_role("button", name=words.enlarge, exact=True).click()
     sync_api.expect(panel.get_by_text("128×128 → 256×256")).to_be_visible()
     visitor.screenshot("upscale")
