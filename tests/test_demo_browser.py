@@ -201,6 +201,7 @@ def test_search_and_add(visitor: Visitor, tmp_path: Path) -> None:
         assert {record["file"] for record in records} | {"results.json"} == set(archive.namelist())
     assert len(records) == 12
     panel.get_by_role("button", name=words.add_title).click()
+    sync_api.expect(panel.get_by_role("button", name=words.add, exact=True)).to_be_visible()
     own = tmp_path / "own.png"
     Image.new("RGB", (40, 40), (200, 0, 200)).save(own)
     panel.locator("input[type=file]").last.set_input_files(own)
