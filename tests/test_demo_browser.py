@@ -28,7 +28,8 @@ from mmwudao.pictures import read_recipe
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("MMWUDAO_SCREENSHOTS")
-PATIENCE = 90_000  # ms, for a page or a model on a busy machine
+SCREENSHOT_WIDTH = 800  # px
+PATIENCE = 240_000  # ms, for a page or a model on a busy machine
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,8 +107,9 @@ class Visitor:
         self.page.wait_for_timeout(500)  # transitions
         self.page.screenshot(path=path, full_page=True)
         with Image.open(path) as image:
-            small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        small.save(path, optimize=True)
+            size = (SCREENSHOT_WIDTH, round(SCREENSHOT_WIDTH * image.height / image.width))
+            small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        small.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 @pytest.fixture(params=["en", "zh"])
