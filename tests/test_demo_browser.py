@@ -28,7 +28,7 @@ from mmwudao.pictures import read_recipe
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("MMWUDAO_SCREENSHOTS")
-SCREENSHOT_WIDTH = 800  # px
+SCREENSHOT_WIDTH = 780  # px
 PATIENCE = 240_000  # ms, for a page or a model on a busy machine
 
 pytestmark = [
