@@ -158,7 +158,7 @@ class Actions:
         stretched, enlarged = folder / "stretched.png", folder / "enlarged.png"
         plain = image.resize(larger.size, Image.Resampling.LANCZOS)
         write_files({stretched: encode_png(plain), enlarged: encode_png(larger)})
-        info = {"before": f"{image.width}×{image.height}", "after": f"{larger.width}×{larger.height}", **larger.info}
+        info = {"before": f"{image.width}×{image.height}", "after": f"{larger.width}×{larger.height}"}
         return stretched, Result([enlarged], [info], enlarged)
 
     def search(
@@ -227,7 +227,8 @@ class Actions:
             files[unused_path(folder, stem, taken=frozenset(files))] = encode_png(image)
         write_files(files)
         paths = list(files)
-        return Result(paths, [dict(image.info) for image in images], _pack(folder / "pictures.zip", paths))
+        infos = [{str(name): value for name, value in image.info.items()} for image in images]
+        return Result(paths, infos, _pack(folder / "pictures.zip", paths))
 
     def _new_folder(self) -> Path:
         """An empty folder; those of more than `KEPT_FOR` seconds ago are removed."""

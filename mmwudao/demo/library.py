@@ -86,10 +86,9 @@ class Library:
         stored = stored_samples(hits, self._shards)
         found = []
         for hit in hits:
-            if hit.id in stored:
-                picture, extension = stored[hit.id].image, stored[hit.id].extension
-            else:
-                picture, extension = self._added_picture(hit), "png"
+            sample = stored.get(hit.id)
+            picture = sample.image if sample else self._added_picture(hit)
+            extension = sample.extension if sample else "png"
             found.append(Found(hit.id, hit.score, hit.metadata, picture, extension))
         return found
 

@@ -51,7 +51,7 @@ def picture_field(words: Words, height: int = 240, label: str | None = None) -> 
 
     # set on the object: for a class derived from a component, Gradio writes a stub file beside our source
     field.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
-    field.async_move_resource_to_block_cache = keep_upload  # type: ignore[method-assign]
+    field.async_move_resource_to_block_cache = keep_upload  # type: ignore[method-assign, assignment]
     return field
 
 
