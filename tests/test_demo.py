@@ -17,6 +17,7 @@ from pathlib import Path
 
 import gradio as gr
 import httpx2
+import numpy
 import pytest
 from PIL import Image
 
@@ -122,7 +123,8 @@ def test_a_visitor_who_leaves_is_drawn_for_no_further(actions, monkeypatch):
 
     def generate(prompt, n, *rest, on_progress, **more):
         try:
-            return Pipeline.generate(actions.pipeline, prompt, n, *rest, on_progress=on_progress, **more)
+            more |= {"on_progress": on_progress}
+            return Pipeline.generate(actions.pipeline, prompt, n, *rest, **more)
         except Stopped:
             ended.append(prompt)
             raise
@@ -139,7 +141,7 @@ def test_complete(actions, picture):
     for path in result.pictures:
         with Image.open(path) as image:
             image.load()
-            assert (image.text["kept"], image.text["prompt"]) == ("left:0.25", "moon")
+            assert (image.info["kept"], image.info["prompt"]) == ("left:0.25", "moon")
 
 
 def test_caption_comes_language_by_language(actions, picture):
@@ -206,7 +208,7 @@ def test_an_added_picture_is_found(actions, picture):
 def test_items_of_other_programs_open_no_file(actions, tmp_path):
     """Whoever may write into the collection does not choose what the demo reads."""
     (tmp_path / "secret.png").write_bytes(b"secret")
-    collection, vector = actions.library._collection, [1.0] + [0.0] * 7
+    collection, vector = actions.library._collection, numpy.eye(8)[0]
     names = ("../secret", "../secret.png", "own-0123456789abcde/")
     collection.upsert([Item(name, vector, {"family": "x", "shard": str(tmp_path / "secret.png")}) for name in names])
     result = actions.search("red", family="x")

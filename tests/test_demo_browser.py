@@ -17,6 +17,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,7 +26,10 @@ from PIL import Image
 from mmwudao.demo.words import WORDS, Words
 from mmwudao.pictures import read_recipe
 
-sync_api = pytest.importorskip("playwright.sync_api")
+if TYPE_CHECKING:
+    from playwright import sync_api
+else:
+    sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("MMWUDAO_SCREENSHOTS")
 SCREENSHOT_WIDTH = 780  # px
@@ -259,7 +263,7 @@ def test_complete(visitor: Visitor, tmp_path: Path) -> None:
     for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
             image.load()
-            assert (image.text["prompt"], image.text["kept"]) == (words.complete_examples[1], "top:0.5")
+            assert (image.info["prompt"], image.info["kept"]) == (words.complete_examples[1], "top:0.5")
 
 
 def test_upscale(visitor: Visitor, tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_upscale(visitor: Visitor, tmp_path: Path) -> None:
     with Image.open(visitor.download(panel, tmp_path)) as image:
         image.load()
         assert image.size == (256, 256)
-        assert image.text["model"] == "emoji"
+        assert image.info["model"] == "emoji"
 
 
 def test_errors_are_messages(visitor: Visitor, tmp_path: Path) -> None:
