@@ -15,6 +15,7 @@ import typer
 from mmwudao import (
     __version__,
     commands_data,
+    commands_demo,
     commands_describe,
     commands_draw,
     commands_eval,
@@ -46,6 +47,7 @@ app.command()(commands_train.assemble)
 app.command()(commands_vectors.embed)
 app.command()(commands_index.search)
 app.command()(commands_serve.serve)
+app.command()(commands_demo.demo)
 app.add_typer(commands_train.app, name="train")
 app.add_typer(commands_data.app, name="data")
 app.add_typer(commands_import.app, name="import")

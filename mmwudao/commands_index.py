@@ -264,35 +264,19 @@ def _describe(hit: Hit) -> str:
 def _write_sheet(path: Path, hits: list[Hit], shards: str | None) -> None:
     """The pictures of `hits`, in order. Raises `ValueError` when one is not where it should lie."""
     from data.images import open_image, to_square
-    from data.reading import expand_shards, read_shard
+    from mmwudao.found import stored_samples
     from mmwudao.pictures import encode_png, grid, write_files
     from retrieval.index import CollectionError
 
-    given = {shard.name: shard for shard in expand_shards(shards)} if shards else {}
-    wanted: dict[Path, set[str]] = {}
-    for hit in hits:
-        place = Path(str(hit.metadata.get("shard", "")))
-        shard = given.get(place.name, place)
-        if not shard.is_file():
-            raise CollectionError(f"the picture of {hit.id} is not at {str(shard)!r}: give --shards")
-        wanted.setdefault(shard, set()).add(_sample_id(hit))
     if not hits:
         raise CollectionError("nothing was found: there is no sheet to write")
-    pictures = {
-        sample.id: to_square(open_image(sample.image), SHEET_PIXELS)
-        for shard, names in wanted.items()
-        for sample in read_shard(shard, lambda *_: None)  # what is damaged is missed below
-        if sample.id in names
-    }
-    missing = [hit.id for hit in hits if _sample_id(hit) not in pictures]
+    samples = stored_samples(hits, shards)
+    missing = [hit for hit in hits if hit.id not in samples]
     if missing:
-        raise CollectionError(f"the shards do not hold the picture of {missing[0]}: give those it was read from")
-    write_files({path: encode_png(grid([pictures[_sample_id(hit)] for hit in hits]))})
-
-
-def _sample_id(hit: Hit) -> str:
-    """A caption's item names its sample before the language."""
-    return hit.id.rpartition(":")[0] if hit.metadata.get("kind") == "text" else hit.id
+        place = shards or missing[0].metadata.get("shard", "")
+        raise CollectionError(f"the picture of {missing[0].id} is not in {place!r}: give --shards, where it was read")
+    pictures = [to_square(open_image(samples[hit.id].image), SHEET_PIXELS) for hit in hits]
+    write_files({path: encode_png(grid(pictures))})
 
 
 def _tell(as_json: bool, text: str, **record: object) -> None:

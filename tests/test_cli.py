@@ -47,6 +47,7 @@ COMMANDS = [
     ["index"],
     ["index", "build"],
     ["search"],
+    ["demo"],
 ]
 
 

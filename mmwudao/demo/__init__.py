@@ -1,0 +1,1 @@
+"""The demo in a browser, in Chinese and English: `mmwudao demo`."""

@@ -1,0 +1,293 @@
+"""What the buttons do, apart from the page: checked input, files as results, `ValueError` for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import mkdtemp
+from threading import Event
+from typing import Any
+
+from PIL import Image
+
+from data.images import CorruptImage, ImageTooLarge, open_image
+from mmwudao.demo.library import Found, Library
+from mmwudao.demo.words import EN, Reason
+from mmwudao.pictures import encode_png, file_stem, unused_path, write_files
+from mmwudao.pipeline import MAX_PROMPT, Pipeline, Progress
+from mmwudao.service.config import ServiceConfig
+from mmwudao.upscaling import check_size
+
+LIMITS = ServiceConfig()  # the demo allows what the service allows
+MAX_DRAWN = 8
+MAX_CANDIDATES = 32
+MAX_FOUND = 48
+PREVIEW_ROWS = 2  # rows of codes between two previews
+KEPT_FOR = 3600  # seconds that results can be downloaded
+
+OnProgress = Callable[[Progress], None]
+
+
+class Refused(ValueError):
+    """Bad input that the page has words for in each language; the message is the English one."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(EN.refusals[reason])
+        self.reason = reason
+
+
+class Stopped(Exception):
+    """The user has pressed stop, or closed the page."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Pictures while they are drawn, white where nothing is drawn yet; `share` in [0, 1] is done."""
+
+    pictures: list[Image.Image]
+    share: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Files to show, what is said of each, and the one file that holds all of it for download."""
+
+    pictures: list[Path]
+    infos: list[dict[str, Any]]
+    download: Path
+    hidden: int = 0  # found, but without a picture on this machine
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Language -> description, of those that are done; with the last comes a JSON file of all."""
+
+    told: dict[str, str]
+    download: Path | None = None
+
+
+class Actions:
+    """A model and a library at work; results are files in folders under `folder`, for an hour."""
+
+    def __init__(self, pipeline: Pipeline, library: Library | None, folder: Path) -> None:
+        self.pipeline, self.library, self._folder = pipeline, library, folder
+        self._stops: dict[str, Event] = {}
+
+    def draw(
+        self,
+        prompt: str,
+        n: int = 4,
+        candidates: int = 0,
+        seed: int | None = None,
+        style: str | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        session: str = "",
+    ) -> Iterator[Preview | Result]:
+        """Previews, and last `n` pictures, the best of `candidates` where these are more; the infos are recipes.
+
+        `stop(session)` raises `Stopped` here.
+        """
+        _check_prompt(prompt)
+        _check_count(n, MAX_DRAWN)
+        _check_count(max(candidates, 1), MAX_CANDIDATES)
+
+        def work(on_progress: OnProgress) -> list[Image.Image]:
+            return self.pipeline.generate(
+                prompt, n, seed, style, temperature, guidance=guidance,
+                candidates=candidates if candidates > n else None, on_progress=on_progress,
+            )  # fmt: skip
+
+        yield self._drawn((yield from self._previews(work, session)))
+
+    def complete(
+        self,
+        picture: str | None,
+        prompt: str,
+        side: str = "top",
+        share: float = 0.5,
+        n: int = 4,
+        seed: int | None = None,
+        style: str | None = None,
+        session: str = "",
+    ) -> Iterator[Preview | Result]:
+        """Keeps the `share` of the picture at its `side`, top or left, and draws the rest; otherwise as `draw`."""
+        image = open_upload(picture)
+        _check_prompt(prompt)
+        _check_count(n, MAX_DRAWN)
+
+        def work(on_progress: OnProgress) -> list[Image.Image]:
+            keep = f"{side}:{share:g}"
+            return self.pipeline.complete(image, prompt, keep, n, seed, style, on_progress=on_progress)
+
+        yield self._drawn((yield from self._previews(work, session)))
+
+    def stop(self, session: str) -> None:
+        """End the drawing of that session, if it has one."""
+        if session in self._stops:
+            self._stops[session].set()
+
+    def caption(self, picture: str | None, languages: Sequence[str]) -> Iterator[Captions]:
+        """What the picture shows, in one language more each time."""
+        image = open_upload(picture)
+        if not languages:
+            raise Refused("no_language")
+        told: dict[str, str] = {}
+        for language in languages:
+            told[language] = self.pipeline.caption([image], language)[0]
+            yield Captions(dict(told))
+        config = self.pipeline.config
+        record = {"model": config.name, "model_hash": config.model_hash, "captions": told}
+        path = self._new_folder() / "captions.json"
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        yield Captions(told, path)
+
+    def upscale(self, picture: str | None) -> tuple[Path, Result]:
+        """The picture stretched by Lanczos for comparison, and enlarged by the model."""
+        image = open_upload(picture)
+        check_size(image)
+        (larger,) = self.pipeline.upscale([image])
+        folder = self._new_folder()
+        stretched, enlarged = folder / "stretched.png", folder / "enlarged.png"
+        plain = image.resize(larger.size, Image.Resampling.LANCZOS)
+        write_files({stretched: encode_png(plain), enlarged: encode_png(larger)})
+        info = {"before": f"{image.width}×{image.height}", "after": f"{larger.width}×{larger.height}"}
+        return stretched, Result([enlarged], [info], enlarged)
+
+    def search(
+        self, text: str = "", picture: str | None = None, family: str = "", where: str = "", k: int = 12
+    ) -> Result:
+        """The pictures nearest to a text or to a picture (a path), with their metadata."""
+        assert self.library is not None
+        if bool(text.strip()) == bool(picture):
+            raise Refused("one_query")
+        if len(text) > LIMITS.max_text:
+            raise ValueError(f"a text of {len(text)} characters: at most {LIMITS.max_text}")
+        _check_count(k, MAX_FOUND)
+        query = open_upload(picture) if picture else text
+        found = self.library.search(query, k, family, where)
+        folder = self._new_folder()
+        paths, records = [], []
+        for rank, one in enumerate(found, 1):
+            records.append(_record(one))
+            if one.picture is not None:
+                paths.append(unused_path(folder, f"{rank:02d}-{_plain(one.id)}", f".{one.extension}"))
+                write_files({paths[-1]: one.picture})
+                records[-1]["file"] = paths[-1].name
+        listing = folder / "results.json"
+        listing.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+        shown = [record for record in records if "file" in record]
+        return Result(paths, shown, _pack(folder / "search.zip", [listing, *paths]), len(found) - len(paths))
+
+    def add(self, picture: str | None, description: str = "") -> int:
+        """Stores a picture of the user's in the library; returns how many there are now."""
+        assert self.library is not None
+        if len(description) > MAX_PROMPT:
+            raise Refused("no_description")
+        return self.library.add(open_upload(picture), description)
+
+    def _previews(
+        self, work: Callable[[OnProgress], list[Image.Image]], session: str
+    ) -> Generator[Preview, None, list[Image.Image]]:
+        """Runs `work` in a thread of its own. Closing this generator stops it."""
+        updates = SimpleQueue[Preview | None]()
+        stop = self._stops[session] = Event()
+        shown = -1
+
+        def on_progress(progress: Progress) -> None:
+            nonlocal shown
+            if stop.is_set():
+                raise Stopped
+            if progress.rows // PREVIEW_ROWS != shown:
+                shown = progress.rows // PREVIEW_ROWS
+                updates.put(Preview(progress.preview(), progress.done / progress.total))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="draw") as executor:
+            future = executor.submit(work, on_progress)
+            future.add_done_callback(lambda _: updates.put(None))
+            try:
+                while (update := updates.get()) is not None:
+                    yield update
+            finally:
+                stop.set()
+                self._stops.pop(session, None)
+            return future.result()
+
+    def _drawn(self, images: list[Image.Image]) -> Result:
+        folder, files = self._new_folder(), dict[Path, bytes]()
+        for image in images:
+            stem = file_stem(image.info["prompt"], image.info["seed"])
+            files[unused_path(folder, stem, taken=frozenset(files))] = encode_png(image)
+        write_files(files)
+        paths = list(files)
+        infos = [{str(name): value for name, value in image.info.items()} for image in images]
+        return Result(paths, infos, _pack(folder / "pictures.zip", paths))
+
+    def _new_folder(self) -> Path:
+        """An empty folder; those of more than `KEPT_FOR` seconds ago are removed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for old in self._folder.iterdir():
+            if old.stat().st_mtime < time.time() - KEPT_FOR:
+                shutil.rmtree(old, ignore_errors=True)  # another thread may be at it too
+        return Path(mkdtemp(dir=self._folder))
+
+
+def open_upload(path: str | None) -> Image.Image:
+    """The uploaded picture at `path`, RGB. Raises `Refused`."""
+    if not path:
+        raise Refused("no_picture")
+    try:
+        return open_image(Path(path), LIMITS.max_pixels)
+    except ImageTooLarge as error:
+        raise Refused("too_large") from error
+    except CorruptImage as error:
+        raise Refused("not_a_picture") from error
+
+
+def read_seed(text: str) -> int | None:
+    """The seed that was typed, None for nothing. Raises `ValueError`."""
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"a seed is a whole number such as 7, not {text[:40]!r}") from error
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise Refused("no_prompt")
+
+
+def _check_count(count: int, most: int) -> None:
+    if not 1 <= count <= most:
+        raise ValueError(f"from 1 to {most} at a time, not {count}")
+
+
+def _record(found: Found) -> dict[str, Any]:
+    """What is told of a picture that was found; where it lies on this machine is not."""
+    metadata = dict(found.metadata)
+    if "shard" in metadata:
+        metadata["shard"] = Path(str(metadata["shard"])).name
+    return {"id": found.id, "score": round(found.score, 4), "metadata": metadata}
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c == "-") else "-" for c in name)[:80]
+
+
+def _pack(path: Path, files: Sequence[Path]) -> Path:
+    """One file for download: the only one, or a zip of all."""
+    if len(files) == 1:
+        return files[0]
+    with zipfile.ZipFile(path, "w") as archive:  # pictures are compressed already
+        for file in files:
+            archive.write(file, file.name)
+    return path

@@ -1,0 +1,212 @@
+"""What every tab of the page is made of: fields, events, errors as messages, previews."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+from PIL import Image
+
+from mmwudao.demo.actions import Actions, Preview, Refused, Result, Stopped
+from mmwudao.demo.words import Words
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the tabs of one language need. `examples`: pictures by the ids of their samples."""
+
+    words: Words
+    actions: Actions
+    examples: dict[str, Path]
+
+
+def picture_field(words: Words, height: int = 240, label: str | None = None) -> gr.Image:
+    """A field for an upload, which hands on the path of its file: Gradio neither opens it nor fetches it by a URL."""
+    field = gr.Image(
+        label=label or words.picture,
+        placeholder=words.drop,
+        sources=["upload", "clipboard"],
+        type="filepath",
+        image_mode=None,
+        height=height,
+        buttons=[],
+    )
+    keep = field.async_move_resource_to_block_cache
+
+    async def keep_upload(place: str | Path | None) -> str | None:
+        if str(place).startswith(("http://", "https://")):
+            raise gr.Error("pictures are uploaded, not fetched", print_exception=False)
+        return await keep(place)
+
+    # set on the object: for a class derived from a component, Gradio writes a stub file beside our source
+    field.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+    field.async_move_resource_to_block_cache = keep_upload  # type: ignore[method-assign, assignment]
+    return field
+
+
+def picture_examples(page: Page, rows: Sequence[Sequence[str]], inputs: Sequence[gr.components.Component]) -> None:
+    """Examples whose first column is the id of a sample picture, where the sample pictures are installed."""
+    known = [[str(page.examples[row[0]]), *row[1:]] for row in rows if row[0] in page.examples]
+    if known:
+        gr.Examples(
+            known, list(inputs), label=page.words.examples, visible_columns=[0], api_visibility="private"
+        )
+
+
+def on_model(
+    trigger: Callable[..., Dependency], fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> Dependency:
+    """`fn` after a click or Enter: one such event at a time in the whole server, in the order of arrival."""
+    return trigger(
+        fn,
+        list(inputs),
+        list(outputs),
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress="minimal",
+        show_progress_on=outputs[0],
+        api_visibility="private",
+    )
+
+
+@contextmanager
+def errors_as_messages(words: Words) -> Iterator[None]:
+    """What the user did wrong is said in one line; anything else is logged, and the page says no more than that."""
+    try:
+        yield
+    except Refused as error:
+        message = words.refusals[error.reason]
+    except ValueError as error:
+        message = " ".join(str(error).split())
+    except Exception:
+        log.exception("the demo failed")
+        message = words.refusals["failed"]
+    else:
+        return
+    # Gradio shows it as HTML
+    raise gr.Error(html.escape(message), print_exception=False)
+
+
+@dataclass(frozen=True)
+class DrawingOutputs:
+    """Where a drawing is shown; `all` is the order in which `show_drawing` fills it."""
+
+    live: gr.HTML
+    gallery: gr.Gallery
+    note: gr.Markdown
+    download: gr.DownloadButton
+    start: gr.Button
+    stop: gr.Button
+
+    @property
+    def all(self) -> list[Any]:
+        return [self.live, self.gallery, self.note, self.download, self.start, self.stop]
+
+
+def drawing_outputs(words: Words, start: gr.Button, stop: gr.Button) -> DrawingOutputs:
+    """The right column of a tab that draws."""
+    live = gr.HTML(empty_html(4), elem_classes="live")
+    gallery = gr.Gallery(
+        label=words.results,
+        show_label=False,
+        columns=2,
+        object_fit="contain",
+        height="auto",
+        buttons=["download", "fullscreen"],
+        interactive=False,
+        visible=False,
+        elem_classes="results",
+    )
+    note = gr.Markdown()
+    return DrawingOutputs(live, gallery, note, gr.DownloadButton(words.download, visible=False), start, stop)
+
+
+def show_drawing(words: Words, updates: Iterator[Preview | Result], told: str) -> Iterator[list[Any]]:
+    """The outputs for each update of a drawing; `told` is the note at the end."""
+    hidden, shown = gr.update(visible=False), gr.update(visible=True)
+    with errors_as_messages(words):
+        try:
+            for update in updates:
+                if isinstance(update, Preview):
+                    text = words.drawing.format(percent=round(100 * update.share))
+                    live = gr.update(value=preview_html(update.pictures, update.share, text), visible=True)
+                    yield [live, hidden, "", hidden, hidden, shown]
+                else:
+                    count = len(update.pictures)
+                    pictures = [
+                        (str(path), _label(words, info))
+                        for path, info in zip(update.pictures, update.infos, strict=True)
+                    ]
+                    gallery = gr.update(value=pictures, columns=columns_of(count), visible=True)
+                    file = gr.update(value=str(update.download), visible=True)
+                    yield [hidden, gallery, told.format(count=count), file, shown, hidden]
+        except Stopped:
+            yield [gr.skip(), gr.skip(), words.stopped, gr.skip(), shown, hidden]
+
+
+def connect_drawing(
+    page: Page,
+    triggers: Sequence[Callable[..., Dependency]],
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: DrawingOutputs,
+) -> None:
+    """Start on any of `triggers`, stop on the stop button; after an error the start button is there again."""
+
+    def stop(request: gr.Request) -> None:
+        page.actions.stop(request.session_hash or "")
+
+    for trigger in triggers:
+        ended = on_model(trigger, fn, inputs, outputs.all)
+        ended.then(
+            lambda: [gr.update(visible=True), gr.update(visible=False)],
+            None,
+            [outputs.start, outputs.stop],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    outputs.stop.click(stop, None, None, queue=False, api_visibility="private")
+
+
+def preview_html(pictures: Sequence[Image.Image], share: float, text: str) -> str:
+    """Pictures side by side above a bar; data URIs, so that nothing flickers."""
+    tiles = _tiles([f'<img alt="" src="{_data_uri(one)}">' for one in pictures])
+    bar = f'<div class="bar"><div style="width: {100 * share:.0f}%"></div></div>'
+    return f"{tiles}{bar}<p>{html.escape(text)}</p>"
+
+
+def empty_html(count: int) -> str:
+    """The squares where pictures will be."""
+    return _tiles(["<span></span>"] * count)
+
+
+def columns_of(count: int) -> int:
+    """How many of so many pictures stand side by side."""
+    return 1 if count == 1 else 2 if count <= 4 else 4
+
+
+def _tiles(tiles: Sequence[str]) -> str:
+    return f'<div class="tiles" style="--columns:{columns_of(len(tiles))}">{"".join(tiles)}</div>'
+
+
+def _label(words: Words, info: dict[str, Any]) -> str:
+    score = f" · {info['score']:.1f}" if "score" in info else ""
+    return f"{words.seed} {info['seed']}{score}"
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

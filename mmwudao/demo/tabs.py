@@ -1,0 +1,257 @@
+"""The five tabs: fields on the left, results on the right."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from mmwudao.demo.actions import MAX_CANDIDATES, MAX_DRAWN, MAX_FOUND, read_seed
+from mmwudao.demo.library import OWN
+from mmwudao.demo.page import (
+    Page,
+    connect_drawing,
+    drawing_outputs,
+    empty_html,
+    errors_as_messages,
+    on_model,
+    picture_examples,
+    picture_field,
+    show_drawing,
+)
+from mmwudao.demo.words import LANGUAGE_NAMES
+from mmwudao.pipeline import MAX_PROMPT
+
+COMPLETED = ("noto-v1-1f604", "noto-v1-1f481-200d-2640", "noto-1f7e0")  # as `Words.complete_examples`
+EXAMPLES = ("noto-v1-1f98a", "noto-1f354", "fluent-emoji-flat-1f993", "fluent-emoji-1f438")
+
+
+def draw_tab(page: Page) -> None:
+    words, actions = page.words, page.actions
+    config = actions.pipeline.config
+    sampling = config.default_sampling
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(words.draw_lead)
+            prompt = gr.Textbox(
+                "", label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
+            )
+            with gr.Row():
+                style = _styles(page)
+                seed = gr.Textbox("", label=words.seed, placeholder=words.seed_hint, min_width=120)
+            count = gr.Slider(1, MAX_DRAWN, 4, step=1, label=words.count, buttons=[])
+            candidates = gr.Slider(
+                1, MAX_CANDIDATES, 8, step=1, label=words.candidates, info=words.candidates_info, buttons=[],
+                visible=config.describes != "no",
+            )  # fmt: skip
+            with gr.Accordion(words.fine_tuning, open=False):
+                guidance = gr.Slider(
+                    1, 8, sampling.guidance, step=0.1, label=words.guidance, info=words.guidance_info, buttons=[]
+                )
+                temperature = gr.Slider(
+                    0, 2, sampling.temperature, step=0.05, label=words.temperature, info=words.temperature_info,
+                    buttons=[],
+                )  # fmt: skip
+            start, stop = _start_and_stop(page, words.draw)
+            rows = [[text, name if name in config.styles else ""] for text, name in words.draw_examples]
+            names = [" · ".join(filter(None, row)) for row in rows]
+            gr.Examples(
+                rows, [prompt, style], label=words.examples, example_labels=names, api_visibility="private"
+            )
+        with gr.Column(scale=6, min_width=320):
+            outputs = drawing_outputs(words, start, stop)
+
+    def draw(
+        prompt: str, style: str, seed: str, n: int, candidates: int, guidance: float, temperature: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:  # fmt: skip
+        with errors_as_messages(words):
+            number = read_seed(seed)
+        chosen = candidates if config.describes != "no" else 0
+        updates = actions.draw(
+            prompt, n, chosen, number, style or None, guidance, temperature, request.session_hash or ""
+        )
+        yield from show_drawing(words, updates, words.drawn)
+
+    inputs = [prompt, style, seed, count, candidates, guidance, temperature]
+    connect_drawing(page, [start.click, prompt.submit], draw, inputs, outputs)
+
+
+def search_tab(page: Page) -> None:
+    words, actions = page.words, page.actions
+    library = actions.library
+    assert library is not None
+    families = [(words.all_families, ""), *((name, name) for name in library.families), (words.own_family, OWN)]
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(words.search_lead.format(count=library.count()))
+            text = gr.Textbox("", label=words.look_for, placeholder=words.look_for_hint, max_lines=3)
+            picture = picture_field(words, 180, words.or_picture)
+            with gr.Row():
+                family = gr.Dropdown(families, value="", label=words.family, min_width=140)
+                k = gr.Slider(1, MAX_FOUND, 12, step=1, label=words.how_many, buttons=[], min_width=140)
+            with gr.Accordion(words.where, open=False):
+                where = gr.Textbox("", show_label=False, info=words.where_info, max_length=2000, container=False)
+            start = gr.Button(words.search, variant="primary")
+            rows = [[one] for one in words.search_examples]
+            gr.Examples(rows, [text], label=words.examples, api_visibility="private")
+            with gr.Accordion(words.add_title, open=False):
+                own = picture_field(words, 180)
+                description = gr.Textbox(
+                    "", label=words.add_description, placeholder=words.add_hint, max_lines=2, max_length=MAX_PROMPT
+                )
+                add = gr.Button(words.add)
+                added = gr.Markdown()
+        with gr.Column(scale=6, min_width=320):
+            empty = gr.HTML(empty_html(8), elem_classes="live")
+            gallery = gr.Gallery(
+                label=words.results, show_label=False, columns=4, object_fit="contain", height="auto",
+                interactive=False, buttons=["download", "fullscreen"], visible=False, elem_classes="results",
+            )  # fmt: skip
+            note = gr.Markdown()
+            download = gr.DownloadButton(words.download, visible=False)
+
+    def search(text: str, picture: str | None, family: str, where: str, k: int) -> list[Any]:
+        with errors_as_messages(words):
+            result = actions.search(text, picture, family, where, k)
+        pictures = [
+            (str(path), _name(info["metadata"], words.language))
+            for path, info in zip(result.pictures, result.infos, strict=True)
+        ]
+        told = words.found.format(count=len(pictures)) if pictures else words.found_nothing
+        if result.hidden:
+            told += " " + words.not_shown.format(count=result.hidden)
+        return [
+            gr.update(visible=False),
+            gr.update(value=pictures, visible=True),
+            told,
+            gr.update(value=str(result.download), visible=True),
+        ]
+
+    def store(picture: str | None, description: str) -> list[Any]:
+        with errors_as_messages(words):
+            return [words.added.format(count=actions.add(picture, description)), None, ""]
+
+    for trigger in (start.click, text.submit):
+        on_model(trigger, search, [text, picture, family, where, k], [empty, gallery, note, download])
+    on_model(add.click, store, [own, description], [added, own, description])
+
+
+def caption_tab(page: Page) -> None:
+    words, actions = page.words, page.actions
+    languages = [(LANGUAGE_NAMES.get(code, code), code) for code in actions.pipeline.config.languages]
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(words.caption_lead)
+            picture = picture_field(words)
+            chosen = gr.CheckboxGroup(languages, value=[code for _, code in languages], label=words.languages)
+            start = gr.Button(words.describe, variant="primary")
+            picture_examples(page, [[one] for one in EXAMPLES], [picture])
+        with gr.Column(scale=6, min_width=320):
+            table = gr.HTML(_captions_html(dict.fromkeys((code for _, code in languages), "")), elem_classes="captions")
+            note = gr.Markdown()
+            download = gr.DownloadButton(words.download, visible=False)
+
+    def caption(picture: str | None, chosen: list[str]) -> Iterator[list[Any]]:
+        with errors_as_messages(words):
+            for captions in actions.caption(picture, chosen):
+                shown = dict.fromkeys(chosen, "…") | captions.told
+                file = gr.update(value=captions.download and str(captions.download), visible=bool(captions.download))
+                told = words.described.format(count=len(chosen)) if captions.download else ""
+                yield [_captions_html(shown), told, file]
+
+    on_model(start.click, caption, [picture, chosen], [table, note, download])
+
+
+def complete_tab(page: Page) -> None:
+    words, actions = page.words, page.actions
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(words.complete_lead)
+            picture = picture_field(words)
+            prompt = gr.Textbox(
+                "", label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
+            )
+            with gr.Row():
+                sides = [(words.keep_top, "top"), (words.keep_left, "left")]
+                side = gr.Radio(sides, value="top", label=words.keep, min_width=140)
+                share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label=words.share, buttons=[], min_width=140)
+            with gr.Row():
+                style = _styles(page)
+                seed = gr.Textbox("", label=words.seed, placeholder=words.seed_hint, min_width=120)
+            count = gr.Slider(1, MAX_DRAWN, 4, step=1, label=words.count, buttons=[])
+            start, stop = _start_and_stop(page, words.complete)
+            rows = list(zip(COMPLETED, words.complete_examples, strict=True))
+            picture_examples(page, rows, [picture, prompt])
+        with gr.Column(scale=6, min_width=320):
+            outputs = drawing_outputs(words, start, stop)
+
+    def complete(
+        picture: str | None, prompt: str, side: str, share: float, style: str, seed: str, n: int, request: gr.Request
+    ) -> Iterator[list[Any]]:
+        with errors_as_messages(words):
+            number = read_seed(seed)
+        updates = actions.complete(
+            picture, prompt, side, share, n, number, style or None, request.session_hash or ""
+        )
+        yield from show_drawing(words, updates, words.completed)
+
+    inputs = [picture, prompt, side, share, style, seed, count]
+    connect_drawing(page, [start.click, prompt.submit], complete, inputs, outputs)
+
+
+def upscale_tab(page: Page) -> None:
+    words, actions = page.words, page.actions
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(words.upscale_lead)
+            picture = picture_field(words)
+            start = gr.Button(words.enlarge, variant="primary")
+            picture_examples(page, [[one] for one in EXAMPLES], [picture])
+        with gr.Column(scale=6, min_width=320):
+            empty = gr.HTML(empty_html(1), elem_classes="live")
+            both = gr.ImageSlider(
+                label=words.before_after, visible=False, interactive=False, buttons=["fullscreen"], max_height=520
+            )
+            note = gr.Markdown()
+            download = gr.DownloadButton(words.download, visible=False)
+
+    def upscale(picture: str | None) -> list[Any]:
+        with errors_as_messages(words):
+            stretched, result = actions.upscale(picture)
+        pair = (str(stretched), str(result.pictures[0]))
+        return [
+            gr.update(visible=False),
+            gr.update(value=pair, visible=True),
+            words.enlarged.format(**result.infos[0]),
+            gr.update(value=str(result.download), visible=True),
+        ]
+
+    on_model(start.click, upscale, [picture], [empty, both, note, download])
+
+
+def _styles(page: Page) -> gr.Dropdown:
+    choices = [(page.words.any_style, ""), *((name, name) for name in page.actions.pipeline.config.styles)]
+    return gr.Dropdown(choices, value="", label=page.words.style, min_width=140)
+
+
+def _start_and_stop(page: Page, name: str) -> tuple[gr.Button, gr.Button]:
+    """Two buttons in one place: the second is there while something is drawn."""
+    return gr.Button(name, variant="primary"), gr.Button(page.words.stop, variant="stop", visible=False)
+
+
+def _name(metadata: dict[str, Any], language: str) -> str:
+    """What is known of a picture in the page's language, else in any."""
+    captions = [str(value) for name, value in sorted(metadata.items()) if name.startswith("caption_")]
+    known = metadata.get(f"caption_{language}") or metadata.get("text") or (captions[0] if captions else "")
+    return str(known or metadata.get("family") or "")
+
+
+def _captions_html(told: dict[str, str]) -> str:
+    rows = "".join(
+        f'<tr><th>{html.escape(LANGUAGE_NAMES.get(code, code))}</th><td lang="{code}">{html.escape(text)}</td></tr>'
+        for code, text in told.items()
+    )
+    return f"<table>{rows}</table>"
