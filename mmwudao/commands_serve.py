@@ -56,7 +56,8 @@ def serve(
         _serve_by_ray(
             ray, host, port,
             model=model, towers=towers, collection=collection, adapter=str(adapter) if adapter else None,
-            tower_replicas=tower_replicas, generator_replicas=generator_replicas, cpus=cpus, gpus=gpus, dtype=dtype, engine=engine,
+            tower_replicas=tower_replicas, generator_replicas=generator_replicas, cpus=cpus, gpus=gpus, dtype=dtype,
+            engine=engine,
             keys_file=keys_file, allow_urls=allow_urls, log_prompts=log_prompts, max_requests=max_requests,
             deadline=deadline, drawing_deadline=drawing_deadline,
         )  # fmt: skip
