@@ -99,7 +99,7 @@ class Batcher(Generic[Item, Result]):
         self._arrived.set()
         futures = [entry.future for entry in entries]
         try:
-            return list(await asyncio.gather(*futures))
+            return [await future for future in futures]
         finally:
             for future in futures:
                 if not future.cancel() and not future.cancelled():
