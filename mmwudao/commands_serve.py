@@ -37,16 +37,21 @@ def serve(
     max_requests: Annotated[int, typer.Option(min=1, help="Requests that are accepted at a time; beyond: 429.")] = 1024,
     deadline: Annotated[float, typer.Option(help="Seconds for an answer, after acceptance.")] = 60.0,
     drawing_deadline: Annotated[float, typer.Option(help="The same for pictures, captions and reranking.")] = 600.0,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Any other limit, such as waiting_texts=4096; may be repeated."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Serve vectors, search, pictures and captions over HTTP; /docs describes it, SIGTERM ends it in good order."""
     choose_threads()
-    from mmwudao.service.config import ServiceConfig
+    from mmwudao.service.config import with_limits
     from mmwudao.service.keys import check_binding, read_keys
     from mmwudao.service.server import configure_logging, make_server, run
 
-    config = ServiceConfig(
+    config = with_limits(
+        limit or (),
         keys=read_keys(keys_file),
         allow_urls=allow_urls,
         log_prompts=log_prompts,

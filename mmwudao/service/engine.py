@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy
@@ -72,24 +73,29 @@ class Engine:
 
     def __init__(self, served: Served, config: ServiceConfig, metrics: Metrics) -> None:
         self.served, self.config = served, config
-        watch = metrics.watch_batch
+        watch, threads = metrics.watch_batch, torch.get_num_threads()
+        # several passes at a time, not all threads at one: those wait for each other at every layer, and spin,
+        # while requests and decoding need the cores
+        on_cpu = served.towers is not None and served.towers.device.type == "cpu"
+        workers = min(config.tower_workers, threads) if on_cpu else 1
+        share, whole = partial(torch.set_num_threads, threads // workers), partial(torch.set_num_threads, threads)
         self.texts: Batcher[str, Embedded] = Batcher(
             "texts", self._embed_texts, max_batch=config.batch_texts, limit=config.waiting_texts,
-            window=config.window, watch=watch,
+            window=config.window, workers=workers, begin=share, watch=watch,
         )  # fmt: skip
         self.images: Batcher[Tensor, Embedded] = Batcher(
             "images", self._embed_images, max_batch=config.batch_images, limit=config.waiting_images,
-            window=config.window, watch=watch,
+            window=config.window, workers=workers, begin=share, watch=watch,
         )  # fmt: skip
         pipeline = served.pipeline
         # a guided picture takes two rows of a block
         block = full_block(pipeline.generator.config, pipeline.grid) // 2 if pipeline else 1
         self.drawings: Batcher[Commission, Any] = Batcher(
             "drawings", self._draw, max_batch=block, limit=config.waiting_drawings, window=config.drawing_window,
-            key=lambda commission: commission.drawing.options, watch=watch,
+            key=lambda commission: commission.drawing.options, begin=whole, watch=watch,
         )  # fmt: skip
         self.tasks: Batcher[Callable[[], Any], Any] = Batcher(
-            "tasks", _call, max_batch=1, limit=config.waiting_tasks, watch=watch
+            "tasks", _call, max_batch=1, limit=config.waiting_tasks, begin=whole, watch=watch
         )
         self.searches: Batcher[Callable[[], Any], Any] = Batcher(
             "searches", _call, max_batch=1, limit=config.waiting_searches, workers=2, watch=watch

@@ -8,8 +8,10 @@ import binascii
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
+import torch
 from PIL import Image
 
 from data.images import CorruptImage, ImageTooLarge, open_image
@@ -29,7 +31,10 @@ class Incoming:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        self._executor = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+        # a picture is too small for several threads of PyTorch's
+        self._executor = ThreadPoolExecutor(
+            os.cpu_count() or 1, thread_name_prefix="decode", initializer=partial(torch.set_num_threads, 1)
+        )
 
     def close(self) -> None:
         self._executor.shutdown()
