@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +98,8 @@ class Engine:
         self.tasks: Batcher[Callable[[], Any], Any] = Batcher(
             "tasks", _call, max_batch=1, limit=config.waiting_tasks, begin=whole, watch=watch
         )
+        # pictures for tasks stay as large as they were sent: one request's are ready while another's are looked at
+        self.decoded_tasks = asyncio.Semaphore(2)
         self.searches: Batcher[Callable[[], Any], Any] = Batcher(
             "searches", _call, max_batch=1, limit=config.waiting_searches, workers=2, watch=watch
         )

@@ -275,7 +275,7 @@ async def _about(
         if gone.is_set():
             raise NobodyWaits
 
-    async with engine.tasks.reserve(1):
+    async with engine.tasks.reserve(1), engine.decoded_tasks:
         images = await incoming.pictures(sources, lambda image: image, param)
         try:
             told: list[T] = (await engine.tasks.submit([lambda: judge(images, on_step)]))[0]
