@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from mmwudao.service import schemas
 from mmwudao.service.engine import Engine
-from mmwudao.service.errors import ClientGone, Late
+from mmwudao.service.errors import ClientGone, Late, ServiceError
 from mmwudao.service.incoming import Incoming
 
 T = TypeVar("T")
@@ -67,9 +68,10 @@ async def answer_in_time(request: Request, work: Awaitable[T], seconds: float) -
 
 
 async def _gone(request: Request, task: asyncio.Task[Any]) -> None:
-    """Cancel `task` when the client leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    """Cancel `task` when the client leaves, or does not send what it announced though nothing asks for it."""
+    with contextlib.suppress(ServiceError):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
     task.cancel()
 
 

@@ -75,6 +75,7 @@ class Engine:
     def __init__(self, served: Served, config: ServiceConfig, metrics: Metrics) -> None:
         self.served, self.config = served, config
         watch, threads = metrics.watch_batch, torch.get_num_threads()
+        self._threads = threads
         # several passes at a time, not all threads at one: those wait for each other at every layer, and spin,
         # while requests and decoding need the cores
         on_cpu = served.towers is not None and served.towers.device.type == "cpu"
@@ -121,6 +122,7 @@ class Engine:
         """Finish what was accepted."""
         for batcher in self._batchers:
             await batcher.stop()
+        torch.set_num_threads(self._threads)  # what a thread sets for itself is also what later threads begin with
 
     @property
     def towers(self) -> Towers:
