@@ -23,7 +23,7 @@ def section(title: str) -> str:
 
 
 def test_the_table_of_limits_is_that_of_the_service() -> None:
-    shown = {}
+    shown: dict[str, float] = {}
     for names, values in re.findall(r"^\| (`.*?`) \| ([\d., ]+) \|", section("Limits"), re.MULTILINE):
         shown |= dict(zip(re.findall(r"`(\w+)`", names), map(float, values.split(",")), strict=True))
     assert shown == {one.name: one.default for one in fields(ServiceConfig) if one.name not in OTHER_OPTIONS}
