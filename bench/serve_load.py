@@ -1,13 +1,18 @@
 """Vectors a second of `mmwudao serve` against the bare forward pass, and what becomes of it at several times the load.
 
-    python bench/serve_load.py [--towers FOLDER] [--kind image] [--clients 32] [--seconds 20] [--factor 10]
+    python bench/serve_load.py [--towers FOLDER] [--kind image] [--inputs 1] [--clients 32] [--seconds 20] [--factor 10]
+        [--limit NAME=NUMBER ...]
 
 Without --towers, our default architecture with random weights. Three measurements:
-* bare: the towers alone on batches of what the service would batch, already decoded and in memory;
+* bare: the towers alone on full batches of what the service would batch, already decoded and in memory. Its speed is
+  that of all threads, its CPU time that of one, which never waits for another;
 * load: `--clients` connections, each sending its next request when it has the answer to the last;
 * overload: `--factor` times as many for `--overload-seconds`; a refused client (429) comes back after 0.1 s.
 
-The clients run on the same cores as the server, and their share is given as CPU time a request; so is the server's.
+The clients run on the same cores as the server, so `ratio` (vectors a second, of those of bare) also pays for them:
+`client_share` is their part of all CPU time. `cpu_ratio` leaves them out: the CPU time that bare takes for a request's
+inputs, of what the server takes. With pictures, `cpu_ratio_decoding` counts their decoding with bare. Where all cores
+are busy these two say what is lost, and a busy machine beside does not change them much.
 Memory is the server's resident set, sampled each second: `rss_growth_mib` is the mean of the last quarter less that of
 the second. `failed` counts every answer but 200 and 429, and broken connections. Latencies are of answers with 200.
 """
@@ -86,6 +91,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--factor", type=int, default=10)
     parser.add_argument("--overload-seconds", type=float, default=20.0)
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=NUMBER", help="of `mmwudao serve`")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.towers or save_towers(random_towers(arguments.shards), Path(temporary) / "towers")
@@ -102,31 +108,49 @@ def main() -> None:
                         "encoding_format": "base64"}).encode()
             for k in range(len(inputs))
         ]  # fmt: skip
-        with serving(folder) as (process, port):
+        with serving(folder, arguments.limit) as (process, port):
             asyncio.run(load(process, port, requests, 8, min(3.0, arguments.seconds)))  # warm
             usual = asyncio.run(load(process, port, requests, arguments.clients, arguments.seconds))
             over = asyncio.run(
                 load(process, port, requests, arguments.factor * arguments.clients, arguments.overload_seconds)
             )
     rows = {"load": usual.record(arguments.inputs), "overload": over.record(arguments.inputs)}
+    for name, outcome in (("load", usual), ("overload", over)):
+        rows[name] |= shares(outcome, rows[name], arguments.inputs, bare, bare_cpu, decode_cpu)
     print(f"bare forward pass: {bare:.1f} vectors/s, {1000 * bare_cpu:.2f} CPU-ms a vector")
+    if decode_cpu:
+        print(f"decoding a picture: {1000 * decode_cpu:.2f} CPU-ms")
     for name in rows["load"]:
-        print(f"{name:16} {rows['load'][name]!s:>10} {rows['overload'][name]!s:>10}")
+        print(f"{name:20} {rows['load'][name]!s:>10} {rows['overload'][name]!s:>10}")
     record = {
         "kind": arguments.kind,
         "bare_per_s": round(bare, 1),
         "bare_cpu_ms": round(1000 * bare_cpu, 2),
-        "decode_cpu_ms": round(1000 * decode_cpu, 2),  # where all cores are busy, the ratio has to leave room for it
-        "ratio": round(rows["load"]["vectors_per_s"] / bare, 3),
+        "decode_cpu_ms": round(1000 * decode_cpu, 2),
         "p99_over_median": round(rows["load"]["p99_ms"] / rows["load"]["median_ms"], 2) if usual.latencies else None,
         **rows,
         "clients": arguments.clients,
         "factor": arguments.factor,
         "inputs": arguments.inputs,
+        "limits": arguments.limit,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
     print(json.dumps(record))
+
+
+def shares(
+    outcome: Outcome, record: dict[str, Any], inputs: int, bare: float, bare_cpu: float, decode_cpu: float
+) -> dict[str, float | None]:
+    """What the service gives of the bare forward pass, by the clock and by CPU time. Refused requests cost, too."""
+    answered = max(1, len(outcome.latencies)) * inputs  # vectors
+    server, clients = outcome.server_cpu, outcome.client_cpu
+    return {
+        "ratio": round(record["vectors_per_s"] / bare, 3),
+        "cpu_ratio": round(answered * bare_cpu / server, 3),
+        "cpu_ratio_decoding": round(answered * (bare_cpu + decode_cpu) / server, 3) if decode_cpu else None,
+        "client_share": round(clients / (clients + server), 3),
+    }
 
 
 def no_skips(reason: str, name: str, error: Exception) -> None:
@@ -140,17 +164,18 @@ def random_towers(shards: Path) -> Towers:
 
 
 def bare_pass(towers: Towers, kind: str, inputs: list[str], seconds: float) -> tuple[float, float, float]:
-    """Vectors a second, CPU seconds a vector, and CPU seconds to decode a picture: without a service, full batches."""
+    """Vectors a second in all threads, CPU seconds a vector in one, and CPU seconds to decode a picture."""
     config, decoding = ServiceConfig(), 0.0
     if kind == "image":
         from data.images import open_image
 
         size = config.batch_images
         some = (inputs * (1 + size // len(inputs)))[:size]
-        began = time.process_time()
-        pictures = [open_image(base64.b64decode(one.partition(",")[2])) for one in some]
-        pixels = torch.stack([towers.preprocess(picture) for picture in pictures])
-        decoding = (time.process_time() - began) / size
+        for _ in range(3):  # the first time is slow
+            began = time.process_time()
+            pictures = [open_image(base64.b64decode(one.partition(",")[2])) for one in some]
+            pixels = torch.stack([towers.preprocess(picture) for picture in pictures])
+            decoding = (time.process_time() - began) / size
 
         def one_pass() -> None:
             towers.encode_image(pixels, size)
@@ -161,22 +186,32 @@ def bare_pass(towers: Towers, kind: str, inputs: list[str], seconds: float) -> t
         def one_pass() -> None:
             towers.encode_text(texts, size)
 
-    one_pass()
-    passes, started, busy = 0, time.perf_counter(), time.process_time()
-    while not passes or time.perf_counter() - started < seconds:
+    def repeat(seconds: float) -> tuple[float, float]:
+        """Seconds a vector, and CPU seconds."""
         one_pass()
-        passes += 1
-    vectors = passes * size
-    return vectors / (time.perf_counter() - started), (time.process_time() - busy) / vectors, decoding
+        passes, started, busy = 0, time.perf_counter(), time.process_time()
+        while not passes or time.perf_counter() - started < seconds:
+            one_pass()
+            passes += 1
+        vectors = passes * size
+        return (time.perf_counter() - started) / vectors, (time.process_time() - busy) / vectors
+
+    wall, _ = repeat(seconds / 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _, cpu = repeat(seconds / 2)
+    torch.set_num_threads(threads)
+    return 1 / wall, cpu, decoding
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[psutil.Process, int]]:
+def serving(folder: Path, limits: list[str]) -> Iterator[tuple[psutil.Process, int]]:
     """The command in a process of its own, on a free port, ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mmwudao", "serve", "--model", str(folder), "--port", str(port), "--device", "cpu"]
+    command += [word for limit in limits for word in ("--limit", limit)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         late = time.monotonic() + 120

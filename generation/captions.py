@@ -21,6 +21,8 @@ from generation.model import KVCache, Transformer
 
 SLACK = 4.0  # nats
 
+OnStep = Callable[[], None]
+
 
 @dataclass(frozen=True)
 class Description:
@@ -44,11 +46,13 @@ def describe(
     beams: int = 4,
     max_pieces: int | None = None,
     ends: bool = True,
+    on_step: OnStep | None = None,
 ) -> list[Description]:
     """The `beams` texts with the best scores for `codes` [h, w] that beam search finds, best first; none is empty.
 
     `start` are raw text pieces that every text begins with and that are not returned. With `ends`, a text is over at
-    [SEP]; without, it has `max_pieces` pieces (default: what the model reads). One beam is greedy search.
+    [SEP]; without, it has `max_pieces` pieces (default: what the model reads). One beam is greedy search. `on_step` is
+    called before every piece: an exception it raises stops the search.
     Raises `ValueError` for codes that do not fit, less than one beam, or a start that leaves no room.
     """
     room = min(max_pieces or model.config.max_text, model.config.max_text) - len(start)
@@ -61,6 +65,8 @@ def describe(
     texts = torch.empty(1, 0, dtype=torch.int64, device=device)  # [W, pieces so far]
     scores = torch.zeros(1, device=device)
     for step in range(room + 1):
+        if on_step is not None:
+            on_step()
         logits = model.logits(hidden[:, -1]).float() + allowed
         totals = scores[:, None] + logits.log_softmax(-1)  # [W, V]
         if ends:
@@ -94,6 +100,7 @@ def describe_for_judge(
     beams: int = 32,
     judged: int = 256,
     nucleus: float = 0.98,
+    on_step: OnStep | None = None,
 ) -> list[tuple[Description, float]]:
     """Texts for `codes` [h, w] that are likely to the model and good to a judge, with the sums of both, best first.
 
@@ -101,7 +108,7 @@ def describe_for_judge(
     arXiv:2205.02655, section 3.2): of the `judged` likeliest ways to go on, the `beams` best are followed. The
     `judge` gives the texts that begin with `start`, told without it as raw pieces, log odds (nats) [n]. Pieces outside
     the model's `nucleus` (top-p) are not considered, so that the judge cannot lead the text into another language.
-    Texts end at [SEP], and the model must have learned to describe so. Raises `ValueError` as `describe` does.
+    Texts end at [SEP], and the model must have learned to describe so. `on_step` and `ValueError` as of `describe`.
     """
     room = model.config.max_text - len(start)
     if beams < 1 or judged < beams or room < 1:
@@ -113,6 +120,8 @@ def describe_for_judge(
     likely, odds = torch.zeros(1, device=device), torch.zeros(1, device=device)
     found: list[tuple[Description, float]] = []
     for step in range(room + 1):
+        if on_step is not None:
+            on_step()
         steps = (model.logits(hidden[:, -1]).float() + allowed).log_softmax(-1)
         ended = likely + steps[:, end]
         if step:

@@ -38,6 +38,10 @@ def serve(
     max_requests: Annotated[int, typer.Option(min=1, help="Requests that are accepted at a time; beyond: 429.")] = 1024,
     deadline: Annotated[float, typer.Option(help="Seconds for an answer, after acceptance.")] = 60.0,
     drawing_deadline: Annotated[float, typer.Option(help="The same for pictures, captions and reranking.")] = 600.0,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Any other limit, such as waiting_texts=4096; may be repeated."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     engine: Engine = "auto",
@@ -59,17 +63,18 @@ def serve(
             tower_replicas=tower_replicas, generator_replicas=generator_replicas, cpus=cpus, gpus=gpus, dtype=dtype,
             engine=engine,
             keys_file=keys_file, allow_urls=allow_urls, log_prompts=log_prompts, max_requests=max_requests,
-            deadline=deadline, drawing_deadline=drawing_deadline,
+            deadline=deadline, drawing_deadline=drawing_deadline, limit=limit or [],
         )  # fmt: skip
         return
     if tower_replicas != 1 or generator_replicas != 1 or cpus != 1 or gpus:
         raise ValueError("replicas are for --ray: without it, one process has one of each")
     choose_threads()
-    from mmwudao.service.config import ServiceConfig
+    from mmwudao.service.config import with_limits
     from mmwudao.service.keys import check_binding, read_keys
     from mmwudao.service.server import configure_logging, make_server, run
 
-    config = ServiceConfig(
+    config = with_limits(
+        limit or (),
         keys=read_keys(keys_file),
         allow_urls=allow_urls,
         log_prompts=log_prompts,

@@ -189,10 +189,14 @@ class Pipeline(LoadedModel):
         return images
 
     def caption(
-        self, images: Sequence[Image.Image], language: str | None = None, by: tasks.Writer = "auto"
+        self,
+        images: Sequence[Image.Image],
+        language: str | None = None,
+        by: tasks.Writer = "auto",
+        on_step: Callable[[], None] | None = None,
     ) -> list[str]:
         """See `tasks.caption`."""
-        return tasks.caption(self, images, language, by)
+        return tasks.caption(self, images, language, by, on_step)
 
     def rerank(self, prompt: str, images: Sequence[Image.Image], by: tasks.Judge = "caption") -> list[float]:
         """How well each picture shows the prompt: see `tasks.score_pictures`. `ValueError` also for a bad prompt."""

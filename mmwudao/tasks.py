@@ -17,7 +17,7 @@ from torch import Tensor
 from data.images import open_image, to_rgb, to_square, to_tensor
 from data.sample import DataError
 from data.styles import guess_language, tagged
-from generation.captions import caption_log_probabilities, describe, describe_for_judge
+from generation.captions import OnStep, caption_log_probabilities, describe, describe_for_judge
 from generation.cogview_sampling import caption_scores
 from generation.layout import caption_prompt_row
 from mmwudao.loaded import LoadedModel
@@ -55,12 +55,17 @@ def encode_pictures(model: LoadedModel, images: Sequence[Image.Image]) -> Tensor
 
 
 def caption(
-    model: LoadedModel, images: Sequence[Image.Image], language: str | None = None, by: Writer = "auto"
+    model: LoadedModel,
+    images: Sequence[Image.Image],
+    language: str | None = None,
+    by: Writer = "auto",
+    on_step: OnStep | None = None,
 ) -> list[str]:
     """The best description of each picture that beam search finds, in `language` (default: the model's first).
 
     `by` "generator": the generator writes alone. "both": the model's towers judge what it writes, piece by piece
     (`generation.captions.describe_for_judge`). "auto": both, where the model has towers and knows where a text ends.
+    `on_step` is called before every piece: an exception it raises stops the search.
 
     Raises `ModelError` for a model that cannot, `ValueError` for a language it does not know, or no picture.
     """
@@ -76,7 +81,7 @@ def caption(
     captions = []
     if able and by != "generator":
         for image, codes in zip(images, encode_pictures(model, images), strict=True):
-            best, _ = describe_for_judge(model.generator, codes, _judge(model, image), start)[0]
+            best, _ = describe_for_judge(model.generator, codes, _judge(model, image), start, on_step=on_step)[0]
             captions.append(model.text.decode(best.pieces).strip())
         return captions
     for codes in encode_pictures(model, images):
@@ -87,6 +92,7 @@ def caption(
             beams=BEAMS,
             max_pieces=None if kind == "tagged" else COGVIEW_PIECES,
             ends=kind == "tagged",
+            on_step=on_step,
         )
         captions.append(model.text.decode(found[0].pieces).strip())
     return captions

@@ -77,7 +77,7 @@ def test_every_import_is_required(setup: configparser.ConfigParser) -> None:
     names = {
         "pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py",
         "open-clip-torch": "open_clip", "prometheus-client": "prometheus_client", "lance-ray": "lance_ray",
-        "grpcio": "grpc",
+        "grpcio": "grpc", "fastapi-offline": "fastapi_offline",
     }  # fmt: skip
     extras = setup["options.extras_require"]
     wanted = words(setup["options"]["install_requires"]) + words(extras["milvus"]) + words(extras["ray"])

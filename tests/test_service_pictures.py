@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generation.captions import describe
 from generation.decoding import SamplingOptions, generate_codes
 from mmwudao.model_dir import Part
 from mmwudao.service.config import ServiceConfig
@@ -266,6 +267,34 @@ def test_captions_are_the_pipelines(address, pipe):
         answer = httpx2.post(f"{address}/v1/captions", json=body)
         assert answer.status_code == 400
         assert message in answer.json()["error"]["message"]
+
+
+def test_who_hangs_up_gets_no_caption(address, monkeypatch):
+    begun, steps = threading.Event(), []
+
+    def slow(*arguments, on_step, **options):
+        def count():
+            steps.append(time.monotonic())
+            begun.set()
+            time.sleep(0.1)
+            on_step()
+
+        return describe(*arguments, on_step=count, **options)
+
+    monkeypatch.setattr("mmwudao.tasks.describe", slow)
+    images = [data_uri(png("red"))] * 16
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{address}/v1/captions", json={"images": images}, timeout=0.5)
+    assert begun.is_set()
+    late = time.monotonic() + 5
+    while metric(address, 'mmwudao_waiting{queue="tasks"}') and time.monotonic() < late:
+        time.sleep(0.01)
+    left = len(steps)
+    time.sleep(0.5)
+    assert len(steps) <= left + 2
+    monkeypatch.undo()
+    answer = httpx2.post(f"{address}/v1/captions", json={"images": images[:1]}, timeout=60)
+    assert answer.status_code == 200
 
 
 def test_rerank_by_towers_and_by_captions(address, pipe):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import httpx2
 import pytest
 
 from mmwudao.cli import run
-from mmwudao.service.config import ServiceConfig
+from mmwudao.service.config import ServiceConfig, with_limits
 from mmwudao.service.engine import Served
 from mmwudao.service.errors import BadInput, ServiceError, TooLarge
 from mmwudao.service.fetching import PublicBackend, fetch, is_public
@@ -160,6 +161,46 @@ def test_limits_must_make_sense():
         ServiceConfig(max_body=0)
     with pytest.raises(ValueError, match="waiting_texts must be at least 256"):
         ServiceConfig(waiting_texts=10)
+
+
+def test_any_limit_is_given_by_its_name():
+    config = with_limits(["waiting_texts=4096", "window=0", "body_deadline=1.5"], max_requests=7)
+    assert (config.waiting_texts, config.window, config.body_deadline, config.max_requests) == (4096, 0.0, 1.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("waiting_text=1", "unknown key waiting_text"),
+        ("waiting_texts", "key=value"),
+        ("waiting_texts=many", "a valid integer"),
+        ("waiting_texts=2.5", "a valid integer"),
+        ("waiting_texts=0", "above 0"),
+        ("body_deadline=.inf", "above 0"),
+        ("window=-1", "above 0"),
+        ("max_inputs=5000", "waiting_texts must be at least 5000"),
+        ("max_requests=5", "an option of its own"),
+    ],
+)
+def test_a_limit_that_is_none_is_one_line(limit, message, capsys):
+    assert run(["serve", "--limit", limit]) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
+
+
+def test_the_page_of_the_routes_needs_nothing_from_elsewhere():
+    with running(Served("tiny", ColourTowers().eval()), ServiceConfig(keys=KEYS)) as address:
+        page = httpx2.get(f"{address}/docs")
+        assert page.status_code == 200
+        parts = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert any(part.endswith(".js") for part in parts)
+        for part in parts:
+            assert part.startswith("/")
+            assert httpx2.get(f"{address}{part}").status_code == 200
+        assert "://" not in page.text
+        assert httpx2.get(f"{address}/static-offline-docs/../v1/models").status_code == 401
+        assert httpx2.get(f"{address}/static-offline-docs/%2e%2e/__init__.py").status_code == 404
 
 
 def test_a_collection_of_other_towers_is_refused():

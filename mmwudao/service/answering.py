@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from mmwudao.service import schemas
 from mmwudao.service.engine import Engine
-from mmwudao.service.errors import ClientGone, Late
+from mmwudao.service.errors import ClientGone, Late, ServiceError
 from mmwudao.service.incoming import Incoming
 
 T = TypeVar("T")
@@ -28,13 +29,14 @@ ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 prompts_log = logging.getLogger("mmwudao.service.prompts")
 
 
-def engine_of(request: Request) -> Engine:
+# dependencies are coroutines, though nothing waits in them: FastAPI calls a plain function in a thread
+async def engine_of(request: Request) -> Engine:
     """A dependency of routes."""
     engine: Engine = request.app.state.engine
     return engine
 
 
-def incoming_of(request: Request) -> Incoming:
+async def incoming_of(request: Request) -> Incoming:
     """A dependency of routes."""
     incoming: Incoming = request.app.state.incoming
     return incoming
@@ -45,25 +47,32 @@ async def answer_in_time(request: Request, work: Awaitable[T], seconds: float) -
 
     The request's body must have been read.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_gone(request))
+    # `work` runs in the request's own task, which costs less than one for it
+    task = asyncio.current_task()
+    assert task is not None
+    gone = asyncio.create_task(_gone(request, task))
     try:
-        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if gone.done():
-            raise ClientGone("the client has left")
-        raise Late(f"not done within {seconds:g} s")
+        async with asyncio.timeout(seconds) as clock:
+            return await work
+    except TimeoutError as error:
+        if clock.expired():
+            raise Late(f"not done within {seconds:g} s") from error
+        raise
+    except asyncio.CancelledError as error:
+        if gone.done() and not gone.cancelled():
+            task.uncancel()
+            raise ClientGone("the client has left") from error
+        raise
     finally:
-        for one in (task, gone):
-            one.cancel()
-        # `work`'s own error is raised above; one that cancelling brings is nobody's
-        await asyncio.gather(task, gone, return_exceptions=True)
+        gone.cancel()
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _gone(request: Request, task: asyncio.Task[Any]) -> None:
+    """Cancel `task` when the client leaves, or does not send what it announced though nothing asks for it."""
+    with contextlib.suppress(ServiceError):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+    task.cancel()
 
 
 def json_response(answer: BaseModel | dict[str, Any]) -> Response:

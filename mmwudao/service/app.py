@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from mmwudao import __version__
@@ -52,7 +53,8 @@ def create_app(
         await engine.stop()
         await asyncio.to_thread(app.state.incoming.close)
 
-    app = FastAPI(
+    # the page at /docs brings its script and style along
+    app = FastAPIOffline(
         title="mmwudao",
         version=__version__,
         description="Vectors of texts and pictures, search, pictures of sentences, and captions.",

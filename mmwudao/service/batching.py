@@ -34,7 +34,8 @@ class Batcher(Generic[Item, Result]):
     """Runs `run`, which gives one result an item, on items of many callers.
 
     `limit` items are admitted at a time, in `reserve`; `window` is how many seconds a batch that is not full waits for
-    more. `watch(name, size, seconds)` is told of every batch. Use it inside the event loop that called `start`.
+    more. `begin` is called first in each of the `workers` threads; `watch(name, size, seconds)` is told of every batch.
+    Use it inside the event loop that called `start`.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class Batcher(Generic[Item, Result]):
         limit: int,
         window: float = 0.0,
         workers: int = 1,
+        begin: Callable[[], None] = lambda: None,
         key: Callable[[Item], Hashable] = lambda item: None,
         watch: Callable[[str, int, float], None] = lambda name, size, seconds: None,
     ) -> None:
         self.name, self.limit = name, limit
-        self._run, self._key, self._watch = run, key, watch
+        self._run, self._begin, self._key, self._watch = run, begin, key, watch
         self._max_batch, self._window, self._workers = max_batch, window, workers
         self._reserved = 0
         self._seconds_an_item = 0.0
@@ -64,7 +66,7 @@ class Batcher(Generic[Item, Result]):
 
     def start(self) -> None:
         self._arrived = asyncio.Event()
-        self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix=self.name)
+        self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix=self.name, initializer=self._begin)
         self._tasks = [asyncio.create_task(self._work()) for _ in range(self._workers)]
 
     async def stop(self) -> None:
@@ -99,7 +101,7 @@ class Batcher(Generic[Item, Result]):
         self._arrived.set()
         futures = [entry.future for entry in entries]
         try:
-            return list(await asyncio.gather(*futures))
+            return [await future for future in futures]
         finally:
             for future in futures:
                 if not future.cancel() and not future.cancelled():

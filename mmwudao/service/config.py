@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.config import load_config
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class ServiceConfig:
     batch_images: int = 32
     window: float = 0.002  # how long a batch that is not full waits for more
     drawing_window: float = 0.05
+    tower_workers: int = 2  # passes of a tower at a time, which share the CPU's threads; on a GPU one
 
     deadline: float = 60.0  # for an answer, after acceptance
     drawing_deadline: float = 600.0
@@ -46,7 +52,7 @@ class ServiceConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) in (int, float) and value <= 0 and "window" not in name:
+            if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and "window" in name)):
                 raise ValueError(f"{name} must be above 0, not {value}")
         for most, waiting in (
             (self.max_inputs, "waiting_texts"),
@@ -55,3 +61,11 @@ class ServiceConfig:
         ):
             if most > getattr(self, waiting):
                 raise ValueError(f"{waiting} must be at least {most}: one request may ask for so many")
+
+
+def with_limits(limits: Sequence[str], **options: Any) -> ServiceConfig:
+    """A configuration of `options` and of NAME=NUMBER for other fields. Raises `ValueError`."""
+    for name in (limit.partition("=")[0].strip() for limit in limits):
+        if name in options:
+            raise ValueError(f"--limit {name}: that has an option of its own")
+    return replace(load_config(ServiceConfig, overrides=limits), **options)

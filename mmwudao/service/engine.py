@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy
@@ -73,17 +75,26 @@ class Engine:
 
     def __init__(self, served: Served, config: ServiceConfig, metrics: Metrics) -> None:
         self.served, self.config = served, config
-        watch = metrics.watch_batch
+        watch, threads = metrics.watch_batch, torch.get_num_threads()
+        self._threads = threads
+        # several passes at a time, not all threads at one: those wait for each other at every layer, and spin,
+        # while requests and decoding need the cores
+        on_cpu = served.towers is not None and served.towers.device.type == "cpu"
+        workers = min(config.tower_workers, threads) if on_cpu else 1
+        share = partial(torch.set_num_threads, threads // workers)
+        self._whole = partial(torch.set_num_threads, threads)
         self.texts: Batcher[str, Embedded] = Batcher(
             "texts", self._embed_texts, max_batch=config.batch_texts, limit=config.waiting_texts,
-            window=config.window, watch=watch,
+            window=config.window, workers=workers, begin=share, watch=watch,
         )  # fmt: skip
         self.images: Batcher[Tensor, Embedded] = Batcher(
             "images", self._embed_images, max_batch=config.batch_images, limit=config.waiting_images,
-            window=config.window, watch=watch,
+            window=config.window, workers=workers, begin=share, watch=watch,
         )  # fmt: skip
         self.drawings: Batcher[Commission, Any] = self._drawing_queue(watch)
         self.tasks: Batcher[Callable[[], Any], Any] = self._task_queue(watch)
+        # pictures for tasks stay as large as they were sent: one request's are ready while another's are looked at
+        self.decoded_tasks = asyncio.Semaphore(2)
         self.searches: Batcher[Callable[[], Any], Any] = Batcher(
             "searches", call_jobs, max_batch=1, limit=config.waiting_searches, workers=2, watch=watch
         )
@@ -103,11 +114,12 @@ class Engine:
         block = full_block(pipeline.generator.config, pipeline.grid) // 2 if pipeline else 1
         return Batcher(
             "drawings", self._draw, max_batch=block, limit=config.waiting_drawings, window=config.drawing_window,
-            key=lambda commission: commission.drawing.options, watch=watch,
+            key=lambda commission: commission.drawing.options, begin=self._whole, watch=watch,
         )  # fmt: skip
 
     def _task_queue(self, watch: Watch) -> Batcher[Callable[[], Any], Any]:
-        return Batcher("tasks", call_jobs, max_batch=1, limit=self.config.waiting_tasks, watch=watch)
+        limit = self.config.waiting_tasks
+        return Batcher("tasks", call_jobs, max_batch=1, limit=limit, begin=self._whole, watch=watch)
 
     def start(self) -> None:
         for batcher in self._batchers:
@@ -117,6 +129,7 @@ class Engine:
         """Finish what was accepted."""
         for batcher in self._batchers:
             await batcher.stop()
+        torch.set_num_threads(self._threads)  # what a thread sets for itself is also what later threads begin with
 
     @property
     def towers(self) -> Towers:

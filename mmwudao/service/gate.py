@@ -26,6 +26,7 @@ from mmwudao.service.metrics import Metrics
 
 # what may be asked without a key: nothing in it is anybody's
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_FOLDER = "/static-offline-docs/"  # the script and style of /docs
 
 log = logging.getLogger("mmwudao.service.access")
 
@@ -64,7 +65,7 @@ class Gate:
             self._write_down(visit)
 
     def _admit(self, visit: _Visit) -> None:
-        if visit.scope["path"] in OPEN_PATHS:
+        if visit.scope["path"] in OPEN_PATHS or visit.scope["path"].startswith(OPEN_FOLDER):
             return
         if self._keys:
             if not self._keys.accepts(visit.header(b"authorization")):

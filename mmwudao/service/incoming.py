@@ -8,8 +8,10 @@ import binascii
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
+import torch
 from PIL import Image
 
 from data.images import CorruptImage, ImageTooLarge, open_image
@@ -29,7 +31,10 @@ class Incoming:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        self._executor = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+        # a picture is too small for several threads of PyTorch's
+        self._executor = ThreadPoolExecutor(
+            os.cpu_count() or 1, thread_name_prefix="decode", initializer=partial(torch.set_num_threads, 1)
+        )
 
     def close(self) -> None:
         self._executor.shutdown()
@@ -53,20 +58,26 @@ class Incoming:
         """`prepare` of each picture: encoded bytes, a data URI, or a URL. Raises `BadInput`, `TooLarge`."""
         loop = asyncio.get_running_loop()
 
-        async def one(source: str | bytes) -> T:
-            if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
-                if not self._config.allow_urls:
-                    raise BadInput("this server fetches no URLs: send the picture as a data URI", param=param)
-                source = await fetch(source, self._config.max_fetch, self._config.fetch_deadline)
-            return await loop.run_in_executor(self._executor, lambda: prepare(self._decode(source, param)))
+        def ready(source: str | bytes) -> T:
+            return prepare(self._decode(source, param))
 
-        tasks = [asyncio.create_task(one(source)) for source in sources]
+        async def fetched(url: str) -> T:
+            encoded = await fetch(url, self._config.max_fetch, self._config.fetch_deadline)
+            return await loop.run_in_executor(self._executor, ready, encoded)
+
+        urls = [isinstance(source, str) and _looks_like_url(source) for source in sources]
+        if any(urls) and not self._config.allow_urls:
+            raise BadInput("this server fetches no URLs: send the picture as a data URI", param=param)
+        futures = [
+            asyncio.ensure_future(fetched(str(source)) if url else loop.run_in_executor(self._executor, ready, source))
+            for source, url in zip(sources, urls, strict=True)
+        ]
         try:
-            return [await task for task in tasks]
+            return [await future for future in futures]
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for future in futures:
+                future.cancel()
+            await asyncio.gather(*futures, return_exceptions=True)
 
     def _decode(self, source: str | bytes, param: str) -> Image.Image:
         encoded = data_uri(source, param) if isinstance(source, str) else source
@@ -98,6 +109,10 @@ def data_uri(text: str, param: str) -> bytes:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadInput("a picture's data URI does not hold base64", param=param) from error
+
+
+def _looks_like_url(text: str) -> bool:
+    return text[:8].lower().startswith(("http://", "https://"))
 
 
 def _looks_like_picture(text: str) -> bool:

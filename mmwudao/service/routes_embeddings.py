@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
@@ -42,15 +42,13 @@ def add_parts(openapi: dict[str, Any]) -> None:
 
 
 @router.post("/v1/embeddings", response_model=schemas.EmbeddingList, openapi_extra=_request_body())
-async def embeddings(
-    request: Request,
-    engine: Annotated[Engine, Depends(engine_of)],
-    incoming: Annotated[Incoming, Depends(incoming_of)],
-) -> Response:
+async def embeddings(request: Request) -> Response:
     """Vectors of unit length of texts and pictures: one space, so a text and what shows it are near each other.
 
     Pictures are sent as data URIs in JSON, or uploaded as `file` (once or more) in multipart/form-data.
     """
+    # not dependencies: of this route clients ask most, and FastAPI's way to them takes a tenth of its time
+    engine, incoming = await engine_of(request), await incoming_of(request)
     sources: Sequence[Source]
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
         body, sources = await _uploaded(request, engine)
@@ -74,8 +72,6 @@ async def embed(
 ) -> list[Embedded]:
     """The vector of each text, picture, or uploaded picture (bytes). Raises `ServiceError`s."""
     towers = engine.towers
-    texts = [k for k, source in enumerate(sources) if isinstance(source, schemas.TextPart)]
-    images = [k for k, source in enumerate(sources) if not isinstance(source, schemas.TextPart)]
     words = [incoming.text(source.text, param) for source in sources if isinstance(source, schemas.TextPart)]
     pictures = [
         source.image if isinstance(source, schemas.ImagePart) else source
@@ -86,10 +82,14 @@ async def embed(
         log_prompt(engine, param, text)
     # both or none: what would wait in vain takes no room
     async with engine.texts.reserve(len(words)), engine.images.reserve(len(pictures)):
+        if not pictures:
+            return await engine.texts.submit(words)
         pixels = await incoming.pictures(pictures, towers.preprocess, param)
-        of_texts, of_images = await asyncio.gather(engine.texts.submit(words), engine.images.submit(pixels))
-    found = dict(zip([*texts, *images], [*of_texts, *of_images], strict=True))
-    return [found[k] for k in range(len(sources))]
+        if not words:
+            return await engine.images.submit(pixels)
+        both = await asyncio.gather(engine.texts.submit(words), engine.images.submit(pixels))
+    of_texts, of_images = map(iter, both)
+    return [next(of_texts if isinstance(source, schemas.TextPart) else of_images) for source in sources]
 
 
 async def _json_body(request: Request) -> schemas.EmbeddingRequest:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, Any, TypeVar
@@ -20,7 +21,7 @@ from mmwudao.pictures import encode_png
 from mmwudao.pipeline import Drawing, check_prompt
 from mmwudao.service import schemas
 from mmwudao.service.answering import ERRORS, answer_in_time, engine_of, incoming_of, json_response, log_prompt
-from mmwudao.service.drawing import Commission, rows_of_previews
+from mmwudao.service.drawing import Commission, NobodyWaits, rows_of_previews
 from mmwudao.service.engine import Engine
 from mmwudao.service.errors import BadInput, Late, error_record
 from mmwudao.service.incoming import Incoming, Part
@@ -201,8 +202,8 @@ async def captions(
     if language not in languages:
         raise BadInput(f"this model describes in: {', '.join(languages)}", param="language")
 
-    def describe(images: list[Image.Image]) -> list[str]:
-        return pipeline.caption(images, language)
+    def describe(images: list[Image.Image], on_step: Callable[[], None]) -> list[str]:
+        return pipeline.caption(images, language, on_step=on_step)
 
     told = await answer_in_time(
         request, _about(engine, incoming, sources, describe, "images"), engine.config.drawing_deadline
@@ -240,7 +241,8 @@ async def rerank(
         except ValueError as error:
             raise BadInput(str(error), param="by") from error
 
-        def judge(images: list[Image.Image]) -> list[float]:
+        def judge(images: list[Image.Image], on_step: Callable[[], None]) -> list[float]:
+            on_step()
             return pipeline.rerank(body.query, images, by)
 
         work = _about(engine, incoming, sources, judge, "documents")
@@ -257,10 +259,26 @@ def _sources(parts: Sequence[str | schemas.ImagePart], engine: Engine, incoming:
 
 
 async def _about(
-    engine: Engine, incoming: Incoming, sources: list[str], judge: Callable[[list[Image.Image]], list[T]], param: str
+    engine: Engine,
+    incoming: Incoming,
+    sources: list[str],
+    judge: Callable[[list[Image.Image], Callable[[], None]], list[T]],
+    param: str,
 ) -> list[T]:
-    """What `judge` says of the pictures, in the queue for tasks. Raises `ServiceError`s."""
-    async with engine.tasks.reserve(1):
+    """What `judge` says of the pictures, in the queue for tasks. Raises `ServiceError`s.
+
+    `judge` gets a function to call at every step, which ends it when nobody waits any more.
+    """
+    gone = threading.Event()
+
+    def on_step() -> None:
+        if gone.is_set():
+            raise NobodyWaits
+
+    async with engine.tasks.reserve(1), engine.decoded_tasks:
         images = await incoming.pictures(sources, lambda image: image, param)
-        told: list[T] = (await engine.tasks.submit([lambda: judge(images)]))[0]
+        try:
+            told: list[T] = (await engine.tasks.submit([lambda: judge(images, on_step)]))[0]
+        finally:
+            gone.set()
         return told

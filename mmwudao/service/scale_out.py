@@ -34,7 +34,7 @@ from generation.engine import Kind
 from mmwudao.model_dir import find_model, read_model_config
 from mmwudao.pipeline import load
 from mmwudao.service.app import create_app
-from mmwudao.service.config import ServiceConfig
+from mmwudao.service.config import ServiceConfig, with_limits
 from mmwudao.service.engine import Served
 from mmwudao.service.keys import KEYS_VARIABLE, check_binding, is_loopback, read_keys
 from mmwudao.service.remote import FrontEngine, GeneratorWorker, RemotePipeline
@@ -73,6 +73,7 @@ class ScaleOut(BaseModel):
     max_requests: int = Field(1024, ge=1)
     deadline: float = 60.0
     drawing_deadline: float = 600.0
+    limit: list[str] = []  # NAME=NUMBER for other fields of `ServiceConfig`
 
 
 class TowersReplica:
@@ -140,7 +141,8 @@ def application(settings: ScaleOut) -> Application:
         raise ValueError(f"{settings.model} holds towers alone: it takes no --towers")
     if _towers_source(settings) is None and (settings.collection or not draws):
         raise ValueError(f"{settings.model} has no towers: give --towers")
-    config = ServiceConfig(
+    config = with_limits(
+        settings.limit,
         keys=keys,
         allow_urls=settings.allow_urls,
         log_prompts=settings.log_prompts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -45,11 +46,16 @@ def run(server: uvicorn.Server) -> None:
     """Serve until SIGTERM or SIGINT, and finish what was accepted."""
     # uvicorn repeats the signal when all is done, and the default would end the process before anything is closed
     signal.signal(signal.SIGTERM, lambda *_: None)
+    # what is loaded stays: without this the garbage collector walks a million objects of PyTorch again and again
+    gc.collect()
+    gc.freeze()
     server.run()
 
 
 def configure_logging(log_prompts: bool) -> None:
     """Lines on stderr. Without `log_prompts`, nothing that clients wrote."""
+    # what the format below does not show is not looked up (Python's "Logging HOWTO", Optimization)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # what Pillow finds odd in clients' files is no news, and Python would remember each such line for ever
     warnings.filterwarnings("ignore", module="PIL")

@@ -1,0 +1,45 @@
+"""docs/operators.md: its tables are the service's own limits and metrics, and its example of a snapshot runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mmwudao.service.config import ServiceConfig
+from mmwudao.service.metrics import Metrics
+from retrieval.index import open_collection
+
+PAGE = (Path(__file__).parents[1] / "docs" / "operators.md").read_text(encoding="utf-8")
+OTHER_OPTIONS = {"keys", "allow_urls", "log_prompts"}  # which bound nothing
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## )", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def test_the_table_of_limits_is_that_of_the_service() -> None:
+    shown: dict[str, float] = {}
+    for names, values in re.findall(r"^\| (`.*?`) \| ([\d., ]+) \|", section("Limits"), re.MULTILINE):
+        shown |= dict(zip(re.findall(r"`(\w+)`", names), map(float, values.split(",")), strict=True))
+    assert shown == {one.name: one.default for one in fields(ServiceConfig) if one.name not in OTHER_OPTIONS}
+
+
+def test_the_table_of_metrics_is_that_of_the_service() -> None:
+    families = Metrics().registry.collect()
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    assert set(re.findall(r"^\| `(\w+)` \|", section("Metrics"), re.MULTILINE)) == names
+
+
+def test_the_example_of_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"^```python\n(.*?)^```", section("The collection"), re.MULTILINE | re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    open_collection("pictures", create=True, dim=8).close()
+    exec(code[1], {})
+    with open_collection("pictures") as collection:
+        assert collection.snapshots() == ["before-the-import"]
