@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import httpx2
 import numpy
@@ -85,14 +87,14 @@ def test_drawings_are_those_of_the_pipeline(tiny_model_dir):
 
     async def draw():
         worker = GeneratorWorker("tiny", pipeline, ServiceConfig())
-        remote = RemotePipeline(Handle(worker), await worker.describe())
+        remote: Any = RemotePipeline(cast(Any, Handle(worker)), await worker.describe())
         assert remote.grid == pipeline.grid
         drawings = remote.plan("红心", 3, seed=5)
         assert drawings == pipeline.plan("红心", 3, seed=5)
         shown = []
         queue = RemoteDrawings(remote.handle, 4)
         commissions = [
-            Commission(one, lambda image, k=k: shown.append((k, image.size)), frozenset({1, 3}))
+            Commission(one, partial(lambda k, image: shown.append((k, image.size)), k), frozenset({1, 3}))
             for k, one in enumerate(drawings)
         ]
         async with queue.reserve(3):
@@ -124,7 +126,7 @@ def test_who_leaves_stops_the_drawing(tiny_model_dir):
             raise
         return []
 
-    pipeline.draw = draw
+    pipeline.draw = draw  # type: ignore[method-assign, assignment]
 
     async def leave():
         worker = GeneratorWorker("tiny", pipeline, ServiceConfig())
@@ -149,7 +151,7 @@ def test_a_lost_generator_is_a_503():
         def remote(self, *_):
             return self
 
-        def result(self):
+        def result(self, timeout_s=None):
             raise ray.exceptions.RayActorError
 
         async def __aiter__(self):
@@ -160,11 +162,40 @@ def test_a_lost_generator_is_a_503():
             pass
 
     with pytest.raises(Lost, match="try again"):
-        asyncio.run(RemoteDrawings(Gone(), 1).submit([]))
+        asyncio.run(RemoteDrawings(cast(Any, Gone()), 1).submit([]))
     pipeline = object.__new__(RemotePipeline)
-    pipeline.handle = Gone()
+    pipeline.handle = cast(Any, Gone())
     with pytest.raises(Lost, match="try again"):
         pipeline.caption([])
+    with pytest.raises(Lost, match="try again"):
+        pipeline.caption([], on_step=lambda: None)
+
+
+def test_who_leaves_cancels_a_caption():
+    class Slow:
+        caption = property(lambda self: self)
+        cancelled = False
+
+        def remote(self, *_):
+            return self
+
+        def result(self, timeout_s):
+            raise TimeoutError
+
+        def cancel(self):
+            self.cancelled = True
+
+    def leave():
+        looks.append(1)
+        if len(looks) == 3:
+            raise asyncio.CancelledError
+
+    looks: list[int] = []
+    slow, pipeline = Slow(), object.__new__(RemotePipeline)
+    pipeline.handle = cast(Any, slow)
+    with pytest.raises(asyncio.CancelledError):
+        pipeline.caption([], on_step=leave)
+    assert slow.cancelled
 
 
 # what is refused before anything is started
@@ -187,7 +218,7 @@ def test_bad_settings(tiny_model_dir, tmp_path, monkeypatch):
             application(settings.model_copy(update=changes))
     for fields in ({"tower_replicas": 0}, {"generator_replicas": -1}, {"replicas": 2}):
         with pytest.raises(ValueError, match=next(iter(fields))):
-            ScaleOut(**fields)
+            ScaleOut.model_validate(fields)
 
 
 def test_bad_commands_are_one_line(tiny_model_dir, monkeypatch, capsys):
@@ -246,8 +277,8 @@ def address(options):
         command += [word for name, value in options.items() for word in (f"--{name}", value)]
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "MMWUDAO_KEYS": KEY}
         server = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        said = []
-        reader = threading.Thread(target=lambda: said.extend(server.stderr))
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.extend(cast(Any, server.stderr)))
         reader.start()
         try:
             wait_for(lambda: not reader.is_alive() or any(line.startswith("serving") for line in said), "no start", 400)
@@ -306,6 +337,7 @@ def test_answers_are_those_of_one_server(address, options):
             assert nearly(found.json(), expected.json()), path
         drawn, expected = (ask(url, "/v1/images/generations", ASKED).json()["data"] for url in (address, alone))
         assert [one["b64_json"] for one in drawn] == [one["b64_json"] for one in expected]
+    assert served.collection is not None
     served.collection.close()
     refused = ask(address, "/v1/models", key="another-key-of-16-characters")
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")

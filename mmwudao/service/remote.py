@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from mmwudao.service.metrics import Metrics
 from mmwudao.tasks import Judge, Writer
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
+LOOK_AGAIN = 0.5  # s, between two looks at whether anybody still waits for a caption
 Wanted = tuple[Drawing, frozenset[int]]  # the rows of codes after which a preview is sent
 
 
@@ -111,9 +112,17 @@ class RemotePipeline(Pipeline):
         self.handle = handle
         self.source, self.config, self.grid = described.source, described.config, described.grid
 
-    def caption(self, images: Sequence[Image.Image], language: str | None = None, by: Writer = "auto") -> list[str]:
+    def caption(
+        self,
+        images: Sequence[Image.Image],
+        language: str | None = None,
+        by: Writer = "auto",
+        on_step: Callable[[], None] | None = None,
+    ) -> list[str]:
+        """`on_step` is called while the generator works: what it raises cancels the call if it has not begun."""
+        response = self.handle.caption.remote(list(images), language, by)
         with _losses_told():
-            told: list[str] = self.handle.caption.remote(list(images), language, by).result()
+            told: list[str] = response.result() if on_step is None else _watched(response, on_step)
             return told
 
     def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge = "caption") -> list[float]:
@@ -173,6 +182,16 @@ class FrontEngine(Engine):
         return Batcher(
             "tasks", call_jobs, max_batch=1, limit=self.config.waiting_tasks, workers=self._generators, watch=watch
         )
+
+
+def _watched(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any], on_step: Callable[[], None]) -> Any:
+    try:
+        while True:
+            on_step()
+            with suppress(TimeoutError):
+                return response.result(timeout_s=LOOK_AGAIN)  # type: ignore[union-attr]  # nothing is streamed
+    finally:
+        response.cancel()
 
 
 @contextmanager

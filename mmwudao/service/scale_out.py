@@ -60,17 +60,17 @@ class ScaleOut(BaseModel):
     towers: str | None = None
     collection: str | None = None
     adapter: str | None = None
-    tower_replicas: int = Field(1, ge=1)
-    generator_replicas: int = Field(1, ge=0)  # 0: vectors and search alone
-    cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
+    tower_replicas: int = Field(default=1, ge=1)
+    generator_replicas: int = Field(default=1, ge=0)  # 0: vectors and search alone
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     dtype: str = "auto"
     engine: Kind = "auto"
     keys_file: Path | None = None
     keyless: bool = False  # without keys; Serve must listen on 127.0.0.1, as it does unless told otherwise
     allow_urls: bool = False
     log_prompts: bool = False
-    max_requests: int = Field(1024, ge=1)
+    max_requests: int = Field(default=1024, ge=1)
     deadline: float = 60.0
     drawing_deadline: float = 600.0
     limit: list[str] = []  # NAME=NUMBER for other fields of `ServiceConfig`
