@@ -189,7 +189,7 @@ def _watched(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any
         while True:
             on_step()
             with suppress(TimeoutError):
-                return response.result(timeout_s=LOOK_AGAIN)  # type: ignore[union-attr]  # nothing is streamed
+                return response.result(timeout_s=LOOK_AGAIN)
     finally:
         response.cancel()
 
