@@ -9,7 +9,8 @@ model's longest text, top-k 100 and no guidance, and draw all codes of a picture
 a first picture each, whose time is given too: it has the compiling, recording and trying in it. Contenders:
 
 * `auto`, `modules`, `graph`, `compile`: our engines; `int8` is `compile` on a GPU and `auto` elsewhere, with weights of
-  8 bits. Blocks have as many rows as there are pictures (`auto` on a CPU: as the command does it).
+  8 bits. On a CPU blocks have as many rows as the command gives them, so that a picture has the same bits in every
+  batch, which one row would not give; `free` is `auto` with as many rows as pictures. On a GPU all have so many.
 * `llama`, `gpt2`: Hugging Face's models and `generate()`, with its dynamic cache; `-static` with the static one.
 * `original`: CogView's published sampler keeps hidden states and computes the keys and values of all of them again at
   every step. With `--original-steps` so many steps, evenly spread, are run and the time is scaled up.
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=["auto", "modules", "llama", "llama-static", "gpt2"])
+    parser.add_argument("--contenders", nargs="+", default=["auto", "free", "modules", "llama", "llama-static", "gpt2"])
     parser.add_argument("--codes", type=int, help="a side of the picture in codes; default: the model's")
     parser.add_argument("--original-steps", type=int, default=0)
     arguments = parser.parse_args()
@@ -143,14 +144,14 @@ def make(name: str, model: Transformer, arguments: argparse.Namespace) -> Draw:
         return lambda batch: draw_as_the_original(model, batch, arguments.original_steps)
     if name.startswith(("llama", "gpt2")):
         return hugging_face(name, model, arguments)
-    kind = name
+    kind = "auto" if name == "free" else name
     if name == "int8":
         model = quantise(copy.deepcopy(model))
         kind = "compile" if arguments.device == "cuda" else "auto"
     text = [i % model.config.num_text_pieces for i in range(model.config.max_text)]
 
     def draw(batch: int) -> Tensor:
-        images = batch if arguments.device == "cuda" else 0
+        images = batch if arguments.device == "cuda" or name == "free" else 0
         engine = Engine(kind, images)  # type: ignore[arg-type]
         return generate_codes(model, [text] * batch, list(range(batch)), OPTIONS, grid=model.config.grid, engine=engine)
 

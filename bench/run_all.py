@@ -27,9 +27,9 @@ BENCH = Path(__file__).parent
 CPU = {
     "draw": (60, "draw_speed.py --runs 2"),
     "decode": (90, "decode_speed.py --runs 2"),
-    "decode-float32": (60, "decode_speed.py --runs 2 --dtype float32 --contenders auto llama gpt2"),
+    "decode-float32": (60, "decode_speed.py --runs 2 --dtype float32 --contenders auto free llama gpt2"),
     "decode-original": (90, "decode_speed.py --shape 12x512 --dtype float32 --batches 1 --runs 1 "
-                            "--contenders auto original --original-steps 16"),
+                            "--contenders auto free original --original-steps 16"),
     "window": (60, "window_speed.py --windows 1 16 --batches 1 --runs 2"),
     "growth": (90, "growth_speed.py"),
     "tokenize": (60, "tokenize_speed.py"),

@@ -304,8 +304,9 @@ def _generate_block(
     tokens, hidden, positions = _left_padded(config, rows, grid)
     tokens, positions = tokens.to(device), positions.to(device)
     noise = torch.empty(len(seeds), steps, config.num_image_codes, device=device)
-    for row, seed in zip(noise, seeds, strict=True):
-        row.copy_(draw_noise(seed, steps, config.num_image_codes))
+    for row, seed in enumerate(seeds):
+        first = seeds.index(seed)  # unused rows repeat an image
+        noise[row] = draw_noise(seed, steps, config.num_image_codes) if first == row else noise[first]
 
     slots = tokens.shape[1]
     count = codes.shape[0]

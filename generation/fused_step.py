@@ -56,40 +56,40 @@ class FusedStep:
         assert cache.keys.dtype == torch.float32
         self._cache, self._heads, self._head_width = cache, config.heads, config.head_width
         self._embed = model.embed.weight
-        self._layers = [_Layer(block, config.head_width) for block in model.blocks if isinstance(block, Block)]
-        self._norm = _float(model.norm.weight)
+        # rotate(x) = x * [cos, cos] + [second half, first half] * [-sin, sin]
+        cos, sin = (table[positions].flatten(-2).float() for table in (model.angles_cos, model.angles_sin))
+        turns = (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))  # [R, S, d] each
+        self._layers = [
+            _Layer(block, config.head_width, turns, keys, values)
+            for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True)
+            if isinstance(block, Block)
+        ]
         head = model.embed.weight if config.tie_embeddings else model.head.weight
-        self._head = _columns(head[: config.num_image_codes])
+        self._head = _columns(head[: config.num_image_codes], model.norm.weight)
         # tensors: a Python number would be made one in every operation
         self._eps = torch.tensor(config.norm_eps)
         self._shares = {size: torch.tensor(1 / size) for size in (config.width, config.head_width)}
-        # rotate(x) = x * [cos, cos] + [second half, first half] * [-sin, sin]
-        cos, sin = (table[positions].flatten(-2).float() for table in (model.angles_cos, model.angles_sin))
-        self._cos = torch.cat([cos, cos], dim=-1)[:, :, None, None]  # [R, S, 1, 1, d]
-        self._sin = torch.cat([-sin, sin], dim=-1)[:, :, None, None]
 
     def __call__(self, codes: Tensor, place: int) -> Tensor:
         """Logits [R, N] of the code after `codes` [R], each number `place` of its picture; the cache grows by them."""
         cache, rows, heads, width = self._cache, len(codes), self._heads, self._head_width
         slot, end = cache.used, cache.used + 1
-        cos, sin = self._cos[:, place], self._sin[:, place]
         bias = cache.bias(1)[:, 0].expand(rows, heads, end).reshape(rows * heads, 1, end)
         x = self._embed[codes].float()
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            qkv = (self._normed(x) * layer.attention_norm) @ layer.qkv
-            qkv = qkv.view(rows, 3, heads, width)
+        for layer in self._layers:
+            qkv = (self._normed(x) @ layer.qkv).view(rows, 3, heads, width)
             qk = self._normed(qkv[:, :2])
-            qk = torch.addcmul(qk * (layer.qk_norm * cos), qk.roll(width // 2, -1), layer.qk_norm_turned * sin)
-            keys[:, :, slot] = qk[:, 1]
-            values[:, :, slot] = qkv[:, 2]
+            qk = torch.addcmul(qk * layer.cos[place], qk.roll(width // 2, -1), layer.sin[place])
+            layer.keys[:, :, slot] = qk[:, 1]
+            layer.values[:, :, slot] = qkv[:, 2]
             q = qk[:, 0].reshape(rows * heads, 1, width)
-            scores = torch.baddbmm(bias, q, keys.flatten(0, 1)[:, :end].transpose(1, 2))
-            attended = torch.bmm(scores.softmax(-1), values.flatten(0, 1)[:, :end])
+            scores = torch.baddbmm(bias, q, layer.flat_keys[:, :, :end])
+            attended = torch.bmm(scores.softmax(-1), layer.flat_values[:, :end])
             x = torch.addmm(x, attended.view(rows, heads * width), layer.attention_project)
-            gate, up = ((self._normed(x) * layer.mlp_norm) @ layer.expand).chunk(2, dim=-1)
+            gate, up = (self._normed(x) @ layer.expand).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate) * up, layer.mlp_project)
         cache.advance(1)
-        return (self._normed(x) * self._norm) @ self._head
+        return self._normed(x) @ self._head
 
     def _normed(self, x: Tensor) -> Tensor:
         """x over its root mean square along the last axis: `nn.RMSNorm` without its weight, in half the operations."""
@@ -98,22 +98,35 @@ class FusedStep:
 
 
 class _Layer:
-    """The weights of a block in float32."""
+    """The weights of a block in float32, and where its keys and values lie.
 
-    def __init__(self, block: Block, head_width: int) -> None:
+    The weights of a norm are multiplied into what follows it: the matrices' columns, and the rotation of every place.
+    """
+
+    def __init__(
+        self, block: Block, head_width: int, turns: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+    ) -> None:
         attention, mlp = block.attention, block.mlp
-        self.attention_norm, self.mlp_norm = _float(block.attention_norm.weight), _float(block.mlp_norm.weight)
-        self.qkv, self.attention_project = _columns(attention.qkv.weight), _columns(attention.project.weight)
-        self.expand, self.mlp_project = _columns(mlp.expand.weight), _columns(mlp.project.weight)
+        self.qkv = _columns(attention.qkv.weight, block.attention_norm.weight)
+        self.attention_project = _columns(attention.project.weight)
+        self.expand = _columns(mlp.expand.weight, block.mlp_norm.weight)
+        self.mlp_project = _columns(mlp.project.weight)
         # that of q with the softmax's 1 / sqrt(d)
         norms = [_float(attention.q_norm.weight) / math.sqrt(head_width), _float(attention.k_norm.weight)]
-        self.qk_norm = torch.stack(norms)[:, None]  # [2, 1, d]
-        self.qk_norm_turned = self.qk_norm.roll(head_width // 2, -1)
+        weights = torch.stack(norms)  # [2, d]
+        cos, sin = (turn.transpose(0, 1)[:, :, None, None] for turn in turns)  # [S, R, 1, 1, d]
+        self.cos = (cos * weights[:, None]).unbind()  # S times [R, 2, 1, d]
+        self.sin = (sin * weights.roll(head_width // 2, -1)[:, None]).unbind()
+        self.keys, self.values = keys, values  # [R, H, T, d]
+        self.flat_keys, self.flat_values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
 
 
-def _columns(weight: object) -> Tensor:
-    """A matrix [out, in] as [in, out]."""
-    return _float(weight).t().contiguous()
+def _columns(weight: object, norm: object = None) -> Tensor:
+    """A matrix [out, in] as [in, out], the weights [in] of the norm before it multiplied in."""
+    matrix = _float(weight).t()
+    if norm is not None:
+        matrix = matrix * _float(norm)[:, None]
+    return matrix.contiguous()
 
 
 def _float(weight: object) -> Tensor:

@@ -32,6 +32,7 @@ class Packing:
     longest: int = 0  # at least the longest row; for "varlen"
     mask: Any = None  # for "xformers"
     biases: tuple[Tensor, ...] | None = None  # for "rows"
+    uncompiled: Callable[..., Tensor] | None = None  # what torch.compile does not look into; for "rows" and "xformers"
 
 
 def make_packing(
@@ -44,14 +45,15 @@ def make_packing(
     """The packing of rows of `lengths` for attention in `dtype`; `plain`: neither dropout nor PB-relax."""
     lengths = tuple(lengths)
     if biases is not None or not plain or device.type != "cuda":
-        return Packing(lengths, "rows", biases=None if biases is None else tuple(biases))
+        return _by_rows(lengths, None if biases is None else tuple(biases))
     if _installed("xformers"):
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-        return Packing(lengths, "xformers", mask=BlockDiagonalCausalMask.from_seqlens(list(lengths)))
+        mask = BlockDiagonalCausalMask.from_seqlens(list(lengths))
+        return Packing(lengths, "xformers", mask=mask, uncompiled=_uncompiled(_xformers_attention))
     if _installed("torch.nn.attention.varlen") and dtype in (torch.float16, torch.bfloat16):
         return varlen_packing(lengths, device)
-    return Packing(lengths, "rows")
+    return _by_rows(lengths, None)
 
 
 def varlen_packing(lengths: tuple[int, ...], device: torch.device) -> Packing:
@@ -72,20 +74,29 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: 
         mixed = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))  # 0 ahead: causal
         assert isinstance(mixed, Tensor)
         return mixed.transpose(0, 1).unsqueeze(0)
+    assert packing.uncompiled is not None
     if packing.kernel == "xformers":
-        return _xformers_attention(q, k, v, packing.mask)
-    return _attention_by_row(q, k, v, packing, attend)
+        return packing.uncompiled(q, k, v, packing.mask)
+    return packing.uncompiled(q, k, v, packing, attend)
 
 
-# The lengths are other ones in every batch: compiled, this would be unrolled and compiled anew each time.
-@torch.compiler.disable
+def _by_rows(lengths: tuple[int, ...], biases: tuple[Tensor, ...] | None) -> Packing:
+    # the lengths are other ones in every batch: compiled, the loop would be unrolled and compiled anew each time
+    return Packing(lengths, "rows", biases=biases, uncompiled=_uncompiled(_attention_by_row))
+
+
+@cache
+def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # not as a decorator: that would import PyTorch's compiler, which takes seconds, for drawing too
+    return torch.compiler.disable(function)
+
+
 def _attention_by_row(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: Attend) -> Tensor:
     queries, keys, values = (x.split(packing.lengths, dim=2) for x in (q, k, v))
     biases = packing.biases or [None] * len(packing.lengths)
     return torch.cat([attend(*row) for row in zip(queries, keys, values, biases, strict=True)], dim=2)
 
 
-@torch.compiler.disable
 def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     from xformers.ops import memory_efficient_attention
 

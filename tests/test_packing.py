@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from generation.flops import measured_flops, peak_flops, real_tokens, training_flops
 from generation.layout import Batch, Row, caption_row, collate, pack, training_row
 from generation.model import Attention, Transformer, TransformerConfig
-from generation.packing import Packing, make_packing, packed_attention, varlen_packing
+from generation.packing import make_packing, packed_attention, varlen_packing
 
 SIZES = {"num_image_codes": 32, "num_text_pieces": 70, "width": 32, "depth": 2, "heads": 2, "max_text": 9}
 PRESETS = {
@@ -172,7 +172,8 @@ def test_xformers_is_given_its_layout_and_mask(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 11, 8)
     attend = Attention(PRESETS["modern"], layer=0).eval()._attend
     found = packed_attention(q, k, v, packing, attend)
-    torch.testing.assert_close(found, packed_attention(q, k, v, Packing(lengths, "rows"), attend))
+    by_rows = make_packing(lengths, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(found, packed_attention(q, k, v, by_rows, attend))
 
 
 def test_pytorch_is_given_its_layout_and_offsets(monkeypatch):
@@ -194,7 +195,8 @@ def test_pytorch_is_given_its_layout_and_offsets(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 11, 8)
     attend = Attention(PRESETS["modern"], layer=0).eval()._attend
     found = packed_attention(q, k, v, varlen_packing(lengths, torch.device("cpu")), attend)
-    torch.testing.assert_close(found, packed_attention(q, k, v, Packing(lengths, "rows"), attend))
+    by_rows = make_packing(lengths, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(found, packed_attention(q, k, v, by_rows, attend))
     assert varlen_packing((128, 129), torch.device("cpu")).longest == 256
 
 
