@@ -58,9 +58,10 @@ class FusedStep:
         self._embed = model.embed.weight
         # rotate(x) = x * [cos, cos] + [second half, first half] * [-sin, sin]
         cos, sin = (table[positions].flatten(-2).float() for table in (model.angles_cos, model.angles_sin))
-        turns = (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))  # [R, S, d] each
+        self._cos = torch.cat([cos, cos], dim=-1)[:, :, None, None]  # [R, S, 1, 1, d]
+        self._sin = torch.cat([-sin, sin], dim=-1)[:, :, None, None]
         self._layers = [
-            _Layer(block, config.head_width, turns, keys, values)
+            _Layer(block, config.head_width, keys, values)
             for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True)
             if isinstance(block, Block)
         ]
@@ -74,12 +75,13 @@ class FusedStep:
         """Logits [R, N] of the code after `codes` [R], each number `place` of its picture; the cache grows by them."""
         cache, rows, heads, width = self._cache, len(codes), self._heads, self._head_width
         slot, end = cache.used, cache.used + 1
+        cos, sin = self._cos[:, place], self._sin[:, place]
         bias = cache.bias(1)[:, 0].expand(rows, heads, end).reshape(rows * heads, 1, end)
         x = self._embed[codes].float()
         for layer in self._layers:
             qkv = (self._normed(x) @ layer.qkv).view(rows, 3, heads, width)
             qk = self._normed(qkv[:, :2])
-            qk = torch.addcmul(qk * layer.cos[place], qk.roll(width // 2, -1), layer.sin[place])
+            qk = torch.addcmul(qk * (layer.qk_norm * cos), qk.roll(width // 2, -1), layer.qk_norm_turned * sin)
             layer.keys[:, :, slot] = qk[:, 1]
             layer.values[:, :, slot] = qkv[:, 2]
             q = qk[:, 0].reshape(rows * heads, 1, width)
@@ -98,14 +100,9 @@ class FusedStep:
 
 
 class _Layer:
-    """The weights of a block in float32, and where its keys and values lie.
+    """The weights of a block in float32, those of its norms multiplied in; and where its keys and values lie."""
 
-    The weights of a norm are multiplied into what follows it: the matrices' columns, and the rotation of every place.
-    """
-
-    def __init__(
-        self, block: Block, head_width: int, turns: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
-    ) -> None:
+    def __init__(self, block: Block, head_width: int, keys: Tensor, values: Tensor) -> None:
         attention, mlp = block.attention, block.mlp
         self.qkv = _columns(attention.qkv.weight, block.attention_norm.weight)
         self.attention_project = _columns(attention.project.weight)
@@ -113,10 +110,8 @@ class _Layer:
         self.mlp_project = _columns(mlp.project.weight)
         # that of q with the softmax's 1 / sqrt(d)
         norms = [_float(attention.q_norm.weight) / math.sqrt(head_width), _float(attention.k_norm.weight)]
-        weights = torch.stack(norms)  # [2, d]
-        cos, sin = (turn.transpose(0, 1)[:, :, None, None] for turn in turns)  # [S, R, 1, 1, d]
-        self.cos = (cos * weights[:, None]).unbind()  # S times [R, 2, 1, d]
-        self.sin = (sin * weights.roll(head_width // 2, -1)[:, None]).unbind()
+        self.qk_norm = torch.stack(norms)[:, None]  # [2, 1, d]
+        self.qk_norm_turned = self.qk_norm.roll(head_width // 2, -1)
         self.keys, self.values = keys, values  # [R, H, T, d]
         self.flat_keys, self.flat_values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
 
