@@ -26,9 +26,9 @@ BENCH = Path(__file__).parent
 # name: seconds it may take, script and arguments
 CPU = {
     "draw": (60, "draw_speed.py --runs 2"),
-    "decode": (90, "decode_speed.py --runs 2"),
-    "decode-float32": (60, "decode_speed.py --runs 2 --dtype float32 --contenders auto free llama gpt2"),
-    "decode-original": (90, "decode_speed.py --shape 12x512 --dtype float32 --batches 1 --runs 1 "
+    "decode": (120, "decode_speed.py --runs 2"),
+    "decode-float32": (100, "decode_speed.py --runs 2 --dtype float32 --contenders auto free llama gpt2"),
+    "decode-original": (120, "decode_speed.py --shape 12x512 --dtype float32 --batches 1 --runs 1 "
                             "--contenders auto free original --original-steps 16"),
     "window": (60, "window_speed.py --windows 1 16 --batches 1 --runs 2"),
     "growth": (90, "growth_speed.py"),
@@ -38,6 +38,11 @@ CPU = {
     "train": (100, "train_speed.py"),
     "train-pictures": (60, "train_pictures_speed.py"),
     "collection": (90, "collection_speed.py --items 20000"),
+}  # fmt: skip
+LONG = {  # on a CPU, by name (--only) alone
+    "growth-full": (900, "growth_speed.py --full"),
+    "decode-original-bfloat16": (150, "decode_speed.py --shape 12x512 --batches 1 --runs 1 "
+                                      "--contenders auto free original --original-steps 16"),
 }  # fmt: skip
 GPU = {
     "decode-4b": (150, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
@@ -59,18 +64,18 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--only", nargs="+")
     arguments = parser.parse_args()
-    chosen = CPU if arguments.where == "cpu" else GPU
-    unknown = set(arguments.only or []) - set(chosen)
+    known = CPU | LONG if arguments.where == "cpu" else GPU
+    unknown = set(arguments.only or []) - set(known)
     if unknown:
-        parser.error(f"no measurement named {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
+        parser.error(f"no measurement named {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if arguments.where == "gpu" and not torch.cuda.is_available():
         print("no CUDA device on this machine: nothing was measured")
         return
     record: dict[str, Any] = {**machine(arguments.where), "results": {}, "failed": {}}
     if arguments.out and arguments.out.exists():  # measurements may be taken one by one
         record["results"] = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
-    for name in arguments.only or chosen:
-        limit, command = chosen[name]
+    for name in arguments.only or (CPU if arguments.where == "cpu" else GPU):
+        limit, command = known[name]
         print(f"== {name}: python bench/{command}", flush=True)
         started = time.perf_counter()
         outcome = measure(command, limit, arguments.where)

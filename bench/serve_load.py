@@ -7,7 +7,8 @@ Without --towers, our default architecture with random weights. Three measuremen
 * bare: the towers alone on full batches of what the service would batch, already decoded and in memory. Its speed is
   that of all threads, its CPU time that of one, which never waits for another;
 * load: `--clients` connections, each sending its next request when it has the answer to the last;
-* overload: `--factor` times as many for `--overload-seconds`; a refused client (429) comes back after 0.1 s.
+* overload: `--factor` times as many for `--overload-seconds`; a refused client (429) comes back when its Retry-After
+  says, as OpenAI's does, or after `--impatient` seconds.
 
 The clients run on the same cores as the server, so `ratio` (vectors a second, of those of bare) also pays for them:
 `client_share` is their part of all CPU time. `cpu_ratio` leaves them out: the CPU time that bare takes for a request's
@@ -45,8 +46,6 @@ from data.text import TextTokenizer
 from mmwudao.service.config import ServiceConfig
 from retrieval.model import EmojiTowers, TowersConfig
 from retrieval.towers import Towers, load_towers, save_towers
-
-COME_BACK = 0.1  # s, after a 429
 
 
 @dataclass
@@ -91,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--factor", type=int, default=10)
     parser.add_argument("--overload-seconds", type=float, default=20.0)
+    parser.add_argument("--impatient", type=float, help="seconds; default: what Retry-After says")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=NUMBER", help="of `mmwudao serve`")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,7 +112,8 @@ def main() -> None:
             asyncio.run(load(process, port, requests, 8, min(3.0, arguments.seconds)))  # warm
             usual = asyncio.run(load(process, port, requests, arguments.clients, arguments.seconds))
             over = asyncio.run(
-                load(process, port, requests, arguments.factor * arguments.clients, arguments.overload_seconds)
+                load(process, port, requests, arguments.factor * arguments.clients, arguments.overload_seconds,
+                     arguments.impatient)
             )
     rows = {"load": usual.record(arguments.inputs), "overload": over.record(arguments.inputs)}
     for name, outcome in (("load", usual), ("overload", over)):
@@ -229,12 +230,19 @@ def serving(folder: Path, limits: list[str]) -> Iterator[tuple[psutil.Process, i
         process.wait(60)
 
 
-async def load(process: psutil.Process, port: int, bodies: list[bytes], clients: int, seconds: float) -> Outcome:
+async def load(
+    process: psutil.Process,
+    port: int,
+    bodies: list[bytes],
+    clients: int,
+    seconds: float,
+    impatient: float | None = None,
+) -> Outcome:
     """What `clients` connections get in `seconds`."""
     outcome = Outcome()
     started, server, client = time.perf_counter(), sum(process.cpu_times()[:2]), time.process_time()
     end = started + seconds
-    visitors = [asyncio.create_task(visit(port, bodies, k, end, outcome)) for k in range(clients)]
+    visitors = [asyncio.create_task(visit(port, bodies, k, end, outcome, impatient)) for k in range(clients)]
     while (left := end - time.perf_counter()) > 0:
         outcome.rss.append(process.memory_info().rss)
         await asyncio.sleep(min(1.0, left))
@@ -245,7 +253,9 @@ async def load(process: psutil.Process, port: int, bodies: list[bytes], clients:
     return outcome
 
 
-async def visit(port: int, bodies: list[bytes], k: int, end: float, outcome: Outcome) -> None:
+async def visit(
+    port: int, bodies: list[bytes], k: int, end: float, outcome: Outcome, impatient: float | None
+) -> None:
     """One client: a connection that is kept, one request after the other. As little HTTP as will do."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < end:
@@ -270,7 +280,9 @@ async def visit(port: int, bodies: list[bytes], k: int, end: float, outcome: Out
         if status == "200":
             outcome.latencies.append(time.perf_counter() - started)
         else:
-            await asyncio.sleep(COME_BACK)
+            told = answer.partition(b"retry-after: ")[2].partition(b"\r\n")[0]
+            wait = float(told or 1) if impatient is None else impatient
+            await asyncio.sleep(max(0.0, min(wait, end - time.perf_counter())))
     writer.close()
 
 
