@@ -46,7 +46,7 @@ def contenders(axes: Axes, records: list[dict[str, Any]]) -> None:
         for row in record["rows"]
         if row["batch"] == batch
     ]
-    colours = ["tab:blue" if kind in ("auto", "modules", "int8") else "tab:grey" for _, _, kind in bars]
+    colours = ["tab:grey" if kind.startswith(("llama", "gpt2")) else "tab:blue" for _, _, kind in bars]
     axes.barh([label for label, _, _ in bars], [value for _, value, _ in bars], color=colours)
     axes.bar_label(axes.containers[0], fmt="%.1f", fontsize=7, padding=2)  # type: ignore[arg-type]
     axes.invert_yaxis()
