@@ -24,6 +24,7 @@ from generation.engine import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.jacobi import WindowCache, draw_by_windows
 from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
 from generation.model import KVCache, Transformer, TransformerConfig
+from generation.ragged import RaggedCache
 
 BLOCK_ROWS = 16  # a guided image takes two of them
 SMALL_BLOCKS = (2, 4, 8)
@@ -109,6 +110,11 @@ def prefill(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCach
 
     On a CPU every row goes by itself, equal ones once: that makes its bits its own, and costs nothing there.
     """
+    if isinstance(cache, RaggedCache):
+        cache.starts.zero_()
+        hidden = model(cache.align(tokens), cache.align(positions), cache)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return model.logits(hidden[rows, tokens.shape[1] - 1 - cache.padding], image_only=True).float()
     if tokens.device.type != "cpu":
         return model.logits(model(tokens, positions, cache)[:, -1], image_only=True).float()
     logits: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # of a row's tokens: the first such row, and what follows

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from generation.fused_step import FusedStep, can_fuse
-from generation.jacobi import WindowCache
 from generation.model import KVCache, Transformer
+from generation.ragged import RaggedCache
 
 Kind = Literal["auto", "modules", "fused", "graph", "compile"]
 REACH = 256  # slots by which the attention of a recorded step grows
@@ -75,8 +75,10 @@ def cache_dtype(model: Transformer) -> torch.dtype:
 
 def make_cache(kind: Kind, model: Transformer, hidden: Tensor) -> KVCache:
     """An empty cache for prefill and for the steps of `make_step`; `hidden` [R, T] as in `KVCache`."""
-    cache = WindowCache if kind in ("graph", "compile") else KVCache
-    return cache(model.config, hidden, dtype=cache_dtype(model), device=model.embed.weight.device)
+    dtype, device = cache_dtype(model), model.embed.weight.device
+    if kind in ("graph", "compile"):
+        return RaggedCache(model.config, hidden, dtype=dtype, device=device, kernels=kind == "graph")
+    return KVCache(model.config, hidden, dtype=dtype, device=device)
 
 
 def make_step(kind: Kind, model: Transformer, positions: Tensor, cache: KVCache) -> Step:
@@ -85,7 +87,7 @@ def make_step(kind: Kind, model: Transformer, positions: Tensor, cache: KVCache)
         return FusedStep(model, positions, cache)
     if kind == "modules":
         return ModuleStep(model, positions, cache)
-    assert isinstance(cache, WindowCache)
+    assert isinstance(cache, RaggedCache)
     prepare = compiled
     if positions.device.type == "cuda":
         prepare = record if kind == "graph" else record_compiled
@@ -106,31 +108,31 @@ class ModuleStep:
 class StaticStep:
     """A step whose tensors keep their shapes and addresses, so that it can be recorded once and replayed.
 
-    The place is a number on the device. Attention goes over the slots up to the next multiple of `REACH`, those behind
-    the token masked: each such reach is a step of its own, recorded when it is come to. `prepare` takes a function
-    without arguments and gives one that does the same faster (`record`, `compiled`).
+    The place is a number on the device. PyTorch's attention goes over the slots up to the next multiple of `REACH` that
+    the longest row needs, those behind a token masked: each such reach is a step of its own, recorded when it is come
+    to. `prepare` takes a function without arguments and gives one that does the same faster (`record`, `compiled`).
     """
 
     def __init__(
         self,
         model: Transformer,
         positions: Tensor,
-        cache: WindowCache,
+        cache: RaggedCache,
         prepare: Callable[[Callable[[], Tensor]], Callable[[], Tensor]],
     ) -> None:
         self._model, self._positions, self._cache, self._prepare = model, positions, cache, prepare
         self._first = cache.length - positions.shape[1] + 1  # the last code is never a token
         self._codes = torch.zeros_like(positions[:, :1, 0] if positions.ndim == 3 else positions[:, :1])  # [R, 1]
         self._here = torch.zeros_like(positions[:, :1])
-        cache.starts = torch.zeros_like(self._codes[:, 0])
         self._steps: dict[int, Callable[[], Tensor]] = {}
 
     def __call__(self, codes: Tensor, place: int) -> Tensor:
         slot = self._first + place
         self._codes[:, 0] = codes
         self._here.copy_(self._positions[:, place : place + 1])
-        self._cache.starts.fill_(slot)
-        self._cache.reach = min(self._cache.length, -(-(slot + 1) // REACH) * REACH)
+        self._cache.move_to(slot)
+        reach = slot - self._cache.least_padding + 1
+        self._cache.reach = min(self._cache.length, -(-reach // REACH) * REACH)
         if self._cache.reach not in self._steps:
             self._steps[self._cache.reach] = self._prepare(self._run)
         return self._steps[self._cache.reach]()

@@ -159,6 +159,10 @@ class KVCache:
         self.values[layer, :, :, self.used : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def attend(self, layer: int, q: Tensor) -> Tensor | None:
+        """Attention of `q` [B, H, T, d] to what was stored, by a kernel of the cache's own; None where it has none."""
+        return None
+
     def advance(self, new: int) -> None:
         """`new` tokens have gone through all layers."""
         self.used += new
@@ -258,7 +262,10 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.store(self.layer, k, v)
-        if pivots is not None:
+        mixed = None if cache is None else cache.attend(self.layer, q)
+        if mixed is not None:
+            x = mixed
+        elif pivots is not None:
             sizes = self.config.sparse_window, self.config.sparse_windows
             # recomputed in the backward pass: what is gathered for the blocks is many times as large as k and v
             x = checkpoint(sparse_attention, q, k, v, pivots, *sizes, self._attend, use_reentrant=False)

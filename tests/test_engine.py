@@ -9,8 +9,8 @@ from generation.decoding import SamplingOptions, _left_padded, generate_codes, p
 from generation.engine import Engine, Kind, StaticStep, make_cache, make_step
 from generation.fused_step import can_fuse
 from generation.int8 import is_quantised, quantise
-from generation.jacobi import WindowCache
 from generation.model import Transformer, TransformerConfig
+from generation.ragged import RaggedCache
 from tests.test_decoding import GRID, PROMPTS, SEEDS
 from tests.test_generator import PRESETS, make_model
 
@@ -32,7 +32,7 @@ def run(model: Transformer, kind: Kind, prepare=None) -> torch.Tensor:
     if prepare is None:
         step = make_step(kind, model, positions[:, slots:], cache)
     else:
-        assert isinstance(cache, WindowCache)
+        assert isinstance(cache, RaggedCache)
         step = StaticStep(model, positions[:, slots:], cache, prepare)
     for place in range(GRID[0] * GRID[1] - 1):
         results.append(step((torch.arange(3) * 5 + place) % model.config.num_image_codes, place).clone())
@@ -67,6 +67,24 @@ def test_a_static_step_gives_the_modules_logits(preset, monkeypatch):
     found = run(model, "graph", prepare)
     assert len(prepared) > 1
     torch.testing.assert_close(found, run(model, "modules"), atol=2e-5, rtol=1e-5)
+
+
+def test_prompts_of_different_lengths_are_not_padded(modern):
+    tokens, hidden, positions = _left_padded(modern.config, PROMPTS[:3], GRID)
+    cache = RaggedCache(modern.config, hidden, dtype=torch.float32, device="cpu")
+    padding = cache.padding.tolist()
+    assert padding == [modern.config.max_text - length for length in map(len, PROMPTS[:3])]
+    aligned = cache.align(tokens)
+    for row, left in enumerate(padding):
+        length = tokens.shape[1] - left
+        assert aligned[row, :length].tolist() == tokens[row, left:].tolist()
+        assert cache.align(positions[:, : tokens.shape[1]])[row, :length].equal(positions[row, left : tokens.shape[1]])
+    cache.move_to(tokens.shape[1] + 2)
+    assert (cache.starts + cache.padding == tokens.shape[1] + 2).all()
+    for stored in (cache.keys, cache.values):
+        assert stored.transpose(2, 3).is_contiguous()
+    # the longest row of these, not the longest that the model reads, says how far attention goes
+    assert cache.least_padding == min(padding)
 
 
 def test_a_static_step_is_one_graph_for_all_places(modern):
