@@ -111,7 +111,6 @@ def prefill(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCach
     On a CPU every row goes by itself, equal ones once: that makes its bits its own, and costs nothing there.
     """
     if isinstance(cache, RaggedCache):
-        cache.starts.zero_()
         hidden = model(cache.align(tokens), cache.align(positions), cache)
         rows = torch.arange(len(tokens), device=tokens.device)
         return model.logits(hidden[rows, tokens.shape[1] - 1 - cache.padding], image_only=True).float()

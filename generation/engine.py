@@ -21,7 +21,8 @@ from generation.model import KVCache, Transformer
 from generation.ragged import RaggedCache
 
 Kind = Literal["auto", "modules", "fused", "graph", "compile"]
-REACH = 256  # slots by which the attention of a recorded step grows
+REACH = 256  # slots by which the attention of a recorded step grows, or more:
+MOST_REACHES = 6  # torch.compile gives up a function that it has compiled eight times
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,14 @@ def make_cache(kind: Kind, model: Transformer, hidden: Tensor) -> KVCache:
     """An empty cache for prefill and for the steps of `make_step`; `hidden` [R, T] as in `KVCache`."""
     dtype, device = cache_dtype(model), model.embed.weight.device
     if kind in ("graph", "compile"):
-        return RaggedCache(model.config, hidden, dtype=dtype, device=device, kernels=kind == "graph")
+        key = (kind, *hidden.shape, dtype, device)
+        recorded = _recorded(model)
+        if recorded is None or recorded.key != key:
+            cache = RaggedCache(model.config, hidden, dtype=dtype, device=device, kernels=kind == "graph")
+            recorded = Recorded(key, cache)
+            model.__dict__["_recorded"] = recorded  # gone with the model
+        recorded.cache.begin(hidden)
+        return recorded.cache
     return KVCache(model.config, hidden, dtype=dtype, device=device)
 
 
@@ -87,11 +95,32 @@ def make_step(kind: Kind, model: Transformer, positions: Tensor, cache: KVCache)
         return FusedStep(model, positions, cache)
     if kind == "modules":
         return ModuleStep(model, positions, cache)
-    assert isinstance(cache, RaggedCache)
-    prepare = compiled
-    if positions.device.type == "cuda":
-        prepare = record if kind == "graph" else record_compiled
-    return StaticStep(model, positions, cache, prepare)
+    recorded = _recorded(model)
+    assert recorded is not None
+    assert recorded.cache is cache
+    if recorded.step is None:
+        prepare = compiled
+        if positions.device.type == "cuda":
+            prepare = record if kind == "graph" else record_compiled
+        recorded.step = StaticStep(model, positions, recorded.cache, prepare)
+    recorded.step.begin(positions)
+    return recorded.step
+
+
+@dataclass
+class Recorded:
+    """The last block's, kept from one call to the next: recording and compiling take longer than a picture."""
+
+    key: tuple[object, ...]
+    cache: RaggedCache
+    step: StaticStep | None = None
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the model records its own."""
+
+
+def _recorded(model: Transformer) -> Recorded | None:
+    return model.__dict__.get("_recorded")
 
 
 class ModuleStep:
@@ -120,11 +149,17 @@ class StaticStep:
         cache: RaggedCache,
         prepare: Callable[[Callable[[], Tensor]], Callable[[], Tensor]],
     ) -> None:
-        self._model, self._positions, self._cache, self._prepare = model, positions, cache, prepare
+        self._model, self._cache, self._prepare = model, cache, prepare
+        self._positions = positions.clone()
         self._first = cache.length - positions.shape[1] + 1  # the last code is never a token
+        self._stride = max(REACH, -(-cache.length // (MOST_REACHES * REACH)) * REACH)
         self._codes = torch.zeros_like(positions[:, :1, 0] if positions.ndim == 3 else positions[:, :1])  # [R, 1]
         self._here = torch.zeros_like(positions[:, :1])
         self._steps: dict[int, Callable[[], Tensor]] = {}
+
+    def begin(self, positions: Tensor) -> None:
+        """Other pictures of the same shape."""
+        self._positions.copy_(positions)
 
     def __call__(self, codes: Tensor, place: int) -> Tensor:
         slot = self._first + place
@@ -132,7 +167,7 @@ class StaticStep:
         self._here.copy_(self._positions[:, place : place + 1])
         self._cache.move_to(slot)
         reach = slot - self._cache.least_padding + 1
-        self._cache.reach = min(self._cache.length, -(-reach // REACH) * REACH)
+        self._cache.reach = min(self._cache.length, -(-reach // self._stride) * self._stride)
         if self._cache.reach not in self._steps:
             self._steps[self._cache.reach] = self._prepare(self._run)
         return self._steps[self._cache.reach]()

@@ -41,8 +41,8 @@ class RaggedCache(WindowCache):
         shape = (layers, rows, slots, heads, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
         self.values = torch.zeros_like(self.keys)
-        self.padding = hidden.sum(dim=1).to(device)  # [R], left of each prompt
-        self.least_padding = int(hidden.sum(dim=1).min())
+        self.padding = torch.zeros_like(self.starts)  # [R], left of each prompt
+        self.begin(hidden)
         self._mask: Any = None
         halves = dtype in (torch.float16, torch.bfloat16)
         on_gpu = self.keys.device.type == "cuda" and halves and not config.pb_relax
@@ -52,6 +52,14 @@ class RaggedCache(WindowCache):
             self._mask = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
                 q_seqlen=[1] * rows, kv_padding=slots, kv_seqlen=[slots] * rows
             ).to(self.keys.device)
+
+    def begin(self, hidden: Tensor) -> None:
+        """Take other prompts: what is stored is not looked at any more."""
+        padding = hidden.sum(dim=1)
+        self.padding.copy_(padding)
+        self.least_padding = int(padding.min())
+        self.starts.zero_()
+        self.reach = self.length
 
     def align(self, tokens: Tensor) -> Tensor:
         """[R, P] or [R, P, 2] padded on the left, as `_left_padded` gives it, to the same padded on the right."""

@@ -1,5 +1,8 @@
+import gc
 import sys
+import weakref
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ def run(model: Transformer, kind: Kind, prepare=None) -> torch.Tensor:
         step = make_step(kind, model, positions[:, slots:], cache)
     else:
         assert isinstance(cache, RaggedCache)
+        cache.begin(hidden)
         step = StaticStep(model, positions[:, slots:], cache, prepare)
     for place in range(GRID[0] * GRID[1] - 1):
         results.append(step((torch.arange(3) * 5 + place) % model.config.num_image_codes, place).clone())
@@ -94,6 +98,28 @@ def test_a_static_step_is_one_graph_for_all_places(modern):
     found = run(modern, "compile", prepare=lambda step: torch.compile(step, backend=counter, fullgraph=True))
     torch.testing.assert_close(found, run(modern, "modules"), atol=2e-5, rtol=1e-5)
     assert counter.frame_count == 1
+
+
+def test_a_recorded_step_is_kept_for_the_next_pictures(monkeypatch):
+    model = make_model(PRESETS["modern"])
+    prepared = []
+
+    def prepare(step):
+        prepared.append(step)
+        return step
+
+    monkeypatch.setattr("generation.engine.compiled", prepare)
+    for options, prompts in ((SamplingOptions(temperature=0), PROMPTS[:2]), (SAMPLED, PROMPTS[2:4]), (SAMPLED, [[]])):
+        arguments: tuple[Any, ...] = (model, prompts, SEEDS[: len(prompts)], options)
+        plain = generate_codes(*arguments, grid=GRID, engine=Engine("modules"))
+        engine = Engine("compile", images=2 if options.guidance == 1 else 1)  # two rows
+        assert torch.equal(generate_codes(*arguments, grid=GRID, engine=engine), plain)
+    assert len(prepared) == 1
+    assert deepcopy(model)._recorded is None
+    alive = weakref.ref(model)
+    del model, arguments, prepared[:]
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.slow
