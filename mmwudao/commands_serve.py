@@ -23,6 +23,9 @@ def serve(
     collection: Annotated[
         str | None, typer.Option(help="What is searched: a folder, a bucket or a server; made if it is not there.")
     ] = None,
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Writes to the collection also survive a loss of power (slower).")
+    ] = False,
     adapter: Adapter = None,
     host: Annotated[str, typer.Option(help="The address to listen on; others than this machine's need keys.")] = (
         "127.0.0.1"
@@ -64,6 +67,7 @@ def serve(
             engine=engine,
             keys_file=keys_file, allow_urls=allow_urls, log_prompts=log_prompts, max_requests=max_requests,
             deadline=deadline, drawing_deadline=drawing_deadline, limit=limit or [],
+            durable=durable,
         )  # fmt: skip
         return
     if tower_replicas != 1 or generator_replicas != 1 or cpus != 1 or gpus:
@@ -84,7 +88,7 @@ def serve(
     )
     check_binding(host, config.keys)  # before models are loaded
     configure_logging(log_prompts)
-    served = load_served(model, towers, collection, adapter, device, dtype, engine)
+    served = load_served(model, towers, collection, adapter, device, dtype, engine, durable)
     print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
     try:
         run(make_server(served, config, host, port))
@@ -113,6 +117,7 @@ def load_served(
     device: str,
     dtype: str,
     engine: Kind = "auto",
+    durable: bool = False,
 ) -> Served:
     """The parts of what the options name. Raises `ValueError`."""
     from mmwudao.pipeline import load
@@ -133,8 +138,10 @@ def load_served(
         elif "towers" in pipeline.config.parts:
             own = pipeline.towers
     if collection is None:
+        if durable:
+            raise ValueError("durable is about the collection: give --collection")
         return Served(name, own, pipeline)
     if own is None:
         raise ValueError(f"{model} has no towers to search a collection with: give --towers")
-    opened = open_collection(collection, create=True, dim=own.embed_dim, model=content_hash(own))
+    opened = open_collection(collection, create=True, dim=own.embed_dim, model=content_hash(own), durable=durable)
     return Served(name, own, pipeline, opened)

@@ -1,4 +1,4 @@
-"""docs/operators.md: its tables are the service's own limits and metrics, and its example of a snapshot runs."""
+"""docs/operators.md: its tables are the service's own limits and metrics, and its commands about snapshots run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmwudao.cli import run
 from mmwudao.service.config import ServiceConfig
 from mmwudao.service.metrics import Metrics
 from retrieval.index import open_collection
@@ -35,11 +36,13 @@ def test_the_table_of_metrics_is_that_of_the_service() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", section("Metrics"), re.MULTILINE)) == names
 
 
-def test_the_example_of_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"^```python\n(.*?)^```", section("The collection"), re.MULTILINE | re.DOTALL)
-    assert code
+def test_the_commands_of_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = re.findall(r"^mmwudao (index snapshots .*?)(?:  #.*)?$", section("The collection"), re.MULTILINE)
+    assert len(commands) == 3
     monkeypatch.chdir(tmp_path)
     open_collection("pictures", create=True, dim=8).close()
-    exec(code[1], {})
-    with open_collection("pictures") as collection:
-        assert collection.snapshots() == ["before-the-import"]
+    for command in commands:
+        assert run(command.split()) == 0
+        assert "before-the-import" in capsys.readouterr().out

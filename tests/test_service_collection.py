@@ -5,12 +5,14 @@ from __future__ import annotations
 import httpx2
 import pytest
 
+from mmwudao.commands_serve import load_served
 from mmwudao.service.engine import Served
 from retrieval.index import open_collection
+from retrieval.lance_collection import LanceCollection
+from retrieval.towers import save_towers
 from tests.service_server import data_uri, png, running
+from tests.test_export import tiny_towers
 from tests.tiny_towers import ColourTowers
-
-pytest.importorskip("retrieval.lance_collection")
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,13 @@ def test_metadata_that_does_not_fit_is_the_clients_mistake(address):
         answer = httpx2.put(f"{address}/v1/items/x", json={"text": "red", "metadata": metadata}, timeout=60)
         assert answer.status_code == 400, answer.text
     assert httpx2.get(f"{address}/v1/items/x", timeout=60).status_code == 404
+
+
+def test_the_service_takes_durable_for_its_collection(tmp_path):
+    towers = str(save_towers(tiny_towers(), tmp_path / "towers"))
+    served = load_served(towers, None, str(tmp_path / "items"), None, "cpu", "auto", durable=True)
+    assert isinstance(served.collection, LanceCollection)
+    assert served.collection.durable
+    served.collection.close()
+    with pytest.raises(ValueError, match="give --collection"):
+        load_served(towers, None, None, None, "cpu", "auto", durable=True)

@@ -60,6 +60,7 @@ class ScaleOut(BaseModel):
     towers: str | None = None
     collection: str | None = None
     adapter: str | None = None
+    durable: bool = False
     tower_replicas: int = Field(default=1, ge=1)
     generator_replicas: int = Field(default=1, ge=0)  # 0: vectors and search alone
     cpus: float = Field(default=1.0, ge=0)
@@ -91,7 +92,11 @@ class TowersReplica:
         if settings.collection is not None:
             assert towers is not None
             collection = open_collection(
-                settings.collection, create=True, dim=towers.embed_dim, model=content_hash(towers)
+                settings.collection,
+                create=True,
+                dim=towers.embed_dim,
+                model=content_hash(towers),
+                durable=settings.durable,
             )
         self._served = Served(Path(settings.model).name, towers, pipeline, collection)
 
