@@ -5,7 +5,8 @@
     python bench/decode_speed.py --shape cogview-4b --device cuda --batches 1 64 --contenders graph compile int8 llama
 
 All have random weights (but `emoji`), the same layers, width, heads, vocabulary and dtype, a prompt as long as the
-model's longest text, top-k 100 and no guidance, and draw all codes of a picture. They take turns, `--runs` times, after
+model's longest text, top-k 100 and, with `--guidance`, classifier-free guidance (ours in one pass with both rows,
+Hugging Face's as `guidance_scale`), and draw all codes of a picture. They take turns, `--runs` times, after
 a first picture each, whose time is given too: it has the compiling, recording and trying in it. Contenders:
 
 * `auto`, `modules`, `graph`, `compile`: our engines; `int8` is `compile` on a GPU and `auto` elsewhere, with weights of
@@ -45,7 +46,7 @@ from generation.model import Attention, Block, Transformer, TransformerConfig
 from mmwudao.devices import DTYPES
 from mmwudao.pipeline import load
 
-OPTIONS = SamplingOptions(top_k=100)
+TOP_K = 100
 Draw = Callable[[int], object]  # so many pictures; may return seconds of its own reckoning
 
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", default=["auto", "free", "modules", "llama", "llama-static", "gpt2"])
     parser.add_argument("--codes", type=int, help="a side of the picture in codes; default: the model's")
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--original-steps", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -149,11 +151,12 @@ def make(name: str, model: Transformer, arguments: argparse.Namespace) -> Draw:
         model = quantise(copy.deepcopy(model))
         kind = "compile" if arguments.device == "cuda" else "auto"
     text = [i % model.config.num_text_pieces for i in range(model.config.max_text)]
+    options = SamplingOptions(top_k=TOP_K, guidance=arguments.guidance)
 
     def draw(batch: int) -> Tensor:
         images = batch if arguments.device == "cuda" or name == "free" else 0
         engine = Engine(kind, images)  # type: ignore[arg-type]
-        return generate_codes(model, [text] * batch, list(range(batch)), OPTIONS, grid=model.config.grid, engine=engine)
+        return generate_codes(model, [text] * batch, list(range(batch)), options, grid=model.config.grid, engine=engine)
 
     return draw
 
@@ -176,13 +179,15 @@ def hugging_face(name: str, model: Transformer, arguments: argparse.Namespace) -
         }  # fmt: skip
     with torch.device(arguments.device):
         peer = transformers.AutoModelForCausalLM.from_config(kind(**sizes), dtype=DTYPES[arguments.dtype]).eval()
-    cache = {"cache_implementation": "static"} if name.endswith("-static") else {}
+    cache: dict[str, Any] = {"cache_implementation": "static"} if name.endswith("-static") else {}
     prompt = config.max_text + COMMANDS_IN_ROW - 1
+    if arguments.guidance != 1:
+        cache |= {"guidance_scale": arguments.guidance}
 
     def draw(batch: int) -> object:
         tokens = torch.full((batch, prompt), 7, device=arguments.device)
         return peer.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=100, pad_token_id=0,
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=TOP_K, pad_token_id=0,
             min_new_tokens=codes_of(model), max_new_tokens=codes_of(model), **cache,
         )  # fmt: skip
 
@@ -197,7 +202,7 @@ def draw_as_the_original(model: Transformer, batch: int, sampled: int) -> float:
     text = [i % config.num_text_pieces for i in range(config.max_text)]
     row = training_row(config.vocabulary, text, torch.zeros(config.grid), config.max_text, config.position_kind)
     positions = row.positions.to(device)
-    noise = draw_noise(0, 1, config.num_image_codes).to(device)
+    noise, options = draw_noise(0, 1, config.num_image_codes).to(device), SamplingOptions(top_k=TOP_K)
     steps = range(codes) if not sampled else [round((k + 0.5) * codes / sampled) for k in range(sampled)]
     longest = torch.randn(batch, prompt + codes, config.width, device=device).to(model.embed.weight.dtype)
     tokens = row.tokens[:1].repeat(batch, 1).to(device)
@@ -206,7 +211,7 @@ def draw_as_the_original(model: Transformer, batch: int, sampled: int) -> float:
         length = prompt + step - 1  # what the layers have read; the numbers do not matter to the time
         memories = [longest[:, :length]] * config.depth
         hidden, _ = step_as_the_original(model, tokens, positions[: length + 1], memories)
-        tokens = sample(model.logits(hidden[:, -1], image_only=True).float(), noise, OPTIONS)[:, None]
+        tokens = sample(model.logits(hidden[:, -1], image_only=True).float(), noise, options)[:, None]
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) * codes / len(steps)

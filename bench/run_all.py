@@ -28,6 +28,7 @@ CPU = {
     "draw": (60, "draw_speed.py --runs 2"),
     "decode": (120, "decode_speed.py --runs 2"),
     "decode-float32": (100, "decode_speed.py --runs 2 --dtype float32 --contenders auto free llama gpt2"),
+    "decode-guided": (100, "decode_speed.py --runs 2 --guidance 3 --contenders auto llama gpt2"),
     "decode-original": (120, "decode_speed.py --shape 12x512 --dtype float32 --batches 1 --runs 1 "
                             "--contenders auto free original --original-steps 16"),
     "window": (60, "window_speed.py --windows 1 16 --batches 1 --runs 2"),
