@@ -7,8 +7,6 @@ memory alone: `fused_step` makes them float32 again.
 
 from __future__ import annotations
 
-import logging
-
 from torch import Tensor
 
 from generation.model import Block, Transformer
@@ -16,8 +14,6 @@ from generation.model import Block, Transformer
 
 def quantise(model: Transformer) -> Transformer:
     """Round the matrices of the blocks to 8 bits, in place. Raises `ValueError` where torchao is missing."""
-    # torchao's import warns there of a change that is its own affair
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

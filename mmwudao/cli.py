@@ -6,6 +6,7 @@ No module of this package that is imported here imports PyTorch, NumPy or Pillow
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -80,6 +81,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # prompts and file names are printed in any script, whatever the locale says
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    # where torchao is installed, transformers imports it, which warns of a change that is its own affair
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         code = result if isinstance(result, int) else 0
