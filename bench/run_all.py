@@ -46,15 +46,19 @@ LONG = {  # on a CPU, by name (--only) alone
                                       "--contenders auto free original --original-steps 16"),
 }  # fmt: skip
 GPU = {
-    "decode-4b": (150, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
-                       "--contenders graph compile int8 gpt2-static"),
-    "decode-4b-64": (60, "decode_speed.py --shape cogview-4b --device cuda --batches 64 --runs 1 --contenders graph"),
-    "decode-emoji": (60, "decode_speed.py --device cuda --batches 1 64 --contenders graph compile modules llama"),
-    "window": (40, "window_speed.py --device cuda --windows 1 16 32 --batches 1 8 --runs 2"),
-    "growth": (60, "growth_speed.py --full --device cuda"),
-    "train-1b": (80, "train_speed.py --shape 1b --device cuda --minutes 0.7 "
+    "decode-4b": (60, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 --contenders graph"),
+    "decode-4b-compile": (90, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
+                              "--contenders compile"),
+    "decode-4b-int8": (90, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 --contenders int8"),
+    "decode-4b-peer": (60, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
+                           "--contenders gpt2-static"),
+    "decode-4b-64": (40, "decode_speed.py --shape cogview-4b --device cuda --batches 64 --runs 1 --contenders graph"),
+    "decode-emoji": (40, "decode_speed.py --device cuda --batches 1 64 --runs 1 --contenders graph modules llama"),
+    "window": (30, "window_speed.py --device cuda --windows 1 16 32 --batches 1 8 --runs 2"),
+    "growth": (30, "growth_speed.py --device cuda"),
+    "train-1b": (60, "train_speed.py --shape 1b --device cuda --minutes 0.5 "
                      "--variants plain compiled compiled+packed peer"),
-    "train-4b": (80, "train_speed.py --shape 4b --device cuda --minutes 0.7 "
+    "train-4b": (50, "train_speed.py --shape 4b --device cuda --minutes 0.5 "
                      "--variants compiled+checkpointed peer+checkpointed"),
 }  # fmt: skip
 

@@ -21,8 +21,7 @@ from generation.model import KVCache, Transformer
 from generation.ragged import RaggedCache
 
 Kind = Literal["auto", "modules", "fused", "graph", "compile"]
-REACH = 256  # slots by which the attention of a recorded step grows, or more:
-MOST_REACHES = 6  # torch.compile gives up a function that it has compiled eight times
+REACH = 256  # slots by which the attention of a recorded step grows
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,9 @@ def make_step(kind: Kind, model: Transformer, positions: Tensor, cache: KVCache)
         prepare = compiled
         if positions.device.type == "cuda":
             prepare = record if kind == "graph" else record_compiled
-        recorded.step = StaticStep(model, positions, recorded.cache, prepare)
+        # each reach would be compiled anew, which takes far longer than looking at empty slots
+        stride = REACH if kind == "graph" else cache.length
+        recorded.step = StaticStep(model, positions, recorded.cache, prepare, stride)
     recorded.step.begin(positions)
     return recorded.step
 
@@ -137,9 +138,10 @@ class ModuleStep:
 class StaticStep:
     """A step whose tensors keep their shapes and addresses, so that it can be recorded once and replayed.
 
-    The place is a number on the device. PyTorch's attention goes over the slots up to the next multiple of `REACH` that
-    the longest row needs, those behind a token masked: each such reach is a step of its own, recorded when it is come
-    to. `prepare` takes a function without arguments and gives one that does the same faster (`record`, `compiled`).
+    The place is a number on the device. PyTorch's attention goes over the slots up to the next multiple of `stride`
+    that the longest row needs, those behind a token masked: each such reach is a step of its own, recorded when it is
+    come to. `prepare` takes a function without arguments and gives one that does the same faster (`record`,
+    `compiled`).
     """
 
     def __init__(
@@ -148,11 +150,12 @@ class StaticStep:
         positions: Tensor,
         cache: RaggedCache,
         prepare: Callable[[Callable[[], Tensor]], Callable[[], Tensor]],
+        stride: int,
     ) -> None:
         self._model, self._cache, self._prepare = model, cache, prepare
         self._positions = positions.clone()
         self._first = cache.length - positions.shape[1] + 1  # the last code is never a token
-        self._stride = max(REACH, -(-cache.length // (MOST_REACHES * REACH)) * REACH)
+        self._stride = stride
         self._codes = torch.zeros_like(positions[:, :1, 0] if positions.ndim == 3 else positions[:, :1])  # [R, 1]
         self._here = torch.zeros_like(positions[:, :1])
         self._steps: dict[int, Callable[[], Tensor]] = {}
