@@ -49,7 +49,7 @@ GPU = {
     "decode-4b": (60, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 --contenders graph"),
     "decode-4b-compile": (90, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
                               "--contenders compile"),
-    "decode-4b-int8": (90, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 --contenders int8"),
+    "decode-4b-int8": (75, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 --contenders int8"),
     "decode-4b-peer": (60, "decode_speed.py --shape cogview-4b --device cuda --batches 1 --runs 1 "
                            "--contenders gpt2-static"),
     "decode-4b-64": (40, "decode_speed.py --shape cogview-4b --device cuda --batches 64 --runs 1 --contenders graph"),
