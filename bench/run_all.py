@@ -97,7 +97,7 @@ def measure(command: str, limit: int, where: str) -> dict[str, Any] | str:
     script, *options = command.split()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else None
     with subprocess.Popen(
-        [sys.executable, str(BENCH / script), *options], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(BENCH / "speed" / script), *options], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             out, _ = process.communicate(timeout=limit)

@@ -1,7 +1,7 @@
 """Pictures to text: the best caption by beam search, and how likely a given one is.
 
 For rows with the image first (`generation.layout.caption_row`): a generator that learned both directions, or CogView's
-caption model, whose text has no end mark and is scored by `generation.cogview_sampling.caption_scores`.
+caption model, whose text has no end mark and is scored by `generation.cogview.sampler.caption_scores`.
 Beam search alone finds what the generator thinks; with a judge beside it, what a judge of pictures and texts, such as
 retrieval towers, finds true of the picture, too. Shapes: n pictures of h x w codes, W beams, V vocabulary (padded).
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generation.decoding import SamplingOptions, filter_logits
-from generation.engine import make_cache
+from generation.drawing.decoding import SamplingOptions, filter_logits
+from generation.drawing.engines import make_cache
 from generation.layout import Vocabulary, caption_prompt_row, caption_row, caption_row_positions, collate
-from generation.model import KVCache, Transformer
+from generation.transformer.model import KVCache, Transformer
 
 SLACK = 4.0  # nats
 

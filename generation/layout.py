@@ -30,7 +30,7 @@ COMMANDS_IN_ROW = 4  # [ROI1] [SIZE] [BOI1] [EOI1]
 class Vocabulary:
     """Image codes 0..N-1, text pieces N..N+T-1, then the 27 commands; rounded up to a multiple of 128.
 
-    The prompt vectors of an adapter (`generation/adapters.py`) come after that. As raw text pieces they are T, T+1, ...
+    The prompt vectors of an adapter (`generation/transformer/adapters.py`) come after that. As raw text pieces they are T, T+1, ...
     """
 
     num_image_codes: int

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from generation.engine import Kind
+    from generation.drawing.engines import Kind
     from mmwudao.pipeline import Pipeline
 
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mmwudao.cli import run
+from mmwudao.cli.app import run
 
 
 def main() -> None:

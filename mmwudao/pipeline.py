@@ -13,16 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from data.styles import guess_language, with_style
-from generation.adapters import apply_adapter
-from generation.decoding import OnToken, SamplingOptions, count_steps, generate_codes
-from generation.engine import Engine, Kind
-from generation.int8 import quantise
-from generation.memory import check_memory, plan_drawing
+from generation.drawing.decoding import OnToken, SamplingOptions, count_steps, generate_codes
+from generation.drawing.engines import Engine, Kind
+from generation.drawing.memory import check_memory, plan_drawing
+from generation.transformer.adapters import apply_adapter
+from generation.transformer.int8 import quantise
 from mmwudao import __version__, tasks, upscaling
-from mmwudao.devices import choose_device, choose_dtype
-from mmwudao.loaded import LoadedModel, load_parts
-from mmwudao.model_dir import copy_model
-from vqvae.hub import ModelError
+from mmwudao.loading.devices import choose_device, choose_dtype
+from mmwudao.loading.loaded import LoadedModel, load_parts
+from mmwudao.loading.model_dir import copy_model
+from vqvae.storage.parts import ModelError
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
 MAX_PICTURES = 1000  # a call
@@ -63,7 +63,7 @@ def load(
 
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
     tokenizer is small and stays in float32); "int8" is "auto" with the weights of the blocks rounded to 8 bits.
-    `engine` is how a step of drawing is run (`generation.engine`). Every part is checked against the hashes in
+    `engine` is how a step of drawing is run (`generation.drawing.engines`). Every part is checked against the hashes in
     `config.json`.
 
     Raises `ValueError` for an unknown or absent device, dtype or engine and for a model the device has no room for,

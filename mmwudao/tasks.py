@@ -18,10 +18,10 @@ from data.images import open_image, to_rgb, to_square, to_tensor
 from data.sample import DataError
 from data.styles import guess_language, tagged
 from generation.captions import OnStep, caption_log_probabilities, describe, describe_for_judge
-from generation.cogview_sampling import caption_scores
+from generation.cogview.sampler import caption_scores
 from generation.layout import caption_prompt_row
-from mmwudao.loaded import LoadedModel
-from vqvae.hub import ModelError
+from mmwudao.loading.loaded import LoadedModel
+from vqvae.storage.parts import ModelError
 
 COGVIEW_PIECES = 20  # of a caption by CogView's own model, whose text has no end mark; its script draws as many
 BEAMS = 4

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from data.images import to_rgb, to_square, to_tensor
-from generation.cogview_sampling import magnify
+from generation.cogview.sampler import magnify
 from mmwudao import __version__
-from mmwudao.loaded import LoadedModel
-from mmwudao.model_dir import check_hash
-from vqvae.hub import ModelError, content_hash, load_part
+from mmwudao.loading.loaded import LoadedModel
+from mmwudao.loading.model_dir import check_hash
+from vqvae.storage.parts import ModelError, content_hash, load_part
 from vqvae.tokenize import tensor_to_image
 from vqvae.upscaler import Upscaler
 

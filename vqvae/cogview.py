@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import CorruptImage
-from vqvae.checkpoints import Source, check_tensors, converted, read_checkpoint, stream_part
-from vqvae.hub import ModelError
 from vqvae.model import VQVAEConfig
+from vqvae.storage.parts import ModelError
+from vqvae.storage.published import Source, check_tensors, converted, read_checkpoint, stream_part
 
 PREFIX = "module."
 

@@ -21,8 +21,8 @@ from data.images import open_image, to_batch, to_square, to_tensor
 from data.reading import Skip, SkipLog, expand_shards
 from data.sample import DataError
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
-from vqvae.hub import content_hash
 from vqvae.model import VQVAE
+from vqvae.storage.parts import content_hash
 
 
 @dataclass

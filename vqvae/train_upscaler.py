@@ -22,9 +22,9 @@ from data.config import ConfigError, load_config
 from data.images import to_square
 from data.reading import open_shards
 from data.sample import DataError
-from vqvae.hub import load_part, save_part
-from vqvae.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
 from vqvae.model import VQVAE
+from vqvae.storage.parts import load_part, save_part
+from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
 from vqvae.upscaler import SCALE, Upscaler, UpscalerConfig
 
 BATCH = 32  # pictures that the tokenizer, or a measurement, takes at once

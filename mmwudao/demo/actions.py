@@ -22,7 +22,7 @@ from mmwudao.demo.library import Found, Library
 from mmwudao.demo.words import EN, Reason
 from mmwudao.pictures import encode_png, file_stem, unused_path, write_files
 from mmwudao.pipeline import MAX_PROMPT, Pipeline, Progress
-from mmwudao.service.config import ServiceConfig
+from mmwudao.service.settings import ServiceConfig
 from mmwudao.upscaling import check_size
 
 LIMITS = ServiceConfig()  # the demo allows what the service allows

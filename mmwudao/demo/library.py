@@ -15,14 +15,14 @@ from PIL import Image
 from data.reading import expand_shards
 from data.sample import DataError
 from data.styles import guess_language
-from mmwudao.found import stored_samples
+from mmwudao.loading.stored_pictures import stored_samples
 from mmwudao.pictures import encode_png, write_files
-from retrieval.embed import embed_shards
-from retrieval.index import Collection, Hit, Item, open_collection
-from retrieval.towers import Towers
-from retrieval.vectors import open_vectors, read_vectors
-from retrieval.where import sql_text
-from vqvae.hub import content_hash
+from retrieval.collections.opening import Collection, Hit, Item, open_collection
+from retrieval.collections.where import sql_text
+from retrieval.towers.base import Towers
+from retrieval.vectors.embed import embed_shards
+from retrieval.vectors.parquet import open_vectors, read_vectors
+from vqvae.storage.parts import content_hash
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples" / "emoji"
 OWN = "own"  # the family of added pictures

@@ -13,9 +13,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, TypeAdapter
 
 from mmwudao.service import schemas
-from mmwudao.service.engine import Engine
 from mmwudao.service.errors import ClientGone, Late, ServiceError
 from mmwudao.service.incoming import Incoming
+from mmwudao.service.queues import Engine
 
 T = TypeVar("T")
 

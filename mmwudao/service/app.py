@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from mmwudao import __version__
 from mmwudao.service import routes_embeddings, routes_items, routes_pictures, schemas
 from mmwudao.service.answering import ERRORS, engine_of
-from mmwudao.service.config import ServiceConfig
-from mmwudao.service.engine import Engine, Served
 from mmwudao.service.errors import ServiceError, error_response, invalid
-from mmwudao.service.gate import Gate
 from mmwudao.service.incoming import Incoming
 from mmwudao.service.metrics import Metrics
+from mmwudao.service.middleware import Gate
+from mmwudao.service.queues import Engine, Served
+from mmwudao.service.settings import ServiceConfig
 
 router = APIRouter()
 

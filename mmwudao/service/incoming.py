@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from data.images import CorruptImage, ImageTooLarge, open_image
-from mmwudao.service.config import ServiceConfig
 from mmwudao.service.errors import BadInput, TooLarge
 from mmwudao.service.fetching import fetch
 from mmwudao.service.schemas import ImagePart, TextPart
+from mmwudao.service.settings import ServiceConfig
 
 T = TypeVar("T")
 

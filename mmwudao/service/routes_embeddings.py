@@ -13,9 +13,9 @@ from starlette.datastructures import UploadFile
 
 from mmwudao.service import schemas
 from mmwudao.service.answering import ERRORS, answer_in_time, engine_of, incoming_of, json_response, log_prompt
-from mmwudao.service.engine import Embedded, Engine
 from mmwudao.service.errors import BadInput, invalid
 from mmwudao.service.incoming import Incoming, Source, split_input
+from mmwudao.service.queues import Embedded, Engine
 
 router = APIRouter(responses=ERRORS, tags=["vectors"])
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from mmwudao.service import schemas
 from mmwudao.service.answering import ERRORS, answer_in_time, engine_of, incoming_of, json_response
 from mmwudao.service.batching import Batcher
-from mmwudao.service.engine import Engine
 from mmwudao.service.errors import BadInput, Conflict, NotFound
 from mmwudao.service.incoming import Incoming, Part
+from mmwudao.service.queues import Engine
 from mmwudao.service.routes_embeddings import embed
-from retrieval.index import CollectionError, IdsThere, Item
+from retrieval.collections.opening import CollectionError, IdsThere, Item
 
 T = TypeVar("T")
 Queue = Batcher[Callable[[], Any], Any]

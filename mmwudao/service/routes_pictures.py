@@ -22,9 +22,9 @@ from mmwudao.pipeline import Drawing, check_prompt
 from mmwudao.service import schemas
 from mmwudao.service.answering import ERRORS, answer_in_time, engine_of, incoming_of, json_response, log_prompt
 from mmwudao.service.drawing import Commission, NobodyWaits, rows_of_previews
-from mmwudao.service.engine import Engine
 from mmwudao.service.errors import BadInput, Late, error_record
 from mmwudao.service.incoming import Incoming, Part
+from mmwudao.service.queues import Engine
 from mmwudao.service.routes_embeddings import embed
 from mmwudao.tasks import check_judge
 

@@ -11,13 +11,13 @@ import warnings
 import uvicorn
 
 from mmwudao.service.app import create_app
-from mmwudao.service.config import ServiceConfig
-from mmwudao.service.engine import Served
 from mmwudao.service.keys import check_binding
+from mmwudao.service.queues import Served
+from mmwudao.service.settings import ServiceConfig
 
 KEEP_ALIVE = 75  # s; longer than a proxy's in front, or it would see connections close under its requests
 # their warnings quote what clients wrote
-QUOTING_LOGGERS = ("mmwudao.loaded", "retrieval")
+QUOTING_LOGGERS = ("mmwudao.loading.loaded", "retrieval")
 
 
 def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> uvicorn.Server:

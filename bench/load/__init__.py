@@ -1,0 +1,1 @@
+"""How it holds up: the service under load, collections under kills."""

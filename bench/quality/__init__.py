@@ -1,0 +1,1 @@
+"""How good: bits, captions, objectives, styles, upscaling."""

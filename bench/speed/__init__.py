@@ -1,0 +1,1 @@
+"""How fast and how large: drawing, training, tokenizing, embedding, collections."""

@@ -1,0 +1,124 @@
+"""Passes of the model and seconds for a picture, by the window of codes tried at once (`generation/drawing/jacobi.py`).
+
+    python bench/speed/window_speed.py [--model emoji] [--windows 1 8 16 32 64] [--batches 1 8]
+
+For each window the same pictures, at temperature 1 with the model's top-k and guidance; `same` is the share of codes
+that equal those of window 1, as rounding may turn a near tie. Last the passes that the rule of Teng et al. (2024) takes
+for the first prompt, with fresh noise for what it rejects. The last line is JSON; seconds are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from generation.drawing.decoding import SamplingOptions, filter_logits, generate_codes, guide
+from generation.layout import training_row
+from generation.transformer.model import Transformer
+from mmwudao.pipeline import load
+
+PROMPTS = ["戴墨镜的笑脸", "a red apple", "ein schlafendes Gesicht", "un cœur rouge", "猫", "pes", "꽃", "国旗"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    pipe = load(arguments.model, arguments.device, arguments.dtype)
+    texts = [pipe.encode_text(prompt) for prompt in PROMPTS]
+    options = replace(pipe.config.default_sampling, temperature=1.0, window=1)
+    counter = CountPasses(pipe.generator)
+    rows: list[dict[str, float]] = []
+    plain: dict[int, tuple[float, torch.Tensor]] = {}
+    print(f"{'batch':>5} {'window':>6} {'passes':>7} {'seconds':>8} {'gain':>6} {'same':>6}")
+    for batch in arguments.batches:
+        for window in arguments.windows:
+            passes, seconds, codes = [], [], []
+            for run in range(arguments.runs + 1):  # the first finds out how small a block may be
+                chosen = [(run + k) % len(texts) for k in range(batch)]
+                counter.passes, started = 0, time.perf_counter()
+                found = generate_codes(
+                    pipe.generator, [texts[k] for k in chosen], [run * 100 + k for k in range(batch)],
+                    replace(options, window=window), grid=pipe.grid,
+                )  # fmt: skip
+                if run:
+                    # one after the other, a step need not be a call of the model (`generation.drawing.engines`)
+                    passes.append(counter.passes if window > 1 else pipe.grid[0] * pipe.grid[1])
+                    seconds.append(time.perf_counter() - started)
+                    codes.append(found.cpu())
+            median, drawn = statistics.median(seconds), torch.stack(codes)
+            first_median, first_codes = plain.setdefault(batch, (median, drawn))
+            same = float((drawn == first_codes).double().mean())
+            row = {"batch": batch, "window": window, "passes": statistics.mean(passes), "seconds": round(median, 3),
+                   "gain": round(first_median / median, 2), "same": round(same, 4)}  # fmt: skip
+            rows.append(row)
+            print(f"{batch:5} {window:6} {row['passes']:7.1f} {median:8.3f} {row['gain']:6.2f} {same:6.3f}", flush=True)
+    where = {"model": arguments.model, "device": str(pipe.device), "dtype": pipe.dtype}
+    record: dict[str, object] = {**where, "rows": rows}
+    for window in (16, 32):
+        record[f"speculative_{window}"] = speculative_passes(pipe.generator, texts[0], options, pipe.grid, window)
+        print(f"speculative rule, window {window}: {record[f'speculative_{window}']} passes")
+    print(json.dumps(record))
+
+
+class CountPasses:
+    """Counts the calls of a model."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.passes = 0
+        model.register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.passes += 1
+
+
+@torch.inference_mode()
+def speculative_passes(
+    model: Transformer, text: list[int], options: SamplingOptions, grid: tuple[int, int], window: int
+) -> int:
+    """Passes for one picture by speculative Jacobi decoding, whole rows without a cache: slow, but simple to check."""
+    config, steps = model.config, grid[0] * grid[1]
+    device, generator = model.embed.weight.device, torch.Generator().manual_seed(0)
+    rows = [training_row(config.vocabulary, ids, torch.zeros(grid), config.max_text, config.position_kind)
+            for ids in (text, [])]  # fmt: skip
+    draft = torch.randint(config.num_image_codes, (steps,), generator=generator)
+    believed = torch.full((steps, config.num_image_codes), 1 / config.num_image_codes)  # what each draft was drawn from
+    final = passes = 0
+    while final < steps:
+        end, logits = min(steps, final + window), []
+        for row in rows:
+            tokens = row.tokens.clone()
+            places = row.image_mask.roll(1).nonzero()[:, 0]
+            tokens[places] = draft[: len(places)]
+            hidden = model(tokens[None].to(device), row.positions[None].to(device))[0, row.image_mask.to(device)]
+            logits.append(model.logits(hidden[final:end], image_only=True).float().cpu())
+        passes += 1
+        masses = filter_logits(guide(torch.cat(logits), options.guidance), options).softmax(-1)
+        place = final
+        while place < end:
+            mass, before, code = masses[place - final], believed[place], draft[place]
+            place += 1
+            if torch.rand((), generator=generator) * before[code] < mass[code]:
+                continue
+            rest = (mass - before).clamp_min(0)
+            draft[place - 1] = torch.multinomial(rest, 1, generator=generator)[0]
+            break
+        for later in range(place, end):
+            believed[later] = masses[later - final]
+            draft[later] = torch.multinomial(believed[later], 1, generator=generator)[0]
+        final = place
+    return passes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""CogView as published: its rows, its sampler, and the import of its weights."""

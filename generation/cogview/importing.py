@@ -1,0 +1,139 @@
+"""CogView's published transformer checkpoints: where the weights lie, what they are called, how they become ours.
+
+V vocabulary (padded), H width, P positions, L layers. The files hold float16 weights of model-parallel size 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from generation.cogview.rows import cogview_config
+from generation.layout import Vocabulary
+from generation.transformer.model import TransformerConfig
+from vqvae.storage.parts import ModelError
+from vqvae.storage.published import Source, check_tensors, converted, read_checkpoint, stream_part
+
+TRACKERS = ("latest_checkpointed_iteration.txt", "latest")  # the second is DeepSpeed's own
+HEAD_WIDTH = 64  # of every published model; the files do not say it
+
+WORDS = "word_embeddings.weight"
+PLACES = "transformer.position_embeddings.weight"
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The weights' file in a published checkpoint folder. Raises `ModelError` that says what is missing."""
+    tracker = next((folder / name for name in TRACKERS if (folder / name).is_file()), None)
+    if tracker is None:
+        raise ModelError(f"{folder} is no CogView checkpoint folder: it has no {TRACKERS[0]}")
+    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"\w[\w.-]*", iteration):
+        raise ModelError(f"{tracker} must hold the name of a folder, an iteration, not {iteration[:40]!r}")
+    ranks = sorted((folder / iteration).glob("mp_rank_*_model_states.pt"))
+    if len(ranks) > 1:
+        raise ModelError(f"{folder / iteration} is split into {len(ranks)} parts: merge it to model-parallel size 1")
+    if not ranks:
+        raise ModelError(f"{folder} is incomplete: {iteration}/mp_rank_00_model_states.pt is missing")
+    return ranks[0]
+
+
+def generator_sources(config: TransformerConfig) -> dict[str, Source]:
+    """For each tensor of our transformer the published one; the output matrix is the embedding in both."""
+    width, hidden = config.width, config.hidden_width
+
+    def pair(ours: str, theirs: str, *shape: int) -> dict[str, Source]:
+        return {
+            f"{ours}.weight": Source(f"{theirs}.weight", shape),
+            f"{ours}.bias": Source(f"{theirs}.bias", shape[:1]),
+        }
+
+    sources = {
+        "embed.weight": Source(WORDS, (config.vocabulary.padded_size, width)),
+        "embed_positions.0.weight": Source(PLACES, (config.num_positions, width)),
+        **pair("norm", "transformer.final_layernorm", width),
+    }
+    for layer in range(config.depth):
+        block, theirs = f"blocks.{layer}", f"transformer.layers.{layer}"
+        sources |= pair(f"{block}.attention_norm", f"{theirs}.input_layernorm", width)
+        # queries, keys, values are the thirds of the rows, heads consecutive in each, as in ours
+        sources |= pair(f"{block}.attention.qkv", f"{theirs}.attention.query_key_value", 3 * width, width)
+        sources |= pair(f"{block}.attention.project", f"{theirs}.attention.dense", width, width)
+        sources |= pair(f"{block}.attention_out_norm", f"{theirs}.third_layernorm", width)
+        sources |= pair(f"{block}.mlp_norm", f"{theirs}.post_attention_layernorm", width)
+        sources |= pair(f"{block}.mlp.expand", f"{theirs}.mlp.dense_h_to_4h", hidden, width)
+        sources |= pair(f"{block}.mlp.project", f"{theirs}.mlp.dense_4h_to_h", width, hidden)
+        sources |= pair(f"{block}.mlp_out_norm", f"{theirs}.fourth_layernorm", width)
+    return sources
+
+
+def generator_config(
+    found: Mapping[str, Any],
+    path: Path,
+    *,
+    num_image_codes: int,
+    num_text_pieces: int,
+    grid: tuple[int, int] = (32, 32),
+    heads: int | None = None,
+) -> TransformerConfig:
+    """The sizes of published weights. `heads` is not to be seen in them: width / 64 if not given.
+
+    Raises `ModelError` for weights that do not fit the two vocabularies, the grid or the heads.
+    """
+    words, places = found.get(WORDS), found.get(PLACES)
+    if not isinstance(words, Tensor) or not isinstance(places, Tensor) or words.ndim != 2 or places.ndim != 2:
+        raise ModelError(f"{path} is no CogView transformer: it needs {WORDS} [V, H] and {PLACES} [P, H]")
+    vocabulary_size, width = words.shape
+    vocab = Vocabulary(num_image_codes, num_text_pieces)
+    if vocabulary_size != vocab.padded_size:
+        raise ModelError(
+            f"{path} has {vocabulary_size} ids, but {num_image_codes} image codes, {num_text_pieces} text pieces and "
+            f"27 commands make {vocab.padded_size}: are the tokenizer and the text model those of these weights?"
+        )
+    layers = {int(match[1]) for key in found if (match := re.match(r"transformer\.layers\.(\d+)\.", str(key)))}
+    if heads is None and width % HEAD_WIDTH:
+        raise ModelError(f"{path} is {width} wide, no multiple of {HEAD_WIDTH}: say how many heads it has (--heads)")
+    try:
+        return cogview_config(
+            positions=places.shape[0],
+            width=width,
+            depth=max(layers, default=0) + 1,
+            heads=heads or width // HEAD_WIDTH,
+            num_image_codes=num_image_codes,
+            num_text_pieces=num_text_pieces,
+            grid=grid,
+        )
+    except ValueError as error:
+        raise ModelError(f"{path} does not fit: {error}") from error
+
+
+def import_generator(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    num_image_codes: int,
+    num_text_pieces: int,
+    tokenizer_hash: str,
+    text_hash: str,
+    grid: tuple[int, int] = (32, 32),
+    heads: int | None = None,
+) -> tuple[TransformerConfig, str]:
+    """Convert a published checkpoint folder to the new part `folder`; returns its config and content hash.
+
+    Raises `ModelError` for a folder that is incomplete, a file that is damaged or unsafe, and weights that do not fit.
+    """
+    path = find_checkpoint(checkpoint)
+    found = read_checkpoint(path).get("module")
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} has no weights under the key 'module'")
+    config = generator_config(
+        found, path, num_image_codes=num_image_codes, num_text_pieces=num_text_pieces, grid=grid, heads=heads
+    )
+    config = replace(config, tokenizer_hash=tokenizer_hash, text_hash=text_hash)
+    sources = generator_sources(config)
+    check_tensors(found, sources, path)
+    return config, stream_part(folder, config, converted(found, sources))

@@ -1,0 +1,141 @@
+"""Learn a style: `mmwudao train style CONFIG`.
+
+Trains an adapter (`generation/transformer/adapters.py`) on the pictures of one family, with captions that never name it: the
+adapter is the style. Logs the bits per image token on the family's held-out pictures, with the adapter and without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.codes import tokenizer_hash
+from data.config import ConfigError
+from generation.layout import Batch
+from generation.training.pairs import CaptionConfig, CodedPairs
+from generation.training.train_generator import (
+    CaptionEncoder,
+    GeneratorDataConfig,
+    GeneratorTrainConfig,
+    LossModule,
+    PairBatches,
+    held_out_batches,
+    mean_bits,
+)
+from generation.transformer.adapters import AdapterOptions, make_trainable, save_adapter
+from generation.transformer.model import Transformer
+from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device
+
+
+@dataclass
+class StyleTrainConfig:
+    """Everything that `mmwudao train style` reads from its YAML file."""
+
+    base: str = "emoji"  # the model: a shipped name, a folder or a hub id
+    codes: str = "codes"  # folder written by `mmwudao tokenize` with the base's image tokenizer
+    family: str = "fxemoji"
+    train: str = "train"
+    test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
+    balance: float = 0.5  # see CodedPairs.sampling_weights
+    test_pictures: int = 256  # of each test split
+    captions: CaptionConfig = field(default_factory=lambda: CaptionConfig(style=0.0))
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.captions.style or self.captions.image_first:
+            raise ValueError("captions.style and captions.image_first must be 0: the adapter is the style, and draws")
+
+
+class PromptedText:
+    """A text tokenizer that puts the prompt vectors before every caption."""
+
+    def __init__(self, text: CaptionEncoder, prompt_pieces: list[int]) -> None:
+        self.text, self.prompt_pieces = text, prompt_pieces
+
+    def encode(self, text: str) -> list[int]:
+        """Raw text pieces, those of the prompt first."""
+        return [*self.prompt_pieces, *self.text.encode(text)]
+
+
+def style_batches(config: StyleTrainConfig, model: Transformer, text: CaptionEncoder) -> dict[str, list[Batch]]:
+    """The family's held-out pictures by split, with captions that do not name it, for `model` as it is.
+
+    Raises `ConfigError` when the codes are of another image tokenizer or size, `DataError` for an unknown family.
+    """
+    folder, settings = Path(config.codes), _settings(config)
+    if tokenizer_hash(folder) != model.config.tokenizer_hash:
+        raise ConfigError(f"codes={folder} were made by another image tokenizer than the one of {config.base}")
+    prompted = PromptedText(text, model.config.vocabulary.prompt_pieces)
+    batches = {}
+    for split in config.test:
+        pairs = CodedPairs(folder, split, family=config.family)
+        if pairs.grid[0] > model.config.grid[0] or pairs.grid[1] > model.config.grid[1]:
+            raise ConfigError(f"codes={folder} are {pairs.grid} a picture, {config.base} draws {model.config.grid}")
+        batches[split] = held_out_batches(pairs, prompted, model.config, settings, named_style=False)
+    return batches
+
+
+def train(config: StyleTrainConfig, base: Transformer, text: CaptionEncoder, base_hash: str, resume: bool) -> Path:
+    """Train an adapter on `base` (float32, content hash `base_hash`), which is changed; returns its folder.
+
+    Raises `ValueError` for settings that do not fit the data or the base.
+    """
+    torch.manual_seed(config.loop.seed)
+    device = setup_device(config.loop.device)
+    base.to(device).eval()
+    pairs = CodedPairs(Path(config.codes), config.train, family=config.family)
+    with torch.no_grad():
+        before = {
+            split: mean_bits(base, batches, device)["image_bits"]
+            for split, batches in style_batches(config, base, text).items()
+        }
+    trained_count = make_trainable(base, config.adapter)
+    if rank() == 0:
+        print(f"{len(pairs)} pictures, {trained_count:,} parameters to train", flush=True)
+    if config.loop.compile:
+        for block in base.blocks:
+            block.compile(dynamic=True)
+    held_out = style_batches(config, base, text)
+    prompted = PromptedText(text, base.config.vocabulary.prompt_pieces)
+    batches = PairBatches(pairs, prompted, base.config, _settings(config))
+
+    def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+        batch, total = micro_batch
+        losses = wrapped(batch.to(device), total.to(device))
+        return {name: losses[name] for name in ("loss", "image_bits")}
+
+    def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(averaged, LossModule)
+        figures: dict[str, float] = {}
+        for split, test in held_out.items():
+            figures[f"{split}/image_bits"] = mean_bits(averaged.model, test, device)["image_bits"]
+            figures[f"{split}/base_bits"] = before[split]
+        return figures
+
+    loop = Loop(config.loop, LossModule(base), batches, loss_of, evaluate, device)
+    trained = loop.run(resume)
+    assert isinstance(trained, LossModule)
+    out = Path(config.loop.out) / "adapter"
+    if rank() == 0:
+        save_adapter(trained.model, out, config.family, config.adapter, base_hash)
+    if distributed():
+        dist.destroy_process_group()
+    return out
+
+
+def _settings(config: StyleTrainConfig) -> GeneratorTrainConfig:
+    """The same in the words of generator training; text has no weight, only the picture is learned."""
+    captions = config.captions
+    if config.adapter.method == "ptuning":
+        captions = replace(captions, dropout=0.0)  # rows without a prompt hold nothing that could be trained
+    return GeneratorTrainConfig(
+        data=GeneratorDataConfig(balance=config.balance, test_pictures=config.test_pictures),
+        captions=captions,
+        loop=config.loop,
+        text_weight=0.0,
+    )

@@ -1,0 +1,93 @@
+"""`eval retrieval` and `eval generator`: how good a model is. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmwudao.cli.draw import Device, Json
+from mmwudao.cli.vectors import TowersDtype
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="Measure a model.", no_args_is_help=True)
+
+Shards = Annotated[Path, typer.Argument(help="A folder of shards.")]
+WIDTH = 120  # columns of a table that goes into a file or a pipe
+
+
+@app.command("retrieval")
+def eval_retrieval(
+    model: Annotated[str, typer.Argument(help="A shipped name, a model directory, or a folder of towers.")],
+    shards: Shards,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for retrieval.json and retrieval.png.")] = Path(
+        "mmwudao-out/eval-retrieval"
+    ),
+    split: Annotated[str | None, typer.Option(help="As in test-family,test-concept; default: all test splits.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first pictures of each split.")] = None,
+    device: Device = "auto",
+    dtype: TowersDtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Recall both ways, median rank and zero-shot classification, in each language and split."""
+    from mmwudao.loading.towers import load_model_towers
+    from retrieval.evaluation.evaluate import evaluate, format_table, held_out_splits, plot
+
+    splits = split.split(",") if split else held_out_splits(shards)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"model": model, "shards": str(shards)} | evaluate(
+        load_model_towers(model, device, dtype), shards, splits, limit=limit, progress=sys.stderr.isatty()
+    )
+    plot(record, out / "retrieval.png")
+    _print(record, format_table(record), out / "retrieval.json", as_json)
+
+
+@app.command("generator")
+def eval_generator(
+    model: Annotated[str, typer.Argument(help="A shipped name, a model directory, or a hub id.")],
+    shards: Shards,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for generator.json and nearest.png.")] = Path(
+        "mmwudao-out/eval-generator"
+    ),
+    towers: Annotated[str | None, typer.Option(help="A model or folder with towers; default: the model's own.")] = None,
+    split: Annotated[str, typer.Option(help="Where the prompts come from.")] = "test-family",
+    prompts: Annotated[int, typer.Option(help="In each language; one picture is drawn of each.")] = 16,
+    candidates: Annotated[int, typer.Option(help="Prompts that a picture chooses from.")] = 100,
+    neighbours: Annotated[int, typer.Option(help="Nearest training pictures shown beside each drawn one.")] = 4,
+    train_limit: Annotated[int | None, typer.Option(help="Look among that many training pictures only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawing and of the wrong prompts.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """R-precision of drawn pictures, beside real and random ones, and their nearest training pictures."""
+    from mmwudao.evaluation import GeneratorEvalConfig, evaluate_generator, format_table
+    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.pictures import encode_png, write_files
+    from mmwudao.pipeline import load
+
+    judge = load_model_towers(towers or model, device)
+    config = GeneratorEvalConfig(split, prompts, candidates, neighbours, train_limit, seed)
+    pipe = load(model, device)
+    out.mkdir(parents=True, exist_ok=True)
+    measured, sheet = evaluate_generator(pipe, judge, shards, config, progress=sys.stderr.isatty())
+    write_files({out / "nearest.png": encode_png(sheet)})
+    record = {"model": model, "towers": towers or model, "shards": str(shards)} | measured
+    _print(record, format_table(record), out / "generator.json", as_json)
+
+
+def _print(record: dict[str, Any], table: Table, path: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    text = json.dumps(record, ensure_ascii=False, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    print(path)

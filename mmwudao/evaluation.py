@@ -1,0 +1,231 @@
+"""How well drawn pictures show their prompts, and whether they are copies: judged by the towers."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.images import open_image, to_square
+from data.reading import Example, open_shards
+from data.sample import DataError, Sample
+from data.styles import LANGUAGES, with_style
+from mmwudao.pipeline import Pipeline
+from retrieval.evaluation.evaluate import concept_of
+from retrieval.towers.base import Towers
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+THUMBNAIL = 64  # px
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class GeneratorEvalConfig:
+    """`prompts` in each language, each ranked among `candidates`; `neighbours` are shown beside each picture."""
+
+    split: str = "test-family"
+    prompts: int = 16
+    candidates: int = 100
+    neighbours: int = 4
+    train_limit: int | None = None  # training pictures that are looked among; all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or self.candidates < 2 or self.neighbours < 1:
+            raise ValueError("ask for 2 prompts and 2 candidates or more, and for 1 neighbour or more")
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training picture, still encoded, and its cosine with a drawn one."""
+
+    similarity: float
+    id: str
+    image: bytes
+
+
+def evaluate_generator(
+    pipe: Pipeline, towers: Towers, shards: Path | str, config: GeneratorEvalConfig, *, progress: bool = False
+) -> tuple[dict[str, Any], Image.Image]:
+    """Figures ready for JSON, and the sheet of nearest training pictures (see `neighbour_sheet`).
+
+    R-precision as in AttnGAN (Xu et al. 2018, section 4.1): how often the towers rank a picture's own caption first
+    among `candidates`, the others of other concepts, in each language. `drawn`: one picture of each prompt, in the
+    held-out picture's family. `real`: the held-out pictures themselves. `random`: the drawn pictures of other prompts.
+    `nearest`: the cosine of drawn pictures with their nearest training picture, beside that of the held-out ones,
+    which cannot be copies.
+
+    Raises `DataError` when the split has too few concepts, or no training picture can be read.
+    """
+    from tqdm import tqdm
+
+    chosen, samples = _choose(shards, config, pipe.config.styles)
+    languages = [name for name in LANGUAGES if all(name in sample.captions for sample, _ in chosen)]
+    if not languages:
+        raise DataError(f"no language has a caption for each of the {len(chosen)} prompts of {config.split}")
+    pictured = [sample for sample, _ in chosen]
+    texts = {language: candidate_texts(pictured, samples, language, config) for language in languages}
+    prompts = [
+        with_style(sample.captions[name].name, sample.family, name) if sample.family in pipe.config.styles
+        else sample.captions[name].name
+        for name in languages
+        for sample, _ in chosen
+    ]  # fmt: skip
+    with tqdm(desc="drawing", disable=not progress) as bar:
+
+        def on_progress(step: Any) -> None:
+            bar.total = step.total
+            bar.update(step.done - bar.n)
+
+        drawn = pipe.generate(prompts, seed=config.seed, on_progress=on_progress)
+    drawn_features = towers.encode_image(drawn)
+    real_features = towers.encode_image([image for _, image in chosen])
+    n = len(chosen)
+    figures: dict[str, Any] = {}
+    for k, language in enumerate(languages):
+        own = drawn_features[k * n : (k + 1) * n]
+        figures[language] = {
+            "drawn": r_precision(towers, own, texts[language]),
+            "real": r_precision(towers, real_features, texts[language]),
+            "random": r_precision(towers, own.roll(1, dims=0), texts[language]),
+        }
+    train = islice(open_shards(shards, "train"), config.train_limit)
+    nearest = nearest_pictures(
+        towers,
+        torch.cat([drawn_features, real_features]),
+        tqdm(train, desc="training pictures", disable=not progress),
+        config.neighbours,
+    )
+    similarity = [entries[0].similarity for entries in nearest]
+    record = {
+        **asdict(config),
+        "model_hash": pipe.config.model_hash,
+        "chance": 1 / config.candidates,
+        "r_precision": figures,
+        "mean": {name: sum(f[name] for f in figures.values()) / len(figures) for name in ("drawn", "real", "random")},
+        "nearest": {"drawn": _spread(similarity[: len(drawn)]), "real": _spread(similarity[len(drawn) :])},
+        "pictures": [
+            {"prompt": prompt, "sample": chosen[k % n][0].id, "nearest": near[0].id, "similarity": near[0].similarity}
+            for k, (prompt, near) in enumerate(zip(prompts, nearest[: len(drawn)], strict=True))
+        ],
+    }
+    return record, neighbour_sheet(drawn, nearest[: len(drawn)], columns=len(languages))
+
+
+def _choose(
+    shards: Path | str, config: GeneratorEvalConfig, styles: Sequence[str]
+) -> tuple[list[Example], list[Sample]]:
+    """The held-out pictures whose captions are drawn, one a base concept, and all samples of the split."""
+    chosen: dict[str, Example] = {}
+    samples = []
+    for example in open_shards(shards, config.split):
+        sample = example.sample
+        samples.append(sample)
+        # a family that the model cannot draw would be an unfair picture to be compared with
+        if len(chosen) < config.prompts and (not styles or sample.family in styles):
+            chosen.setdefault(sample.base_concept or concept_of(sample), example)
+    if len(chosen) < 2:
+        raise DataError(f"{shards} has {len(chosen)} concepts to draw in {config.split}; at least 2 are needed")
+    return list(chosen.values()), samples
+
+
+def candidate_texts(
+    chosen: Sequence[Sample], samples: Sequence[Sample], language: str, config: GeneratorEvalConfig
+) -> list[list[str]]:
+    """For each sample its caption, then `candidates - 1` different captions of other concepts, drawn at random.
+
+    Raises `DataError` when the split has too few.
+    """
+    named = {(concept_of(sample), sample.captions[language].name) for sample in samples if language in sample.captions}
+    rows = []
+    for k, sample in enumerate(chosen):
+        own = {name for concept, name in named if concept == concept_of(sample)}
+        others = sorted({name for _, name in named} - own)
+        if len(others) < config.candidates - 1:
+            most = len(others) + 1
+            raise DataError(f"{language} has {most - 1} wrong captions: ask for {most} candidates or fewer")
+        draw = random.Random(f"{config.seed} {k}").sample(others, config.candidates - 1)
+        rows.append([sample.captions[language].name, *draw])
+    return rows
+
+
+def r_precision(towers: Towers, images: Tensor, texts: Sequence[Sequence[str]]) -> float:
+    """How often the first of a picture's texts is the nearest; a tie is a miss."""
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(text for row in texts for text in row))}
+    features = towers.encode_text(list(distinct))
+    hits = 0
+    for image, row in zip(images, texts, strict=True):
+        scores = features[[distinct[text] for text in row]] @ image
+        hits += int(scores[0] > scores[1:].max())
+    return hits / len(texts)
+
+
+def nearest_pictures(
+    towers: Towers, queries: Tensor, examples: Iterable[Example], count: int
+) -> list[list[Neighbour]]:
+    """The `count` nearest of `examples` to each of `queries` [Q, D], nearest first. One pass, little memory.
+
+    Raises `DataError` when there is no example.
+    """
+    best: list[list[Neighbour]] = [[] for _ in queries]
+    examples = iter(examples)
+    while batch := list(islice(examples, BATCH)):
+        scores = queries @ towers.encode_image([image for _, image in batch]).T
+        values, places = scores.topk(min(count, len(batch)), dim=1)
+        for kept, row, column in zip(best, values.tolist(), places.tolist(), strict=True):
+            found = (Neighbour(v, batch[p].sample.id, batch[p].sample.image) for v, p in zip(row, column, strict=True))
+            kept[:] = heapq.nlargest(count, [*kept, *found], key=lambda neighbour: neighbour.similarity)
+    if queries.shape[0] and not best[0]:
+        raise DataError("no training picture can be read")
+    return best
+
+
+def neighbour_sheet(drawn: Sequence[Image.Image], nearest: Sequence[Sequence[Neighbour]], columns: int) -> Image.Image:
+    """Each drawn picture with its nearest training pictures to the right; a block of rows a language."""
+    rows = -(-len(drawn) // columns)
+    width = (1 + max(len(entries) for entries in nearest)) * THUMBNAIL
+    gap = THUMBNAIL // 8
+    sheet = Image.new("RGB", (columns * (width + 2 * gap) - gap, rows * THUMBNAIL), "white")
+    for k, (picture, entries) in enumerate(zip(drawn, nearest, strict=True)):
+        left, top = k // rows * (width + 2 * gap), k % rows * THUMBNAIL
+        sheet.paste(to_square(picture, THUMBNAIL), (left, top))
+        for place, entry in enumerate(entries, start=1):
+            sheet.paste(to_square(open_image(entry.image), THUMBNAIL), (left + gap + place * THUMBNAIL, top))
+    return sheet
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return {
+        "median": float(ordered.quantile(0.5)),
+        "95%": float(ordered.quantile(0.95)),
+        "largest": float(ordered.max()),
+    }
+
+
+def format_table(record: dict[str, Any]) -> Table:
+    """What `evaluate_generator` measured, a row a language."""
+    from rich.table import Table
+
+    near = record["nearest"]
+    table = Table(
+        title=f"R-precision in % among {record['candidates']} captions",
+        min_width=100,  # room for the line below
+        caption="cosine with the nearest training picture, median and largest: "
+        + ", ".join(f"{name} {near[name]['median']:.3f} {near[name]['largest']:.3f}" for name in ("drawn", "real")),
+    )
+    for name in ("language", "drawn", "real", "random"):
+        table.add_column(name, justify="left" if name == "language" else "right")
+    for language, figures in [*record["r_precision"].items(), ("mean", record["mean"])]:
+        table.add_row(language, *(f"{100 * figures[name]:.1f}" for name in ("drawn", "real", "random")))
+    return table

@@ -1,0 +1,84 @@
+"""What `mmwudao info` tells of a model: its parts, and the memory that drawing with it takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from generation.cogview.rows import PRESETS, cogview_config
+from generation.drawing.memory import plan_drawing
+from generation.transformer.model import Transformer, TransformerConfig
+from mmwudao.loading.devices import choose_dtype
+from mmwudao.loading.loaded import load_parts
+from mmwudao.loading.model_dir import OPTIONAL_PARTS, check_hash
+from vqvae.model import VQVAEConfig
+from vqvae.storage.parts import stored_hash, without_weights
+
+
+def describe(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
+    """What `mmwudao info` prints: the parts of a model with sizes in bytes, parameter counts, dtypes and hashes.
+
+    `memory` is what drawing takes (`generation.drawing.memory`) on a CPU and a GPU. A name in `generation.cogview.rows.PRESETS` is
+    described without weights. Raises `ModelError` as `load` does, `ValueError` for an unknown dtype.
+    """
+    if model in PRESETS and not Path(model).is_dir():
+        return _describe_preset(str(model), dtype)
+    folder, config, tokenizer, generator, text = load_parts(model)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, module in (("tokenizer", tokenizer), ("generator", generator)):
+        tensors = list(module.state_dict().values())
+        parts[name] = {
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "dtype": str(tensors[0].dtype).removeprefix("torch."),
+        }
+    for name in config.parts.keys() & set(OPTIONAL_PARTS):
+        stored = folder / config.parts[name].path
+        check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
+        tensors = list(load_file(stored / "model.safetensors").values())
+        parts[name] = {
+            "parameters": sum(tensor.numel() for tensor in tensors),
+            "dtype": str(tensors[0].dtype).removeprefix("torch."),
+        }
+    parts["text"] = {"pieces": text.vocab_size, "dtype": "sentencepiece"}
+    for name, part in config.parts.items():
+        parts[name] |= {"hash": part.hash, "bytes": _size(folder / part.path)}
+    return {
+        "name": config.name,
+        "folder": str(folder),
+        "image_size": config.image_size,
+        "styles": config.styles,
+        "languages": config.languages,
+        "default_sampling": asdict(config.default_sampling),
+        "model_hash": config.model_hash,
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "parts": parts,
+        "memory": _plans(generator.config, tokenizer.config, dtype),
+    }
+
+
+def _describe_preset(name: str, dtype: str) -> dict[str, Any]:
+    config, tokenizer = cogview_config(name), VQVAEConfig.cogview()
+    with without_weights():
+        parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    image_size = config.grid[0] * tokenizer.stride
+    memory = _plans(config, tokenizer, dtype)
+    return {"name": name, "image_size": image_size, "parameters": parameters, "memory": memory}
+
+
+def _plans(config: TransformerConfig, tokenizer: VQVAEConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    plans = {}
+    for device, usual in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        chosen = usual if dtype == "auto" else choose_dtype(dtype, torch.device(device))
+        plan = plan_drawing(config, tokenizer, chosen, device)
+        plans[device] = {"dtype": str(chosen).removeprefix("torch."), **asdict(plan), "total": plan.total}
+    return plans
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,220 @@
+"""The filter of a search: a small part of SQL's expressions over metadata, parsed and checked before any store sees it.
+
+    family = 'noto' AND (year > 2016 OR NOT language IN ('zh', 'ja'))
+
+A comparison is a column, one of `= != <> < <= > >=` (or `IN`, `NOT IN` and values in parentheses) and a text in single
+quotes (`''` is one quote), a number, or true or false. As in SQL, an item without a column fails every comparison with
+it and the comparison's NOT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
+from lark.exceptions import VisitError
+
+from retrieval.collections.base import CollectionError
+
+MAX_LENGTH = 10_000  # characters of an expression
+MAX_DEPTH = 20  # of nested AND, OR and NOT
+COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+KEYWORDS = frozenset({"and", "or", "not", "in", "true", "false"})
+TYPE_NAMES: Mapping[type, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+
+Value = str | int | float | bool
+
+GRAMMAR = r"""
+?either: both ("OR"i both)*
+?both: negation ("AND"i negation)*
+?negation: "NOT"i negation -> inverse
+         | NAME OPERATOR value -> comparison
+         | NAME "IN"i "(" value ("," value)* ")" -> one_of
+         | NAME "NOT"i "IN"i "(" value ("," value)* ")" -> none_of
+         | "(" either ")"
+?value: TEXT -> text
+      | NUMBER -> number
+      | "TRUE"i -> true
+      | "FALSE"i -> false
+NAME: /[A-Za-z][A-Za-z0-9_]*/
+OPERATOR: "=" | "!=" | "<>" | "<=" | ">=" | "<" | ">"
+TEXT: /'([^']|'')*'/
+NUMBER: /[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?/
+%ignore /\s+/
+"""
+
+
+class WhereError(CollectionError):
+    """An expression that cannot be read, or does not fit the columns; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A column against a value; `in` against several. Operators are those of SQL, `!=` for both ways to write it."""
+
+    column: str
+    operator: str
+    values: tuple[Value, ...]
+    depth = 1
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """NOT of an expression."""
+
+    part: Expression
+
+    @property
+    def depth(self) -> int:
+        return self.part.depth + 1
+
+
+@dataclass(frozen=True)
+class Junction:
+    """Expressions joined by `and` or `or`."""
+
+    operator: str
+    parts: tuple[Expression, ...]
+
+    @property
+    def depth(self) -> int:
+        return max(part.depth for part in self.parts) + 1
+
+
+Expression = Comparison | Inverse | Junction
+Node = TypeVar("Node", Inverse, Junction)
+
+
+@v_args(inline=True)
+class _Builder(Transformer[Any, Expression]):
+    def text(self, token: str) -> str:
+        return token[1:-1].replace("''", "'")
+
+    def number(self, token: str) -> int | float:
+        if not token.lstrip("+-").isdigit():
+            return float(token)
+        if len(token) > 20 or not -(2**63) <= int(token) < 2**63:
+            raise WhereError(f"the integer {token[:30]} does not fit into 64 bits")
+        return int(token)
+
+    def true(self) -> bool:
+        return True
+
+    def false(self) -> bool:
+        return False
+
+    def comparison(self, column: str, operator: str, value: Value) -> Comparison:
+        return Comparison(str(column), "!=" if operator == "<>" else str(operator), (value,))
+
+    def one_of(self, column: str, *values: Value) -> Comparison:
+        return Comparison(str(column), "in", values)
+
+    def none_of(self, column: str, *values: Value) -> Inverse:
+        return Inverse(self.one_of(column, *values))
+
+    def inverse(self, part: Expression) -> Inverse:
+        return _shallow(Inverse(part))
+
+    def both(self, *parts: Expression) -> Junction:
+        return _shallow(Junction("and", parts))
+
+    def either(self, *parts: Expression) -> Junction:
+        return _shallow(Junction("or", parts))
+
+
+def _shallow(node: Node) -> Node:
+    if node.depth > MAX_DEPTH:
+        raise WhereError(f"nested deeper than {MAX_DEPTH}")
+    return node
+
+
+@cache
+def _parser() -> Lark:
+    # the tree is built while parsing, so that no depth of parentheses can exhaust Python's stack
+    return Lark(GRAMMAR, start="either", parser="lalr", transformer=_Builder())
+
+
+def parse_where(text: str, columns: Mapping[str, type]) -> Expression:
+    """Read an expression and see that it fits `columns` (name -> str, int, float or bool). Raises `WhereError`."""
+    if len(text) > MAX_LENGTH:
+        raise WhereError(f"where: {len(text)} characters, at most {MAX_LENGTH} are read")
+    try:
+        expression: Expression = _parser().parse(text)  # type: ignore[assignment]  # what `_Builder` returns
+    except UnexpectedInput as error:
+        ended = isinstance(error, UnexpectedToken) and error.token.type == "$END"
+        place = len(text) if ended or error.pos_in_stream is None else error.pos_in_stream
+        found = f"{text[place : place + 20]!r} at character {place + 1}" if place < len(text) else "its end"
+        raise WhereError(
+            f"where: cannot read {found}; write comparisons such as family = 'noto', joined by AND, OR, NOT, IN"
+        ) from error
+    except (WhereError, VisitError) as error:
+        raise WhereError(f"where: {error.orig_exc if isinstance(error, VisitError) else error}") from error
+    _check(expression, columns)
+    return expression
+
+
+def _check(expression: Expression, columns: Mapping[str, type]) -> None:
+    if isinstance(expression, Junction):
+        for part in expression.parts:
+            _check(part, columns)
+    elif isinstance(expression, Inverse):
+        _check(expression.part, columns)
+    else:
+        kind = columns.get(expression.column)
+        if kind is None:
+            raise WhereError(f"where: no column {expression.column!r}; there are: {', '.join(columns) or 'none'}")
+        for value in expression.values:
+            if type(value) is not kind and not (kind in (int, float) and type(value) in (int, float)):
+                raise WhereError(f"where: {expression.column} is {TYPE_NAMES[kind]}, compared with {_sql_value(value)}")
+        if kind is bool and expression.operator not in ("=", "!=", "in"):
+            raise WhereError(f"where: {expression.column} is true or false, and has no {expression.operator}")
+
+
+def to_sql(expression: Expression) -> str:
+    """The expression as LanceDB (DataFusion) reads it."""
+    return _render(expression, "=", lambda name: f"`{name}`", _sql_value, "({})")
+
+
+def to_milvus(expression: Expression, name: Callable[[str], str] = str) -> str:
+    """The expression as Milvus reads it; `name` says what a column is called there."""
+    return _render(expression, "==", name, _milvus_value, "[{}]")
+
+
+def _render(
+    expression: Expression,
+    equal: str,
+    name: Callable[[str], str],
+    value: Callable[[Value], str],
+    listed: str,
+) -> str:
+    def render(part: Expression) -> str:
+        if isinstance(part, Junction):
+            return "(" + f" {part.operator} ".join(map(render, part.parts)) + ")"
+        if isinstance(part, Inverse):
+            return f"(not {render(part.part)})"
+        values = ", ".join(map(value, part.values))
+        operator = equal if part.operator == "=" else part.operator
+        return f"({name(part.column)} {operator} {listed.format(values) if operator == 'in' else values})"
+
+    return render(expression)
+
+
+def _sql_value(value: Value) -> str:
+    if isinstance(value, str):
+        return sql_text(value)
+    return str(value).lower()
+
+
+def _milvus_value(value: Value) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    return str(value).lower()
+
+
+def sql_text(text: str) -> str:
+    """A text as a literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"

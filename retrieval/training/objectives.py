@@ -1,0 +1,261 @@
+"""What the towers learn from: BriVL's cross-modal MoCo, CLIP's symmetric loss, SigLIP's pairwise loss.
+
+Shapes: N pictures, M = V N texts (V captions of each picture: the first of every picture, then the second, ...), D the
+width of the shared space, K slots of a queue. `ids` [n, 2] tell of each feature which pair of the whole batch it
+belongs to, and the number of its concept: where several pictures of one batch show the same thing, a text of one
+describes the others too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Literal, Self
+
+import torch
+import torch.distributed as dist
+from open_clip.loss import ClipLoss, SigLipLoss, gather_features
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.config import ConfigError
+from retrieval.towers.base import Tokens, Towers
+from vqvae.training.loop import distributed, rank, world_size
+
+Keys = tuple[Tensor, Tensor] | None
+NO_PAIR = -1  # what is in a queue belongs to no pair of the batch
+
+
+@dataclass
+class ObjectiveConfig:
+    """Which loss, and its knobs; those from `queue` on are for `moco` alone."""
+
+    name: Literal["moco", "clip", "siglip"] = "clip"
+    # other pictures of the same concept: positives as good as one's own, left out of the loss, or negatives
+    same_concept: Literal["positive", "left-out", "negative"] = "positive"
+    temperature: float | None = None  # at the start; left out, it is the towers' own
+    learn_temperature: bool = True
+    # of siglip, at the start: near -log(batch), the odds of a positive; the paper's batches hold tens of thousands
+    bias: float = -10.0
+    queue: int = 4096  # keys kept of each side; any number, whatever the batch
+    momentum: float = 0.99
+    top_k: int = 0  # queue slots this near to both keys of a pair are positives too (BriVL's multi-label); 0 = none
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"the temperature is above 0, not {self.temperature}")
+        if self.queue < 1 or self.top_k < 0 or not 0 <= self.momentum < 1:
+            raise ValueError("queue is 1 or more, top_k 0 or more, momentum from 0 to below 1")
+
+
+def build_objective(towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> Objective:
+    """The objective that `config` names; `frozen`: names or patterns of the towers' parts that are not trained."""
+    return {"moco": Moco, "clip": Clip, "siglip": SigLip}[config.name](towers, config, frozen)
+
+
+class Objective(nn.Module):
+    """Towers with a loss as `forward`, which is what DDP wraps."""
+
+    def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.towers, self.config = towers, config
+        self.frozen = freeze(towers, frozen)
+        log_scales = [parameter for name, parameter in towers.named_parameters() if _is_scale(name)]
+        if config.temperature is not None and not log_scales:
+            raise ConfigError("the temperature of these towers is fixed: leave objective.temperature out")
+        for log_scale in log_scales:
+            log_scale.requires_grad_(config.learn_temperature)
+            if config.temperature is not None:
+                nn.init.constant_(log_scale, -math.log(config.temperature))
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch, but frozen parts keep their batch statistics and drop nothing out."""
+        super().train(mode)
+        for towers in self.children():
+            if isinstance(towers, Towers):
+                for name in self.frozen:
+                    towers.get_submodule(name).eval()
+        return self
+
+    def forward(self, pixels: Tensor, tokens: Tokens, labels: Tensor) -> dict[str, Tensor]:
+        """The "loss" of N pictures [N, 3, H, W], the tokens of their M texts and their concepts [N]."""
+        images = self.towers.encode_pixels(pixels)
+        texts = self.towers.encode_tokens(tokens)
+        pair = torch.arange(len(images), device=images.device) + rank() * len(images)
+        ids = torch.stack([pair, labels], dim=1)
+        text_ids = ids.repeat(len(texts) // len(images), 1)
+        keys = self.encode_keys(pixels, tokens)
+        with torch.autocast(images.device.type, enabled=False):  # logits need float32
+            loss = self.loss(images, texts, ids, text_ids, keys)
+        return {"loss": loss, "temperature": 1 / self.towers.scale.detach()}
+
+    def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
+        """Features of the same pictures and texts by towers of the past, for objectives that have them."""
+        return None
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
+        """A scalar, from features [N, D] and [M, D]; its mean over all processes is the loss of the whole batch."""
+        raise NotImplementedError
+
+
+class Clip(Objective):
+    """CLIP's symmetric cross-entropy (Radford et al. 2021, section 2.3), with any number of positives."""
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
+        across = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
+        to_texts, to_images = across.get_logits(images, texts, self.towers.scale)
+        image_loss = cross_entropy(to_texts, *pairs(ids, gather(text_ids), self.config))
+        return (image_loss + cross_entropy(to_images, *pairs(text_ids, gather(ids), self.config))) / 2
+
+
+class SigLip(Objective):
+    """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343, section 3.2): each pair of a picture and a text by itself."""
+
+    def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
+        super().__init__(towers, config, frozen)
+        self.bias = nn.Parameter(torch.tensor(config.bias))
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
+        if distributed():
+            _, texts = gather_features(images, texts, True, True, rank(), world_size())
+        logits = SigLipLoss().get_logits(images, texts, self.towers.scale, self.bias)
+        positive, counted = pairs(ids, gather(text_ids), self.config)
+        signs = positive.to(logits.dtype) * 2 - 1
+        return -(F.logsigmoid(signs * logits) * counted).sum() / len(logits)
+
+
+class Moco(Objective):
+    """BriVL's cross-modal contrast (Huo et al. 2021, section 3.3): queries against momentum keys and queues of them.
+
+    Unlike the original, the keys of the whole batch are candidates beside the queue, the queue starts empty instead
+    of random, positives are averaged instead of added, and batches are not shuffled for the keys: the statistics of
+    a batch of pictures tell nothing about a text. Of several captions the first goes into the queue.
+    """
+
+    def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
+        super().__init__(towers, config, frozen)
+        self.keys = copy.deepcopy(towers).requires_grad_(False)
+        self.register_buffer("image_queue", torch.zeros(config.queue, towers.embed_dim))
+        self.register_buffer("text_queue", torch.zeros(config.queue, towers.embed_dim))
+        self.register_buffer("queue_ids", torch.full((config.queue, 2), NO_PAIR))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))  # pairs, since the start
+        self.image_queue: Tensor
+        self.text_queue: Tensor
+        self.queue_ids: Tensor
+        self.pushed: Tensor
+
+    @torch.no_grad()
+    def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
+        if self.training:
+            self.follow()
+        return self.keys.encode_pixels(pixels), self.keys.encode_tokens(tokens)
+
+    def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
+        assert keys is not None
+        image_keys, text_keys = keys
+        with torch.no_grad():
+            first = text_keys[: len(images)]
+            filled = min(int(self.pushed), self.config.queue)
+            image_queue, text_queue = self.image_queue[:filled].clone(), self.text_queue[:filled].clone()
+            near = near_both(image_keys @ image_queue.T, first @ text_queue.T, self.config.top_k)
+            queue_ids = self.queue_ids[:filled].clone()
+            if self.training:
+                self.push(gather(image_keys), gather(first), gather(ids))
+        to_texts = self._contrast(images, gather(text_keys), text_queue, ids, gather(text_ids), queue_ids, near)
+        to_images = self._contrast(texts, gather(image_keys), image_queue, text_ids, gather(ids), queue_ids, near)
+        return (to_texts + to_images) / 2
+
+    def _contrast(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        queue: Tensor,
+        ids: Tensor,
+        key_ids: Tensor,
+        queue_ids: Tensor,
+        near: Tensor,
+    ) -> Tensor:
+        logits = self.towers.scale * queries @ torch.cat([keys, queue]).T
+        positive, counted = pairs(ids, torch.cat([key_ids, queue_ids]), self.config)
+        extra = F.pad(near.repeat(len(queries) // len(near), 1), (len(keys), 0))
+        return cross_entropy(logits, positive | extra, counted | extra)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the key towers towards the trained ones (Huo et al. 2021, eqs. 3 and 4)."""
+        for key, trained in zip(self.keys.parameters(), self.towers.parameters(), strict=True):
+            key.lerp_(trained, 1 - self.config.momentum)
+
+    @torch.no_grad()
+    def push(self, image_keys: Tensor, text_keys: Tensor, ids: Tensor) -> None:
+        """Put pairs of keys [n, D] into the queues, over the oldest; of more than K the last K."""
+        size, count = self.config.queue, len(ids)
+        kept = slice(max(0, count - size), count)
+        slots = torch.arange(count, device=ids.device)[kept].add(self.pushed) % size
+        self.image_queue[slots], self.text_queue[slots] = image_keys[kept], text_keys[kept]
+        self.queue_ids[slots, 1] = ids[kept, 1]
+        self.pushed += count
+
+
+def pairs(ids: Tensor, candidate_ids: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Of queries [n, 2] and candidates [c, 2]: who is right for whom, and who counts at all; bool [n, c] both."""
+    own = ids[:, None, 0] == candidate_ids[None, :, 0]
+    same = ids[:, None, 1] == candidate_ids[None, :, 1]
+    positive = own | same if config.same_concept == "positive" else own
+    counted = own | ~same if config.same_concept == "left-out" else torch.ones_like(own)
+    return positive, counted
+
+
+def cross_entropy(logits: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
+    """The mean over queries of the mean over positives of -log softmax, among the candidates that count [n, c].
+
+    With several positives, L_out of Khosla et al. 2020 (arXiv:2004.11362, eq. 2).
+    """
+    log_shares = logits.masked_fill(~counted, -torch.inf).log_softmax(dim=1)
+    return -(log_shares.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)).mean()
+
+
+def near_both(image_scores: Tensor, text_scores: Tensor, k: int) -> Tensor:
+    """Slots among the k best by image and by text, bool [N, K]: BriVL's additional positives."""
+    k = min(k, image_scores.shape[1])
+    by_image, by_text = (
+        torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k).indices, True)
+        for scores in (image_scores, text_scores)
+    )
+    return by_image & by_text
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; carries no gradient."""
+    if not distributed():
+        return tensor
+    rows = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(rows, tensor.contiguous())
+    return torch.cat(rows)
+
+
+def freeze(towers: Towers, patterns: Sequence[str]) -> list[str]:
+    """Stop the training of the parts whose names fit `patterns` (shell's wildcards); returns their names.
+
+    Raises `ConfigError` for a pattern that fits no part, and when nothing is left to train.
+    """
+    modules = {name: module for name, module in towers.named_modules() if name}
+    frozen = []
+    for pattern in patterns:
+        names = [name for name in modules if fnmatch(name, pattern)]
+        if not names:
+            parts = ", ".join(name for name, _ in towers.named_children())
+            raise ConfigError(f"freeze: the towers have no part {pattern!r}; the parts of the first level are {parts}")
+        frozen += names
+    for name in frozen:
+        modules[name].requires_grad_(False)
+    if not any(parameter.requires_grad for name, parameter in towers.named_parameters() if not _is_scale(name)):
+        raise ConfigError("freeze leaves nothing to train")
+    return frozen
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] == "logit_scale"  # as in open_clip

@@ -1,0 +1,265 @@
+"""Shards to vectors: one Parquet file a shard, which appears when it is whole, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch, encode_shards
+from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, split_name
+from data.sample import DataError, Sample
+from retrieval.towers.base import Towers
+from vqvae.storage.parts import content_hash
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMAT = "mmwudao-vectors/1"
+SETTINGS = "settings.json"
+VECTOR_DTYPES = ("float32", "float16")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EmbedReport:
+    """Rows by kind in all parts, skips by reason, and how many parts were there before this run."""
+
+    images: int = 0
+    texts: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    parts: int = 0
+    found: int = 0
+
+
+def embed_shards(
+    towers: Towers,
+    spec: ShardSpec,
+    out: Path | str,
+    *,
+    split: str | None = None,
+    images: bool = True,
+    texts: bool = True,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: bool = False,
+) -> EmbedReport:
+    """Write `out/{shard}.parquet` for every shard of `spec` (see `expand_shards`) that has none there yet.
+
+    A row is a vector: of a picture (`kind` "image", with all captions of the sample) or of one caption (`kind` "text",
+    with its `language`); `vector` is a list of `towers.embed_dim` float32 or float16 of unit length. A picture that
+    does not decode leaves out its whole sample, which is named in the log, in the part's metadata and, in the end,
+    in `out/skipped.log`. `workers` threads each decode and encode a batch; default: one a core.
+
+    Raises `DataError` when `out` holds something else, or vectors of other towers, shards or settings.
+    """
+    from tqdm import tqdm
+
+    parts = claim_parts(towers, spec, out, split, images, texts, dtype, batch_size)
+    pending = {shard: part for shard, part in parts.items() if not part.exists()}
+    with tqdm(unit=" samples", disable=not progress) as bar:
+        write_parts(towers, pending, images, texts, dtype, batch_size, workers, bar.update)
+    return report_parts(Path(out), list(parts.values()), len(parts) - len(pending))
+
+
+def claim_parts(
+    towers: Towers,
+    spec: ShardSpec,
+    out: Path | str,
+    split: str | None,
+    images: bool,
+    texts: bool,
+    dtype: str,
+    batch_size: int,
+) -> dict[Path, Path]:
+    """The part of each shard, in a folder that is from now on of these towers and settings. Raises `DataError`."""
+    if dtype not in VECTOR_DTYPES:
+        raise DataError(f"vectors are stored as {' or '.join(VECTOR_DTYPES)}, not {dtype!r}")
+    if not (images or texts):
+        raise DataError("nothing to embed: ask for images, texts or both")
+    if batch_size < 1:
+        raise DataError(f"a batch holds at least one picture, not {batch_size}")
+    shards, out = expand_shards(spec, split), Path(out)
+    parts = {shard: out / f"{shard.stem}.parquet" for shard in shards}
+    if len(set(parts.values())) < len(shards):
+        raise DataError("two shards have the same name: embed their folders one by one")
+    _claim(
+        out,
+        {
+            "format": FORMAT,
+            "towers": content_hash(towers),
+            "compute": str(towers.dtype).removeprefix("torch."),
+            "images": images,
+            "texts": texts,
+            "dtype": dtype,
+            "embed_dim": towers.embed_dim,
+            "shards": {shard.name: shard.stat().st_size for shard in shards},
+        },
+    )
+    return parts
+
+
+def write_parts(
+    towers: Towers,
+    parts: dict[Path, Path],
+    images: bool,
+    texts: bool,
+    dtype: str,
+    batch_size: int,
+    workers: int | None,
+    on_sample: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the part of each shard, atomically; in it is the same whichever shards are written together."""
+    log = SkipLog()
+    samples: list[Sample] = []
+    vectors: list[Tensor] = []
+    skips: list[tuple[str, str, str]] = []
+    with closing(_batches(towers, list(parts), images, batch_size, workers)) as batches:
+        for batch in batches:
+            for entry in batch.entries:
+                if isinstance(entry, Skip):
+                    log.take(entry)
+                    skips.append((entry.reason, entry.name, str(entry.error)))
+                    continue
+                sample, vector = entry
+                samples.append(sample)
+                vectors.append(vector)
+                on_sample()
+            if batch.last:
+                tables = [_text_rows(towers, samples)] if texts else []
+                if images:
+                    rows = torch.stack(vectors) if vectors else torch.zeros(0, towers.embed_dim)
+                    tables.insert(0, _image_rows(samples) | {"vector": rows})
+                _write(parts[batch.shard], tables, towers.embed_dim, dtype, skips)
+                samples, vectors, skips = [], [], []
+
+
+def _batches(
+    towers: Towers, shards: Sequence[Path], images: bool, batch_size: int, workers: int | None
+) -> Generator[Batch[Tensor]]:
+    """All samples of `shards` with the vectors of their pictures; without `images`, with empty ones, unopened."""
+
+    def encode(pixels: list[Tensor]) -> Tensor:
+        return towers.encode_image(torch.stack(pixels), batch_size)
+
+    if images:
+        yield from encode_shards(
+            shards, towers.preprocess, encode, batch_size=batch_size, workers=workers, device=towers.device
+        )
+        return
+    for shard in shards:
+        entries = (e if isinstance(e, Skip) else (replace(e, image=b""), torch.zeros(0)) for e in read_entries(shard))
+        yield Batch(shard, list(entries), last=True)
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make `out` the folder of these settings, or see that it is. Raises `DataError`."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SETTINGS
+    if not path.exists():
+        # a run that was killed at once leaves nothing but a hidden file
+        if any(not file.name.startswith(".") for file in out.iterdir()):
+            raise DataError(f"{out} holds other files and no {SETTINGS}: choose another folder")
+        _replace(path, (json.dumps(settings, indent=1) + "\n").encode())
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON; choose another folder") from error
+    if not isinstance(stored, dict):
+        stored = {}
+    names = [name for name in settings if stored.get(name) != settings[name]]
+    if names:
+        raise DataError(f"{out} holds vectors of other settings ({', '.join(names)} differ): choose another folder")
+
+
+def _image_rows(samples: Sequence[Sample]) -> dict[str, Any]:
+    return _columns(samples) | {
+        "kind": ["image"] * len(samples),
+        "language": [None] * len(samples),
+        "text": [None] * len(samples),
+        "captions": [[(name, c.name) for name, c in sorted(sample.captions.items())] for sample in samples],
+    }
+
+
+def _text_rows(towers: Towers, samples: Sequence[Sample]) -> dict[str, Any]:
+    rows = [(sample, language) for sample in samples for language in sorted(sample.captions)]
+    texts = [sample.captions[language].name for sample, language in rows]
+    # the families of a concept share its captions
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    vectors = towers.encode_text(list(distinct))
+    return _columns([sample for sample, _ in rows]) | {
+        "kind": ["text"] * len(rows),
+        "language": [language for _, language in rows],
+        "text": texts,
+        "captions": [None] * len(rows),
+        "vector": vectors[[distinct[text] for text in texts]],
+    }
+
+
+def _columns(samples: Sequence[Sample]) -> dict[str, Any]:
+    names = ("id", "family", "concept", "base_concept", "licence", "source")
+    return {name: [getattr(sample, name) for sample in samples] for name in names}
+
+
+def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipped: list[tuple[str, str, str]]) -> None:
+    """One Parquet file of the rows of `tables`, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    text = ("id", "kind", "language", "text", "family", "concept", "base_concept", "licence", "source")
+    schema = pa.schema(
+        [(name, pa.string()) for name in text]
+        + [("captions", pa.map_(pa.string(), pa.string())), ("vector", pa.list_(number, dim))],
+        metadata={"split": split_name(path.with_suffix(".tar")), "skipped": json.dumps(skipped)},
+    )
+
+    def column(rows: dict[str, Any], kind: pyarrow.DataType, name: str) -> pyarrow.Array:
+        if name != "vector":
+            return pa.array(rows[name], kind)
+        return pa.FixedSizeListArray.from_arrays(pa.array(rows[name].numpy().astype(dtype).reshape(-1)), dim)
+
+    chunks = [pa.table([column(rows, f.type, f.name) for f in schema], schema=schema) for rows in tables]
+    # a name of its own: what a lost machine still writes must not get into the file of who took over its shard
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    pq.write_table(pa.concat_tables(chunks), temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
+    """Count the rows of all parts, write the log of what they skipped, and remove what kills left of them."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    report = EmbedReport(parts=len(parts), found=found)
+    lines = []
+    for left in out.glob(".*.parquet.*.tmp"):
+        left.unlink(missing_ok=True)
+    for part in parts:
+        table = pq.read_table(part, columns=["kind"])
+        images = pc.sum(pc.equal(table["kind"], "image")).as_py() or 0
+        report.images += images
+        report.texts += len(table) - images
+        for entry in json.loads(table.schema.metadata[b"skipped"]):
+            report.skipped[entry[0]] = report.skipped.get(entry[0], 0) + 1
+            lines.append("\t".join(" ".join(field.split()) for field in entry) + "\n")
+    _replace(out / "skipped.log", "".join(lines).encode("utf-8", "backslashreplace"))
+    return report
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,498 @@
+"""The command line: exit codes, one line an error, nothing half-written, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmwudao import pictures
+from mmwudao.cli import draw as commands_draw
+from mmwudao.cli.app import run
+from mmwudao.loading.model_dir import copy_model
+from mmwudao.pictures import read_recipe
+
+HEAVY = ("torch", "torchvision", "numpy", "PIL", "data", "generation", "vqvae", "huggingface_hub", "yaml", "lancedb")
+COMMANDS = [
+    [],
+    ["generate"],
+    ["replay"],
+    ["caption"],
+    ["rerank"],
+    ["complete"],
+    ["info"],
+    ["upscale"],
+    ["tokenize"],
+    ["assemble"],
+    ["train"],
+    ["train", "tokenizer"],
+    ["train", "generator"],
+    ["train", "style"],
+    ["train", "upscaler"],
+    ["data"],
+    ["data", "build"],
+    ["data", "build", "emoji"],
+    ["data", "pack"],
+    ["data", "stats"],
+    ["import"],
+    ["import", "cogview"],
+    ["index"],
+    ["index", "build"],
+    ["search"],
+    ["demo"],
+]
+
+
+@pytest.fixture
+def generate(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs `generate` with the tiny model in this process, into tmp_path/out."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, out: str = "out") -> int:
+        return run(["generate", "--model", str(tiny_model_dir), "--device", "cpu", "-o", out, *arguments])
+
+    return call
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr, with nothing on stdout."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """In one process for all commands: how long an answer takes depends on the machine, what it imports does not."""
+    script = (
+        "import json, sys; from mmwudao.cli.app import run; "
+        "codes = [run([*command, '--help']) for command in json.loads(sys.argv[1])]; "
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules)); sys.exit(f'{{codes}} {{heavy}}')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(COMMANDS)], capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.stderr.strip() == f"{[0] * len(COMMANDS)} []"
+    assert done.stdout.count("Usage") == len(COMMANDS)
+
+
+def test_importing_the_package_is_light() -> None:
+    script = f"import sys, mmwudao; sys.exit(str(set({HEAVY!r}) & set(sys.modules) or 0))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.strip() == "0"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mmwudao 0.")
+
+
+def test_a_group_without_a_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data"]) == 2
+    captured = capsys.readouterr()
+    assert "stats" in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["paint"], "No such command 'paint'"),
+        (["generate", "a", "--colour", "red"], "--colour"),
+        (["generate", "a", "-n", "two"], "-n"),
+        (["replay"], "picture"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert message in one_error(capsys)
+
+
+# generate
+
+
+def test_generate_writes_pictures_and_a_sheet(generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("红心", "a red apple", "-n", "2", "--seed", "3", "--style", "noto") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["红心-3.png", "红心-4.png", "a-red-apple-5.png", "a-red-apple-6.png"]
+    assert lines == [*(f"out/{name}" for name in names), "sheet: out/grid.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*names, "grid.png"])
+    assert Image.open("out/grid.png").size == (2 * 36 + 4, 2 * 36 + 4)
+    assert read_recipe(Path("out/a-red-apple-6.png"))["prompt"] == "a red apple"
+
+
+def test_generate_never_overwrites(generate, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert generate("cat", "--seed", "3") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["cat-3-2.png", "cat-3.png", "grid-2.png", "grid.png"]
+    assert Path("out/cat-3.png").read_bytes() == Path("out/cat-3-2.png").read_bytes()
+
+
+def test_generate_json_is_one_object_a_picture(generate, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("😀", "cat", "--json", "--top-k", "7", "--temperature", "0.5") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["😀", "cat"]
+    for record in records:
+        assert Path(record["path"]).is_file()
+        assert (record["top_k"], record["temperature"], record["grid"]) == (7, 0.5, "out/grid.png")
+
+
+def test_prompts_file(generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeff红心\r\n\n  a cat \n".encode())
+    assert generate("first", "--prompts-file", "prompts.txt", "--json", "--seed", "0") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(record["prompt"], record["seed"]) for record in records] == [("first", 0), ("红心", 1), ("a cat", 2)]
+
+
+def test_preview_grows_and_stays(generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    previews: list[bytes] = []
+    write = pictures.write_files
+
+    def spy(files: dict[Path, bytes]) -> None:
+        previews.extend(data for path, data in files.items() if path.name == "preview.png")
+        write(files)
+
+    monkeypatch.setattr(pictures, "write_files", spy)
+    assert generate("cat", "--preview", "--seed", "0") == 0
+    assert len(previews) == 3  # at the start, and after each two of the four rows of codes
+    assert len(set(previews)) == 3
+    assert Path("out/preview.png").read_bytes() == previews[-1] == Path("out/grid.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt"),
+        ([""], "empty prompt"),
+        (["  \n "], "empty prompt"),
+        (["a", " "], "empty prompt"),
+        (["字" * 10_000], "10000 characters: at most 1000"),
+        (["a", "-n", "0"], "at least 1"),
+        (["a", "-n", "1000000"], "at most 1000"),
+        (["a", "--style", "cubism"], "unknown style 'cubism'"),
+        (["a", "--device", "tpu"], "unknown device 'tpu'"),
+        (["a", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["a", "--seed", "-1"], "seed"),
+        (["a", "--temperature", "nan"], "temperature"),
+        (["a", "--top-p", "2"], "top_p"),
+        (["a", "--model", "no-such-model"], "no model 'no-such-model'"),
+        (["--prompts-file", "absent.txt"], "absent.txt"),
+        (["--prompts-file", "empty.txt"], "holds no prompt"),
+        (["--prompts-file", "latin.txt"], "not UTF-8"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    generate, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("cœur é".encode("utf-16"))
+    assert generate(*arguments, "--preview") == 2
+    assert message in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+@pytest.mark.parametrize("file", ["generator/model.safetensors", "tokenizer/config.json", "text.model", "config.json"])
+def test_a_damaged_model_is_one_line(
+    tiny_model_dir: Path, tmp_path: Path, file: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = copy_model(tiny_model_dir, tmp_path / "model")
+    data = (broken / file).read_bytes()
+    (broken / file).unlink()
+    if how == "truncated":
+        (broken / file).write_bytes(data[: len(data) // 2])
+    for command in (["generate", "a", "--model", str(broken), "-o", str(tmp_path / "out")], ["info", str(broken)]):
+        assert run(command) == 2
+        assert str(broken) in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("here first")
+    for out in ("file", "file/below"):
+        assert generate("a", out=out) == 2
+        assert "file" in one_error(capsys)
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_folder(generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    assert generate("a") == 2
+    assert "Permission denied: " in one_error(capsys)
+
+
+def test_a_disk_that_is_read_only_or_full(
+    generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    def read_only(**options: object) -> None:
+        raise OSError(30, "Read-only file system", "out")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert generate("a") == 2
+    assert "No space left on device: out" in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(commands_draw.tempfile, "TemporaryFile", read_only)
+    assert generate("a") == 2
+    assert "Read-only file system: out" in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_older_pictures_alone(generate, tmp_path: Path) -> None:
+    assert generate("cat", "--seed", "1") == 0
+    assert generate("cat", "--style", "cubism") == 2
+    assert sorted(os.listdir(tmp_path / "out")) == ["cat-1.png", "grid.png"]
+
+
+def test_ctrl_c_in_the_middle_of_drawing(
+    generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, calls = pictures.write_files, []
+
+    def interrupted(files: dict[Path, bytes]) -> None:
+        calls.append(files)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(files)
+
+    monkeypatch.setattr(pictures, "write_files", interrupted)
+    assert generate("cat", "--preview") == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigint_ends_the_process_with_130(tiny_model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["generate", "cat", "-n", "1000", "--model", str(tiny_model_dir), "--preview", "-o", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmwudao", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not (out / "preview.png").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert not out.exists()
+
+
+def test_output_is_utf8_in_any_locale(tiny_model_dir: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = ["generate", "红心", "--seed", "1", "--json", "--model", str(tiny_model_dir), "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmwudao", *command], capture_output=True, text=True, encoding="utf-8", env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt"] == "红心"
+
+
+# replay
+
+
+@pytest.fixture
+def picture(generate, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert generate("戴墨镜的笑脸", "-n", "3", "--seed", "5", "--guidance", "1.5") == 0
+    capsys.readouterr()
+    return Path("out/戴墨镜的笑脸-6.png")
+
+
+def test_replay_draws_the_identical_picture(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["replay", str(picture)]) == 0
+    dtype = read_recipe(picture)["dtype"]
+    assert capsys.readouterr().out.splitlines() == [
+        "out/戴墨镜的笑脸-6-replay.png",
+        f"identical to the original (cpu, {dtype})",
+    ]
+    assert run(["replay", str(picture), "-o", "again.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": "again.png", "differing_pixels": 0, "pixels": 1024}
+    assert Path("again.png").read_bytes() == picture.read_bytes()
+
+
+def test_replay_says_when_pixels_differ(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = read_recipe(picture)
+    with Image.open(picture) as original:
+        changed = original.copy()
+    red, *others = changed.tobytes()[:3]
+    changed.putpixel((0, 0), (255 - red, *others))
+    changed.info.update(recipe)
+    Path("changed.png").write_bytes(pictures.encode_png(changed))
+    assert run(["replay", "changed.png"]) == 1
+    assert "differs in 1 of 1024 pixels" in capsys.readouterr().out
+
+
+def test_replay_refuses(
+    picture: Path, tiny_model_dir: Path, other_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["replay", str(picture), "--model", str(other_model_dir)]) == 2
+    assert "drawn by another model" in one_error(capsys)
+    assert run(["replay", "out/grid.png"]) == 2
+    assert "holds no recipe" in one_error(capsys)
+    assert run(["replay", "absent.png"]) == 2
+    assert "no picture at absent.png" in one_error(capsys)
+    Path("taken.png").touch()
+    assert run(["replay", str(picture), "-o", "taken.png"]) == 2
+    assert "taken.png exists" in one_error(capsys)
+    # the recorded model is gone, then found again elsewhere
+    moved = copy_model(tiny_model_dir, tmp_path / "moved")
+    assert run(["generate", "cat", "--seed", "1", "--model", str(moved), "-o", "moved-out"]) == 0
+    moved.rename(tmp_path / "moved-on")
+    capsys.readouterr()
+    assert run(["replay", "moved-out/cat-1.png"]) == 2
+    assert "no model" in one_error(capsys)
+    assert sorted(os.listdir("moved-out")) == ["cat-1.png", "grid.png"]
+    assert run(["replay", "moved-out/cat-1.png", "--model", str(tmp_path / "moved-on")]) == 0
+
+
+# info, assemble, tokenize, data
+
+
+def test_info(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", str(tiny_model_dir)]) == 0
+    text = capsys.readouterr().out
+    assert run(["info", str(tiny_model_dir), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "32 x 32 pixels" in text
+    for part in record["parts"].values():
+        assert part["hash"] in text
+    assert record["styles"] == ["noto", "twemoji"]
+
+
+def test_assemble(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made"
+    (tmp_path / "card.md").write_text("# A card\n")
+    parts = ["--tokenizer", "tokenizer", "--generator", "generator", "--text", "text.model"]
+    paths = [str(tiny_model_dir / part) if not part.startswith("--") else part for part in parts]
+    options = ["--name", "made", "--image-size", "32", "--styles", "noto, twemoji", "--card", str(tmp_path / "card.md")]
+    assert run(["assemble", *paths, *options, "-o", str(out), "--guidance", "2.5"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert (out / "README.md").read_text() == "# A card\n"
+    assert run(["info", str(out), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["styles"] == ["noto", "twemoji"]
+    assert record["default_sampling"]["guidance"] == 2.5
+    assert run(["assemble", *paths, *options, "-o", str(out)]) == 2
+    assert "not empty" in one_error(capsys)
+
+
+def test_tokenize_pictures_and_codes(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (50, 41), (200, 30, 30)).save(tmp_path / "red.png")
+    out = tmp_path / "out"
+    base = ["tokenize", "--model", str(tiny_model_dir), "-o", str(out)]
+    assert run([*base, str(tmp_path / "red.png")]) == 0
+    text = capsys.readouterr().out
+    assert "[5, 6] codes" in text
+    assert "PSNR" in text
+    with Image.open(out / "red-decoded.png") as decoded:
+        assert decoded.size == (48, 40)
+    # from the codes alone, and with a tokenizer's own folder
+    again = ["tokenize", "--model", str(tiny_model_dir / "tokenizer"), "-o", str(out), str(out / "red.npy")]
+    assert run(again) == 0
+    assert (out / "red-decoded-2.png").read_bytes() == (out / "red-decoded.png").read_bytes()
+
+
+def test_tokenize_bad_input(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.npy").write_text("no codes")
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / "out"
+    for sources, message in (
+        (["good.png", "text.png"], "text.png"),
+        (["good.png", "text.npy"], "no array of codes"),
+        (["good.png", "absent.png"], "absent.png"),
+        (["folder"], "no folder of shards"),
+        (["folder", "good.png"], "one folder of shards at a time"),
+    ):
+        paths = [str(tmp_path / source) for source in sources]
+        assert run(["tokenize", "--model", str(tiny_model_dir), "-o", str(out), *paths]) == 2
+        assert message in one_error(capsys)
+        assert not out.exists()
+
+
+def test_pack_stats_and_tokenize_shards(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for k in range(6):
+        Image.new("RGB", (40 + k, 40), (40 * k, 100, 50)).save(source / f"{k}.png")
+        (source / f"{k}.txt").write_text(f"picture {k}")
+    (source / "broken.png").write_text("no picture")
+    (source / "broken.txt").write_text("nothing")
+    shards, codes = str(tmp_path / "shards"), str(tmp_path / "codes")
+    assert run(["data", "pack", str(source), "-o", shards, "--size", "32", "--language", "en"]) == 0
+    assert "train: 6 samples in 1 shards\nskipped: 1\n" in capsys.readouterr().out
+    assert run(["data", "stats", shards, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert run(["data", "stats", shards]) == 0
+    assert "6" in capsys.readouterr().out
+    assert run(["tokenize", shards, "--model", str(tiny_model_dir), "-o", codes, "--device", "cpu"]) == 0
+    assert "train: 6 samples" in capsys.readouterr().out
+    for options, problem in ((["--workers", "0"], "at least one worker"), (["--size", "34"], "not 34x34")):
+        bad = ["tokenize", shards, "--model", str(tiny_model_dir), "-o", f"{codes}-bad", "--device", "cpu", *options]
+        assert run(bad) == 2
+        assert problem in one_error(capsys)
+        assert not (tmp_path / "codes-bad").exists()
+    assert run(["data", "stats", str(tmp_path / "absent")]) == 2
+    assert "absent" in one_error(capsys)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator"])
+def test_training_names_a_bad_setting(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("loop: {steps: 10}\n")
+    assert run(["train", part, str(config), "loop.stepz=3"]) == 2
+    assert "loop.stepz" in one_error(capsys)
+    assert run(["train", part, str(config), "loop.steps=many"]) == 2
+    assert "loop.steps" in one_error(capsys)
+    assert run(["train", part, str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml" in one_error(capsys)
+
+
+# threads
+
+
+@pytest.mark.parametrize("chosen", ["1", None])
+def test_threads_follow_the_environment(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3)), raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    commands_draw.choose_threads()
+    assert asked == [] if chosen else 1 <= asked[0] <= 3
+
+
+def test_the_demo_command(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The Makefile's line, with the tiny model in place of the shipped one."""
+    makefile = Path(__file__).parents[2] / "Makefile"
+    line = next(line for line in makefile.read_text(encoding="utf-8").splitlines() if "mmwudao generate" in line)
+    arguments = line.split("mmwudao generate ")[1].replace("$(DEMO)", str(tmp_path / "demo"))
+    script = f'"{sys.executable}" -m mmwudao generate {arguments} --model "{tiny_model_dir}"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"sheet: {tmp_path / 'demo' / 'grid.png'}"
+    assert len(os.listdir(tmp_path / "demo")) == 13
+    shutil.rmtree(tmp_path / "demo")

@@ -1,0 +1,87 @@
+"""The model in the box: its size, its hashes, and that it does what its card says, on the sample pictures."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.images import to_tensor
+from data.reading import open_shards
+from data.styles import LANGUAGES
+from generation.training.pairs import CaptionConfig, draw_caption
+from mmwudao.loading.model_dir import SHIPPED
+from mmwudao.pipeline import Pipeline, load
+from vqvae.train_tokenizer import measure_reconstruction
+
+SAMPLE = Path(__file__).parents[2] / "data" / "samples" / "emoji"
+MAX_BYTES = 24e6  # all but the towers, in bf16
+MAX_TOWERS_BYTES = 12e6
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Pipeline:
+    return load("emoji", device="cpu", dtype="float32")
+
+
+def test_it_is_small() -> None:
+    sizes = {file.parent.name: file.stat().st_size for file in (SHIPPED / "emoji").rglob("*.safetensors")}
+    assert 1e6 < sizes.pop("towers") <= MAX_TOWERS_BYTES
+    assert 1e6 < sum(sizes.values()) <= MAX_BYTES
+
+
+def test_the_tokenizer_restores_pictures_it_never_saw(emoji: Pipeline) -> None:
+    pictures = torch.stack(
+        [(to_tensor(image) * 255).to(torch.uint8) for _, image in open_shards(SAMPLE, "test-concept")]
+    )
+    figures, _ = measure_reconstruction(emoji.tokenizer, pictures, torch.device("cpu"))
+    assert figures.psnr >= 22
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_towers_find_pictures_they_never_saw(emoji: Pipeline, language: str) -> None:
+    found = list(open_shards(SAMPLE, "test-family"))
+    images = emoji.towers.encode_image([image for _, image in found])
+    texts = emoji.towers.encode_text([sample.captions[language].name for sample, _ in found])
+    first = (texts @ images.T).argmax(dim=1)
+    concepts = [sample.concept for sample, _ in found]
+    hits = sum(concepts[int(k)] == concepts[i] for i, k in enumerate(first))
+    assert hits / len(found) > 0.5
+    assert len(found) > 10
+
+
+def test_the_generator_knows_the_pictures_from_other_codes(emoji: Pipeline) -> None:
+    from generation.layout import collate, training_row
+
+    config = emoji.generator.config
+    captions = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
+    rows, shuffled = [], []
+    for sample, image in open_shards(SAMPLE, "test-family"):
+        codes = emoji.tokenizer.encode(to_tensor(image)[None])[0]
+        ids = emoji.text.encode(draw_caption(sample, captions, random.Random(sample.id)))
+        rows.append(training_row(config.vocabulary, ids, codes, config.max_text, config.position_kind))
+        mixed = codes.flatten()[torch.randperm(256, generator=torch.Generator().manual_seed(0))].view(16, 16)
+        shuffled.append(training_row(config.vocabulary, ids, mixed, config.max_text, config.position_kind))
+    with torch.inference_mode():
+        real, noise = (emoji.generator.loss(collate(config.vocabulary, r))["image_bits"] for r in (rows, shuffled))
+    assert real < 5 < noise  # a uniform guess costs 10 bits
+
+
+def test_prompts_of_every_language_and_of_none(emoji: Pipeline) -> None:
+    prompts = ["戴墨镜的笑脸", "red apple", "cœur rouge", "schlafendes Gesicht", "červené jablko", "赤リンゴ"]
+    prompts.append("빨간 사과")
+    assert len(prompts) == len(LANGUAGES)
+    pictures = emoji.generate([*prompts, "🍎🕶️", "تفاحة حمراء", "𒀀𒁀"], seed=1)
+    assert {picture.size for picture in pictures} == {(128, 128)}
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_picture_does_not_depend_on_its_batch(dtype: str) -> None:
+    pipe = load("emoji", device="cpu", dtype=dtype)
+    many = pipe.generate("red apple", n=9, seed=5)
+    assert pipe.generate("red apple", seed=5)[0].tobytes() == many[0].tobytes()
+    assert pipe.generate("red apple", n=3, seed=6)[2].tobytes() == many[3].tobytes()
+    assert pipe.generate(["schlafendes Gesicht", "red apple"], seed=12)[1].tobytes() == many[8].tobytes()

@@ -1,0 +1,412 @@
+"""The service on Ray Serve: the answers of one server, by replicas, of which one may be lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import numpy
+import openai
+import pytest
+import torch
+
+from mmwudao.cli.app import run
+from mmwudao.cli.serve import load_served
+from mmwudao.pipeline import load
+from mmwudao.service.drawing import Commission
+from mmwudao.service.errors import Busy
+from mmwudao.service.settings import ServiceConfig
+from retrieval.towers.base import save_towers
+from tests.helpers.service_server import data_uri, png, running
+from tests.retrieval.test_export import tiny_towers
+
+ray = pytest.importorskip("ray")
+
+from mmwudao.service.ray.deployments import ScaleOut, application, queues  # noqa: E402
+from mmwudao.service.ray.remote import GeneratorWorker, Lost, RemoteDrawings, RemotePipeline  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+MODEL = "tiny"
+KEY = "a-key-of-16-characters"
+ASKED = {"prompt": "红心", "n": 2, "seed": 3}
+
+
+def wait_for(condition, what, seconds=120):
+    late = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < late, what
+        time.sleep(0.2)
+
+
+# the generator's side and the application's, without Ray between them
+
+
+class Response:
+    """As Ray Serve's, of a streaming call."""
+
+    def __init__(self, generator):
+        self.generator, self.cancelled = generator, False
+
+    def __aiter__(self):
+        return self.generator
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class Handle:
+    """As Ray Serve's, to one worker in this process."""
+
+    def __init__(self, worker):
+        self.worker, self.responses = worker, []
+        self.draw = self
+
+    def options(self, stream):
+        assert stream
+        return self
+
+    def remote(self, wanted):
+        self.responses.append(Response(self.worker.draw(wanted)))
+        return self.responses[-1]
+
+
+def test_drawings_are_those_of_the_pipeline(tiny_model_dir):
+    pipeline = load(tiny_model_dir, "cpu", "float32")
+
+    async def draw():
+        worker = GeneratorWorker("tiny", pipeline, ServiceConfig())
+        remote: Any = RemotePipeline(cast(Any, Handle(worker)), await worker.describe())
+        assert remote.grid == pipeline.grid
+        drawings = remote.plan("红心", 3, seed=5)
+        assert drawings == pipeline.plan("红心", 3, seed=5)
+        shown = []
+        queue = RemoteDrawings(remote.handle, 4)
+        commissions = [
+            Commission(one, partial(lambda k, image: shown.append((k, image.size)), k), frozenset({1, 3}))
+            for k, one in enumerate(drawings)
+        ]
+        async with queue.reserve(3):
+            images = await queue.submit(commissions)
+            with pytest.raises(Busy):
+                async with queue.reserve(2):
+                    pass
+        assert remote.handle.responses[0].cancelled
+        return images, shown
+
+    images, shown = asyncio.run(draw())
+    assert sorted(shown) == sorted([(k, (32, 32)) for k in range(3)] * 2)
+    for image, expected in zip(images, pipeline.generate("红心", 3, seed=5), strict=True):
+        assert image.tobytes() == expected.tobytes()
+        assert image.info == expected.info
+
+
+def test_who_leaves_stops_the_drawing(tiny_model_dir):
+    pipeline = load(tiny_model_dir, "cpu", "float32")
+    begun, go_on, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def draw(drawings, on_token):
+        begun.set()
+        go_on.wait(30)
+        try:
+            on_token(1, torch.zeros(1, 4, 4))
+        except Exception:
+            stopped.set()
+            raise
+        return []
+
+    pipeline.draw = draw  # type: ignore[method-assign, assignment]
+
+    async def leave():
+        worker = GeneratorWorker("tiny", pipeline, ServiceConfig())
+        stream = worker.draw([(one, frozenset()) for one in pipeline.plan("红心", 1)])
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.to_thread(begun.wait, 30)
+        waiting.cancel()  # as Ray does with a cancelled call
+        await asyncio.gather(waiting, return_exceptions=True)
+        go_on.set()
+        assert await asyncio.to_thread(stopped.wait, 30)
+
+    asyncio.run(leave())
+
+
+def test_a_lost_generator_is_a_503():
+    class Gone:
+        draw = caption = property(lambda self: self)
+
+        def options(self, stream):
+            return self
+
+        def remote(self, *_):
+            return self
+
+        def result(self, timeout_s=None):
+            raise ray.exceptions.RayActorError
+
+        async def __aiter__(self):
+            raise ray.exceptions.RayActorError
+            yield
+
+        def cancel(self):
+            pass
+
+    with pytest.raises(Lost, match="try again"):
+        asyncio.run(RemoteDrawings(cast(Any, Gone()), 1).submit([]))
+    pipeline = object.__new__(RemotePipeline)
+    pipeline.handle = cast(Any, Gone())
+    with pytest.raises(Lost, match="try again"):
+        pipeline.caption([])
+    with pytest.raises(Lost, match="try again"):
+        pipeline.caption([], on_step=lambda: None)
+
+
+def test_who_leaves_cancels_a_caption():
+    class Slow:
+        caption = property(lambda self: self)
+        cancelled = False
+
+        def remote(self, *_):
+            return self
+
+        def result(self, timeout_s):
+            raise TimeoutError
+
+        def cancel(self):
+            self.cancelled = True
+
+    def leave():
+        looks.append(1)
+        if len(looks) == 3:
+            raise asyncio.CancelledError
+
+    looks: list[int] = []
+    slow, pipeline = Slow(), object.__new__(RemotePipeline)
+    pipeline.handle = cast(Any, slow)
+    with pytest.raises(asyncio.CancelledError):
+        pipeline.caption([], on_step=leave)
+    assert slow.cancelled
+
+
+# what is refused before anything is started
+
+
+def test_bad_settings(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.delenv("MMWUDAO_KEYS", raising=False)
+    towers = str(save_towers(tiny_towers(), tmp_path / "tower", torch.float32))
+    settings = ScaleOut(model=str(tiny_model_dir), keyless=True)
+    for changes, problem in (
+        ({"keyless": False}, "give keys"),
+        ({"generator_replicas": 0}, "no towers: give --towers"),
+        ({"collection": "c"}, "no towers: give --towers"),
+        ({"model": "nothing"}, "no model 'nothing'"),
+        ({"model": towers, "towers": towers}, "takes no --towers"),
+        ({"model": towers, "adapter": "style"}, "without one there is no --adapter"),
+        ({"deadline": 0}, "deadline must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            application(settings.model_copy(update=changes))
+    for fields in ({"tower_replicas": 0}, {"generator_replicas": -1}, {"replicas": 2}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            ScaleOut.model_validate(fields)
+
+
+def test_bad_commands_are_one_line(tiny_model_dir, monkeypatch, capsys):
+    monkeypatch.delenv("MMWUDAO_KEYS", raising=False)
+    command = ["serve", "--model", str(tiny_model_dir)]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        assert run([*command, "--ray", "local"]) == 2
+        assert "pip install 'mmwudao[ray]'" in capsys.readouterr().err
+    for options, problem in (
+        (["--ray", "local", "--host", "0.0.0.0"], "give keys"),
+        (["--ray", "local", "--device", "cpu"], "leave out --device"),
+        (["--tower-replicas", "2"], "replicas are for --ray"),
+    ):
+        assert run([*command, *options]) == 2
+        said = capsys.readouterr().err
+        assert problem in said
+        assert said.count("\n") == 1
+
+
+def test_queues_are_bounded_by_what_is_behind_them():
+    plain = ServiceConfig(waiting_drawings=64, waiting_tasks=32, max_pictures=10)
+    for towers, generators, drawings, tasks in ((1, 1, 64, 32), (2, 1, 32, 16), (1, 3, 192, 96), (32, 1, 10, 1)):
+        front, behind = queues(plain, ScaleOut(tower_replicas=towers, generator_replicas=generators))
+        assert (front.waiting_drawings, front.waiting_tasks) == (drawings, tasks)
+        assert (behind.waiting_drawings, behind.waiting_tasks) == (towers * drawings, towers * tasks)
+        assert front.waiting_texts == plain.waiting_texts
+
+
+# with Ray: a minute goes by until all its processes have started
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scale-out")
+    towers = save_towers(tiny_towers(), folder / "tower", torch.float32)
+    return {"model": str(tiny_model_dir), "towers": str(towers), "collection": str(folder / "collection")}
+
+
+@pytest.fixture(scope="module")
+def address(options):
+    """`mmwudao serve --ray` with two replicas of the towers, one of the generator, and a key."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+        command = [sys.executable, "-m", "mmwudao", "serve", "--ray", "auto", "--tower-replicas", "2"]
+        command += ["--cpus", "0.5", "--port", str(port)]
+        command += [word for name, value in options.items() for word in (f"--{name}", value)]
+        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "MMWUDAO_KEYS": KEY}
+        server = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.extend(cast(Any, server.stderr)))
+        reader.start()
+        try:
+            wait_for(lambda: not reader.is_alive() or any(line.startswith("serving") for line in said), "no start", 400)
+            assert server.poll() is None, "".join(said)
+            yield f"http://127.0.0.1:{port}"
+            server.terminate()
+            assert server.wait(60) == 0, "".join(said)
+            with pytest.raises(httpx2.ConnectError):
+                httpx2.get(f"http://127.0.0.1:{port}/healthz")
+        finally:
+            server.kill()
+            reader.join()
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def ask(address, path, body=None, key=KEY):
+    headers = {"Authorization": f"Bearer {key}"}
+    if body is None:
+        return httpx2.get(address + path, headers=headers)
+    return httpx2.post(address + path, headers=headers, json=body, timeout=60)
+
+
+def busy_replicas(address):
+    """When each replica that a `/metrics` reaches first answered for vectors: a stamp a replica that did."""
+    pattern = r'mmwudao_requests_created\{method="POST",route="/v1/embeddings",status="200"\} (\S+)'
+    texts = [ask(address, "/metrics").text for _ in range(16)]
+    return {stamp for text in texts for stamp in re.findall(pattern, text)}
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_one_server(address, options):
+    described = [{"id": f"item-{k}", "text": text} for k, text in enumerate(["red", "blue", "ein Apfel"])]
+    asked = {
+        "/v1/models": None,
+        "/v1/embeddings": {"input": ["a red apple", data_uri(png("blue"))]},
+        "/v1/search": {"text": "red", "k": 3},
+        "/v1/captions": {"images": [data_uri(png())], "language": "en"},
+        "/v1/rerank": {"query": "red", "documents": [data_uri(png()), data_uri(png("blue"))], "by": "caption"},
+        "/v1/items/item-1?vector=true": None,
+        "/v1/items/nothing": None,
+        "/v1/images/generations": {"prompt": ""},
+        "/nowhere": None,
+    }
+    assert ask(address, "/v1/items", {"items": described}).json() == {"stored": 3}
+    served = load_served(options["model"], options["towers"], options["collection"], None, "cpu", "auto")
+    with running(served, ServiceConfig(keys=(KEY,))) as alone:
+        for path, body in asked.items():
+            found, expected = ask(address, path, body), ask(alone, path, body)
+            assert found.status_code == expected.status_code, found.text
+            assert nearly(found.json(), expected.json()), path
+        drawn, expected = (ask(url, "/v1/images/generations", ASKED).json()["data"] for url in (address, alone))
+        assert [one["b64_json"] for one in drawn] == [one["b64_json"] for one in expected]
+    assert served.collection is not None
+    served.collection.close()
+    refused = ask(address, "/v1/models", key="another-key-of-16-characters")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def nearly(found, expected):
+    """Equal, but for the last bits of numbers."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(nearly(found[name], expected[name]) for name in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(nearly, found, expected))
+    return found == pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else found == expected
+
+
+@pytest.mark.slow
+def test_the_openai_client_and_both_replicas(address, client):
+    towers = tiny_towers()
+
+    def embed(k):
+        return client.embeddings.create(model=MODEL, input=[f"text {k}"]).data[0].embedding
+
+    with ThreadPoolExecutor(8) as pool:
+        found = numpy.array(list(pool.map(embed, range(64))))
+    expected = towers.encode_text([f"text {k}" for k in range(64)]).detach().numpy()
+    numpy.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def both():
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(embed, range(16)))
+        return len(busy_replicas(address)) == 2
+
+    wait_for(both, "one replica does all the work")
+    kinds = [
+        event.type
+        for event in client.images.generate(model=MODEL, prompt="红心", n=1, stream=True, partial_images=2)
+    ]
+    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert client.images.generate(model=MODEL, prompt="a red apple", n=2).size == "32x32"
+
+
+@pytest.mark.slow
+def test_a_replica_is_killed(address, client):
+    """Requests go on: those that the lost replica had fail, and the client asks again."""
+    patient = client.with_options(max_retries=5)
+    names = [
+        one["name"]
+        for one in ray.util.list_named_actors(all_namespaces=True)
+        if one["name"].startswith("SERVE_REPLICA::mmwudao#towers#")
+    ]
+    assert len(names) == 2
+    stop, answered, problems = threading.Event(), [], []
+
+    def go_on():
+        while not stop.is_set():
+            try:
+                answered.append(patient.embeddings.create(model=MODEL, input="red").data[0].index)
+            except openai.OpenAIError as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=go_on) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(answered) > 20, "no answers")
+    ray.kill(ray.get_actor(names[0], namespace="serve"))
+    killed = len(answered)
+    wait_for(lambda: len(answered) > killed + 100, "no answers after the kill")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    # another takes its place
+    wait_for(lambda: ray.serve.status().applications["mmwudao"].status == "RUNNING", "not replaced")

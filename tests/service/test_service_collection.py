@@ -1,0 +1,67 @@
+"""The items and search routes on the embedded collection itself, where other tests have one in memory."""
+
+from __future__ import annotations
+
+import httpx2
+import pytest
+
+from mmwudao.cli.serve import load_served
+from mmwudao.service.queues import Served
+from retrieval.collections.lance import LanceCollection
+from retrieval.collections.opening import open_collection
+from retrieval.towers.base import save_towers
+from tests.helpers.service_server import data_uri, png, running
+from tests.helpers.tiny_towers import ColourTowers
+from tests.retrieval.test_export import tiny_towers
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collection") / "items"
+    with (
+        open_collection(folder, create=True, dim=8) as collection,
+        running(Served("tiny", ColourTowers().eval(), collection=collection)) as url,
+    ):
+        items = [
+            {"id": name, "text": name, "metadata": {"family": "plain", "year": 2010}} for name in ("green", "blue")
+        ]
+        assert httpx2.post(f"{url}/v1/items", json={"items": items, "mode": "add"}, timeout=60).status_code == 200
+        body = {"image": data_uri(png("red")), "metadata": {"family": "noto", "year": 2017}}
+        assert httpx2.put(f"{url}/v1/items/a%2Fb", json=body, timeout=60).status_code == 200
+        yield url
+
+
+def test_what_was_stored_is_found(address):
+    hits = httpx2.post(f"{address}/v1/search", json={"text": "red"}, timeout=60).json()["data"]
+    assert hits[0]["id"] == "a/b"
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-3)
+    body = {"text": "red", "where": "family = 'plain' AND year < 2015"}
+    hits = httpx2.post(f"{address}/v1/search", json=body, timeout=60).json()["data"]
+    assert {hit["id"] for hit in hits} == {"green", "blue"}
+    assert httpx2.get(f"{address}/v1/items", params={"where": "year > 2015"}).json()["count"] == 1
+
+
+@pytest.mark.parametrize(
+    "where", ["drop table", "colour = 'red'", "family = 1", "family = 'plain' AND (", "\0", "family = '", "(" * 3000]
+)
+def test_a_condition_that_cannot_be_read_is_the_clients_mistake(address, where):
+    answer = httpx2.post(f"{address}/v1/search", json={"text": "red", "where": where}, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert "\n" not in answer.json()["error"]["message"]
+
+
+def test_metadata_that_does_not_fit_is_the_clients_mistake(address):
+    for metadata in ({"family": 5}, {"vector": 1}, {"id": "x"}):
+        answer = httpx2.put(f"{address}/v1/items/x", json={"text": "red", "metadata": metadata}, timeout=60)
+        assert answer.status_code == 400, answer.text
+    assert httpx2.get(f"{address}/v1/items/x", timeout=60).status_code == 404
+
+
+def test_the_service_takes_durable_for_its_collection(tmp_path):
+    towers = str(save_towers(tiny_towers(), tmp_path / "towers"))
+    served = load_served(towers, None, str(tmp_path / "items"), None, "cpu", "auto", durable=True)
+    assert isinstance(served.collection, LanceCollection)
+    assert served.collection.durable
+    served.collection.close()
+    with pytest.raises(ValueError, match="give --collection"):
+        load_served(towers, None, None, None, "cpu", "auto", durable=True)

@@ -1,0 +1,390 @@
+"""Pictures over HTTP: drawn alone and together, streamed, cancelled, captioned, ranked, searched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from dataclasses import replace
+
+import httpx2
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from generation.captions import describe
+from generation.drawing.decoding import SamplingOptions, generate_codes
+from mmwudao.loading.model_dir import Part
+from mmwudao.service.drawing import Commission, NobodyWaits, draw_block, rows_of_previews
+from mmwudao.service.settings import ServiceConfig
+from tests.helpers.service_server import data_uri, png, running, tiny_pipeline, tiny_served
+from tests.helpers.tiny_towers import ColourTowers
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model_dir):
+    return tiny_pipeline(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model_dir):
+    return tiny_served(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    with running(served, ServiceConfig(max_pictures=8, waiting_drawings=8, drawing_window=0.2)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def picture(b64: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def metric(address: str, line: str) -> float:
+    found = [row for row in httpx2.get(f"{address}/metrics").text.splitlines() if row.startswith(line + " ")]
+    return float(found[0].split()[1]) if found else 0.0
+
+
+class Slowed:
+    """The generator, with a pause before every step, and a count of them."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.steps = 0
+        self.seconds = seconds
+        original = generate_codes
+
+        def slow(*arguments, on_token=None, **options):
+            def count(step, codes):
+                self.steps += 1
+                time.sleep(self.seconds)
+                on_token(step, codes)
+
+            return original(*arguments, on_token=count, **options)
+
+        monkeypatch.setattr("mmwudao.pipeline.generate_codes", slow)
+
+
+# drawing blocks
+
+
+def test_an_exception_of_on_token_stops_drawing(pipe):
+    seen = []
+
+    def stop(step, codes):
+        seen.append(step)
+        if step == 3:
+            raise NobodyWaits
+
+    with pytest.raises(NobodyWaits):
+        generate_codes(pipe.generator, [[1], [2]], [1, 2], SamplingOptions(), grid=(4, 4), on_token=stop)
+    assert seen == [1, 2, 3]
+    assert not pipe.generator.training
+
+
+def test_pictures_of_different_clients_in_one_block_are_what_they_are_alone(pipe):
+    drawings = [*pipe.plan("红心", 2, seed=5), *pipe.plan("a red apple", 1, seed=9, style="noto")]
+    together = draw_block(pipe, [Commission(one) for one in drawings])
+    alone = [*pipe.generate("红心", 2, seed=5), *pipe.generate("a red apple", seed=9, style="noto")]
+    assert [one.tobytes() for one in together] == [one.tobytes() for one in alone]
+    assert [one.info for one in together] == [one.info for one in alone]
+
+
+def test_a_block_goes_on_for_who_stays_and_stops_when_all_have_left(pipe):
+    shown: list[Image.Image] = []
+    one, other = (Commission(drawing, shown.append, frozenset({1, 2})) for drawing in pipe.plan("cat", 2, seed=1))
+    one.gone = True
+    images = draw_block(pipe, [one, other])
+    assert images[1].tobytes() == pipe.generate("cat", seed=2)[0].tobytes()
+    assert len(shown) == 2  # of the one who stayed
+    other.gone = True
+    with pytest.raises(NobodyWaits):
+        draw_block(pipe, [one, other])
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, set()), (1, {8}), (3, {4, 8, 12})])
+def test_previews_are_spread_evenly(count, rows):
+    assert rows_of_previews(count, 16) == rows
+    assert 0 not in rows_of_previews(3, 2)
+
+
+# /v1/images/generations
+
+
+def test_the_openai_client_gets_the_pictures_of_the_pipeline(client, pipe):
+    answer = client.images.generate(
+        model="tiny", prompt="红心", n=3, size="32x32", response_format="b64_json", extra_body={"seed": 7}
+    )
+    expected = pipe.generate("红心", 3, seed=7)
+    found = [picture(one.b64_json) for one in answer.data]
+    assert [one.convert("RGB").tobytes() for one in found] == [one.tobytes() for one in expected]
+    assert [one.info["seed"] for one in found] == ["7", "8", "9"]
+    assert answer.size == "32x32"
+
+
+def test_requests_share_a_decoding_batch(address, pipe):
+    before = metric(address, 'mmwudao_batch_size_count{queue="drawings"}')
+    answers: dict[int, dict] = {}
+
+    def ask(seed: int) -> None:
+        body = {"prompt": "cat", "seed": seed, "temperature": 0.8}
+        answers[seed] = httpx2.post(f"{address}/v1/images/generations", json=body, timeout=60).json()
+
+    threads = [threading.Thread(target=ask, args=[seed]) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert metric(address, 'mmwudao_batch_size_count{queue="drawings"}') - before <= 2
+    for seed, answer in answers.items():
+        expected = pipe.generate("cat", seed=seed, temperature=0.8)[0]
+        assert picture(answer["data"][0]["b64_json"]).convert("RGB").tobytes() == expected.tobytes()
+
+
+def test_a_stream_shows_previews_then_the_picture(client, pipe):
+    stream = client.images.generate(
+        model="tiny", prompt="a red apple", stream=True, partial_images=3, extra_body={"seed": 3}
+    )
+    events = list(stream)
+    assert [one.type for one in events] == [*["image_generation.partial_image"] * 3, "image_generation.completed"]
+    assert [one.partial_image_index for one in events[:3]] == [0, 1, 2]
+    expected = pipe.generate("a red apple", seed=3)[0]
+    assert picture(events[-1].b64_json).convert("RGB").tobytes() == expected.tobytes()
+    white = Image.new("RGB", (32, 24), "white")
+    first = picture(events[0].b64_json).convert("RGB")
+    assert first.crop((0, 8, 32, 32)).tobytes() == white.tobytes()
+    # what is shown first is what comes in the end, but for the edge where the decoder sees the next row
+    assert first.crop((0, 0, 32, 4)).tobytes() != white.crop((0, 0, 32, 4)).tobytes()
+
+
+def test_who_hangs_up_is_cancelled_within_a_few_tokens(address, monkeypatch):
+    slowed = Slowed(monkeypatch, 0.1)
+    for stream in (False, True):
+        slowed.steps = 0
+        body = {"prompt": "cat", "stream": stream}
+        if stream:
+            with httpx2.stream("POST", f"{address}/v1/images/generations", json=body) as answer:
+                next(answer.iter_raw())
+                time.sleep(0.7)
+        else:
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(f"{address}/v1/images/generations", json=body, timeout=0.7)
+        left = slowed.steps
+        assert left < 12
+        late = time.monotonic() + 5
+        while metric(address, 'mmwudao_waiting{queue="drawings"}') and time.monotonic() < late:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert slowed.steps <= left + 4
+    # and the service goes on
+    monkeypatch.undo()
+    assert httpx2.post(f"{address}/v1/images/generations", json={"prompt": "cat"}, timeout=60).status_code == 200
+
+
+def test_a_full_queue_is_a_429_at_once_also_for_a_stream(address, monkeypatch):
+    slowed = Slowed(monkeypatch, 0.05)
+    body = {"prompt": "cat", "n": 8, "seed": 1}
+    accepted: list[httpx2.Response] = []
+    thread = threading.Thread(
+        target=lambda: accepted.append(httpx2.post(f"{address}/v1/images/generations", json=body, timeout=60))
+    )
+    thread.start()
+    while not slowed.steps:
+        time.sleep(0.01)
+    for stream in (False, True):
+        began = time.monotonic()
+        answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": "cat", "stream": stream})
+        assert answer.status_code == 429
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert time.monotonic() - began < 0.5
+    thread.join()
+    assert accepted[0].status_code == 200
+
+
+def test_a_deadline_is_kept(served, monkeypatch):
+    Slowed(monkeypatch, 0.1)
+    with running(served, ServiceConfig(drawing_deadline=0.3)) as url:
+        answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "cat"}, timeout=30)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["type"] == "timeout_error"
+        answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "cat", "stream": True}, timeout=30)
+        assert answer.status_code == 200
+        assert "event: error" in answer.text
+        assert "not done within 0.3 s" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": " "}, "empty prompt"),
+        ({"prompt": "x" * 1001}, "at most 1000"),
+        ({"n": 0}, "n:"),
+        ({"n": 9}, "at most 8 pictures"),
+        ({"size": "1024x1024"}, "auto, 32x32"),
+        ({"style": "cubism"}, "unknown style"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e-9}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**62}, "seed"),
+        ({"response_format": "url"}, "response_format"),
+        ({"partial_images": 4}, "partial_images"),
+        ({"hue": 1}, "hue"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_400(address, change, message):
+    answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": "cat"} | change)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+# captions, rerank
+
+
+def test_captions_are_the_pipelines(address, pipe):
+    images = [data_uri(png("red")), {"image": data_uri(png("navy"))}]
+    expected = pipe.caption([Image.new("RGB", (16, 16), colour) for colour in ("red", "navy")], "de")
+    answer = httpx2.post(f"{address}/v1/captions", json={"images": images, "language": "de"}, timeout=60).json()
+    assert [one["caption"] for one in answer["data"]] == expected
+    answer = httpx2.post(f"{address}/v1/captions", json={"images": images}, timeout=60).json()
+    assert answer["data"][0]["language"] == "zh"
+    for body, message in (
+        ({"images": images, "language": "tlh"}, "describes in"),
+        ({"images": []}, "images"),
+        ({"images": images * 9}, "at most 16"),
+        ({"images": ["red"]}, "data URI"),
+    ):
+        answer = httpx2.post(f"{address}/v1/captions", json=body)
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]
+
+
+def test_who_hangs_up_gets_no_caption(address, monkeypatch):
+    begun, steps = threading.Event(), []
+
+    def slow(*arguments, on_step, **options):
+        def count():
+            steps.append(time.monotonic())
+            begun.set()
+            time.sleep(0.1)
+            on_step()
+
+        return describe(*arguments, on_step=count, **options)
+
+    monkeypatch.setattr("mmwudao.tasks.describe", slow)
+    images = [data_uri(png("red"))] * 16
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{address}/v1/captions", json={"images": images}, timeout=0.5)
+    assert begun.is_set()
+    late = time.monotonic() + 5
+    while metric(address, 'mmwudao_waiting{queue="tasks"}') and time.monotonic() < late:
+        time.sleep(0.01)
+    left = len(steps)
+    time.sleep(0.5)
+    assert len(steps) <= left + 2
+    monkeypatch.undo()
+    answer = httpx2.post(f"{address}/v1/captions", json={"images": images[:1]}, timeout=60)
+    assert answer.status_code == 200
+
+
+def test_rerank_by_towers_and_by_captions(address, pipe):
+    documents = [data_uri(png(colour)) for colour in ("red", "blue", "white")]
+    answer = httpx2.post(f"{address}/v1/rerank", json={"query": "something blue", "documents": documents, "top_n": 2})
+    results = answer.json()["results"]
+    assert len(results) == 2
+    assert results[0]["index"] == 1
+    assert results[0]["relevance_score"] == pytest.approx(1, abs=1e-3)
+    body = {"query": "something blue", "documents": documents, "by": "caption"}
+    scores = pipe.rerank("something blue", [Image.new("RGB", (16, 16), one) for one in ("red", "blue", "white")])
+    results = httpx2.post(f"{address}/v1/rerank", json=body, timeout=60).json()["results"]
+    assert [one["relevance_score"] for one in results] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    refused = httpx2.post(f"{address}/v1/rerank", json=body | {"by": "both"})
+    assert refused.status_code == 400
+    assert "has no towers" in refused.json()["error"]["message"]
+
+
+# search and items
+
+
+def test_items_are_stored_found_and_removed(address):
+    at = f"{address}/v1/items"
+    body = {"image": data_uri(png("red")), "metadata": {"family": "noto", "year": 2017, "good": True, "share": 0.5}}
+    assert httpx2.put(f"{at}/a%2Fb 1", json=body).json() == {"stored": 1}
+    many = [{"id": colour, "text": colour, "metadata": {"family": "plain"}} for colour in ("green", "blue", "white")]
+    assert httpx2.post(at, json={"items": many, "mode": "add"}).json() == {"stored": 3}
+    assert httpx2.get(at).json()["count"] == 4
+    assert httpx2.get(at, params={"where": "family = 'noto'"}).json()["count"] == 1
+    stored = httpx2.get(f"{at}/a%2Fb 1").json()
+    assert stored == {"id": "a/b 1", "metadata": body["metadata"], "vector": None}
+    vector = httpx2.get(f"{at}/blue", params={"vector": True}).json()["vector"]
+    for query in ({"text": "rot"}, {"image": data_uri(png("red"))}):
+        hits = httpx2.post(f"{address}/v1/search", json=query | {"k": 2}).json()["data"]
+        assert [hit["id"] for hit in hits][0] == "a/b 1"
+        assert len(hits) == 2
+    assert httpx2.post(f"{address}/v1/search", json={"vector": vector}).json()["data"][0]["id"] == "blue"
+    found = httpx2.post(f"{address}/v1/search", json={"text": "red", "where": "family = 'plain'"}).json()["data"]
+    assert {hit["id"] for hit in found} == {"green", "blue", "white"}
+    conflict = httpx2.post(at, json={"items": many[:1], "mode": "add"})
+    assert conflict.status_code == 409
+    assert "green" in conflict.json()["error"]["message"]
+    assert httpx2.delete(f"{at}/green").json() == {"id": "green", "deleted": True}
+    assert httpx2.delete(f"{at}/green").status_code == 404
+    assert httpx2.get(f"{at}/green").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("search", {}, "exactly one"),
+        ("search", {"text": "a", "vector": [1.0]}, "exactly one"),
+        ("search", {"vector": [1.0]}, "this collection's have 8"),
+        ("search", {"vector": [0.0] * 8}, "length above 0"),
+        ("search", {"vector": [1e300] * 8}, "length above 0"),
+        ("search", {"text": "a", "k": 0}, "k:"),
+        ("search", {"text": "a", "k": 10**6}, "at most 1000"),
+        ("search", {"text": "a", "where": "drop table"}, "a condition is"),
+        ("items", {"items": [{"id": "a", "text": "x"}] * 2}, "given twice"),
+        ("items", {"items": [{"id": "", "text": "x"}]}, "id"),
+        ("items", {"items": [{"id": "a", "text": "x", "metadata": {"a b": 1}}]}, "metadata"),
+        ("items", {"items": [{"id": "a", "text": "x", "metadata": {"a": None}}]}, "metadata"),
+        ("items", {"items": [{"id": "a", "text": "x", "metadata": {"a": 2**63}}]}, "metadata"),
+        ("items", {"items": [{"id": "a"}]}, "exactly one"),
+    ],
+)
+def test_what_cannot_be_searched_or_stored_is_a_400(address, path, body, message):
+    answer = httpx2.post(f"{address}/v1/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["error"]["message"]
+
+
+def test_both_judges_where_the_model_has_towers(tiny_model_dir):
+    served = tiny_served(tiny_model_dir)
+    pipe = served.pipeline
+    assert pipe is not None
+    pipe.config = replace(pipe.config, parts={**pipe.config.parts, "towers": Part("towers", "")})
+    pipe.towers = ColourTowers().eval()
+    documents = [data_uri(png(colour)) for colour in ("red", "blue")]
+    with running(served) as url:
+        body = {"query": "blue", "documents": documents, "by": "both"}
+        results = httpx2.post(f"{url}/v1/rerank", json=body, timeout=60).json()["results"]
+    expected = pipe.rerank("blue", [Image.new("RGB", (16, 16), one) for one in ("red", "blue")], "both")
+    by_index = {one["index"]: one["relevance_score"] for one in results}
+    torch.testing.assert_close([by_index[0], by_index[1]], expected, atol=1e-4, rtol=0)
+
+
+def test_the_stream_is_server_sent_events(address):
+    answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": "cat", "stream": True, "n": 2}, timeout=60)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = [block for block in answer.text.split("\n\n") if block and not block.startswith(":")]
+    records = [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
+    assert [(one["type"], one["index"]) for one in records] == [("image_generation.completed", k) for k in (0, 1)]

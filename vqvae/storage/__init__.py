@@ -1,0 +1,4 @@
+"""Model parts on disk: our own format, and the checkpoints of other projects.
+
+Read `parts.py` first.
+"""

@@ -1,0 +1,4 @@
+"""The training loop that every model shares: optimizers, processes, checkpoints.
+
+Read `loop.py` first.
+"""
