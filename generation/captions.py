@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generation.drawing.decoding import SamplingOptions, filter_logits
 from generation.drawing.engines import make_cache
+from generation.drawing.logits import filter_logits
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import Vocabulary, caption_prompt_row, caption_row, caption_row_positions, collate
 from generation.transformer.model import KVCache, Transformer
 

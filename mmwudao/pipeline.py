@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.styles import guess_language, with_style
-from generation.drawing.decoding import OnToken, SamplingOptions, count_steps, generate_codes
+from generation.drawing.decoding import OnToken, count_steps, generate_codes
 from generation.drawing.engines import Engine, Kind
 from generation.drawing.memory import check_memory, plan_drawing
+from generation.drawing.sampling import SamplingOptions
 from generation.transformer.adapters import apply_adapter
 from generation.transformer.int8 import quantise
 from mmwudao import __version__, tasks, upscaling

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
     """A whole model directory with random weights: 32 px pictures of 4 x 4 codes."""
     from data.text import TextTokenizer
-    from generation.drawing.decoding import SamplingOptions
+    from generation.drawing.sampling import SamplingOptions
     from generation.transformer.model import Transformer, TransformerConfig
     from mmwudao.loading.model_dir import assemble
     from vqvae.model import VQVAE, VQVAEConfig

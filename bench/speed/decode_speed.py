@@ -37,8 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generation.cogview.rows import cogview_config
-from generation.drawing.decoding import SamplingOptions, draw_noise, generate_codes, sample
+from generation.drawing.decoding import generate_codes
 from generation.drawing.engines import Engine
+from generation.drawing.logits import draw_noise, sample
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import COMMANDS_IN_ROW, training_row
 from generation.transformer.attention import rotate
 from generation.transformer.int8 import quantise

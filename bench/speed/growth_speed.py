@@ -51,9 +51,10 @@ def main() -> None:
 def draw(codes: int, pictures: int, layers: int, device: str) -> dict[str, Any]:
     import torch
 
-    from generation.drawing.decoding import SamplingOptions, generate_codes
+    from generation.drawing.decoding import generate_codes
     from generation.drawing.engines import Engine
     from generation.drawing.memory import plan_drawing
+    from generation.drawing.sampling import SamplingOptions
     from generation.transformer.model import Transformer, TransformerConfig
     from vqvae.model import VQVAEConfig
 

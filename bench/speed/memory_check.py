@@ -24,8 +24,9 @@ def measure(model: str, width: int, depth: int) -> dict[str, object]:
     """Draw a picture; without `model` with random weights, most of its codes given."""
     import torch
 
-    from generation.drawing.decoding import SamplingOptions, generate_codes
+    from generation.drawing.decoding import generate_codes
     from generation.drawing.memory import plan_drawing
+    from generation.drawing.sampling import SamplingOptions
     from generation.transformer.model import Transformer, TransformerConfig
     from mmwudao.pipeline import load
     from vqvae.model import VQVAE, VQVAEConfig

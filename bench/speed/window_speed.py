@@ -17,7 +17,9 @@ from dataclasses import replace
 
 import torch
 
-from generation.drawing.decoding import SamplingOptions, filter_logits, generate_codes, guide
+from generation.drawing.decoding import generate_codes
+from generation.drawing.logits import filter_logits, guide
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import training_row
 from generation.transformer.model import Transformer
 from mmwudao.pipeline import load

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from generation.drawing.decoding import SamplingOptions, filter_logits
 from generation.drawing.engines import make_cache
+from generation.drawing.logits import filter_logits
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import Vocabulary
 from generation.transformer.model import KVCache, Transformer
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from generation.drawing.engines import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.drawing.jacobi import WindowCache, draw_by_windows
+from generation.drawing.logits import draw_noise, guide, sample
 from generation.drawing.ragged_cache import RaggedCache
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
 from generation.transformer.model import KVCache, Transformer, TransformerConfig
 
@@ -31,78 +33,6 @@ SMALL_BLOCKS = (2, 4, 8)
 MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
 
 OnToken = Callable[[int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a code is drawn from its logits: guidance, then temperature, then top-k, then top-p.
-
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 0 are off; `guidance` 1 is off, above 1 follows the prompt more.
-    `window`: so many codes are tried in one pass of the model (`generation.drawing.jacobi`); 1 is one after the other.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.0
-    guidance: float = 1.0
-    window: int = 1
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"top_k must be a whole number, 0 (off) or more, not {self.top_k}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must lie between 0 (off) and 1, not {self.top_p}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"guidance must be 0 or more (1 is off), not {self.guidance}")
-        if self.window < 1 or self.window != int(self.window):
-            raise ValueError(f"window must be a whole number of codes, 1 or more, not {self.window}")
-
-
-def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Logits [R, N] over the temperature, minus infinity where top-k or top-p leave a code out.
-
-    Codes tied with the last one kept are kept too, so the result does not depend on the order of a sort.
-    """
-    logits = logits / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        smallest = logits.topk(options.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if 0 < options.top_p < 1:
-        ordered = logits.sort(dim=-1, descending=True).values
-        mass = ordered.softmax(-1)
-        kept = mass.cumsum(-1) - mass < options.top_p  # the mass before a code; the first is always kept
-        smallest = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    return logits
-
-
-def sample(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
-    """Codes [...] from logits [..., N] and Gumbel noise [..., N] (`draw_noise`): the Gumbel-max trick.
-
-    argmax(logits + noise) has exactly the softmax's distribution (Maddison et al. 2014, arXiv:1411.0030, section 2).
-    With the same noise, other logits mostly give the same code, which `generation.drawing.jacobi` lives on.
-    """
-    if options.temperature == 0:
-        return logits.argmax(-1)
-    return (filter_logits(logits, options) + noise).argmax(-1)
-
-
-def draw_noise(seed: int, places: int, num_codes: int) -> Tensor:
-    """The random numbers of the image with this seed: standard Gumbel, float32 [places, num_codes], on the CPU."""
-    uniforms = torch.rand(places, num_codes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    # of 0, which is one of 2**53 numbers, comes minus infinity: that code is not drawn
-    return uniforms.log_().neg_().log_().neg_().float()
-
-
-def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: logits [2 R, N], prompted rows then unprompted ones, to [R, N].
-
-    Ho and Salimans 2022 (arXiv:2207.12598), equation 6, with guidance = 1 + w, on logits.
-    """
-    prompted, unprompted = logits.chunk(2)
-    return unprompted + guidance * (prompted - unprompted)
 
 
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:

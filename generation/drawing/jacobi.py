@@ -1,6 +1,6 @@
 """Drawing several codes in one pass of the model: Jacobi decoding of a sampler whose noise is fixed beforehand.
 
-A code is the argmax of its logits plus noise that belongs to the seed and the place (`decoding.sample`). So a picture
+A code is the argmax of its logits plus noise that belongs to the seed and the place (`logits.sample`). So a picture
 is the one solution of S equations, each code from those before it, and can be found by iterating on a window of them at
 once (Song et al. 2021, arXiv:2002.03629): a code is final when those before it are. As the noise stays while they
 change, most guesses survive, and what comes out is the very picture that drawing code by code gives. The speculative

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from generation.drawing.decoding import SamplingOptions, cache_shape, full_block
+from generation.drawing.decoding import cache_shape, full_block
 from generation.drawing.fused_step import fused_numbers
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import COMMANDS_IN_ROW
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.model import VQVAE, VQVAEConfig

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from data.codes import tokenizer_hash
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
-from generation.drawing.decoding import SamplingOptions, generate_codes
+from generation.drawing.decoding import generate_codes
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import Batch, Row, caption_row, collate, noisy_codes, pack, training_row, with_noise
 from generation.training.pairs import CaptionConfig, CodedPairs, descriptions, draw_caption, unigram_bits
 from generation.transformer.model import Transformer, TransformerConfig

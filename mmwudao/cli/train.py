@@ -85,7 +85,7 @@ def assemble(
     towers: Annotated[Path | None, typer.Option(help="The folder of trained retrieval towers.")] = None,
 ) -> None:
     """Put trained parts together as a model directory, which `generate --model` reads."""
-    from generation.drawing.decoding import SamplingOptions
+    from generation.drawing.sampling import SamplingOptions
     from mmwudao.loading.model_dir import assemble as assemble_model
 
     made = assemble_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.text import TextTokenizer
 from generation.cogview.importing import import_generator
-from generation.drawing.decoding import SamplingOptions
+from generation.drawing.sampling import SamplingOptions
 from mmwudao.loading.model_dir import ModelConfig, Part, new_folder, publish, write_model_config
 from vqvae.cogview import import_tokenizer
 from vqvae.storage.parts import ModelError

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from data.config import ConfigError, from_dict, to_dict
 from data.text import TextTokenizer
-from generation.drawing.decoding import SamplingOptions
+from generation.drawing.sampling import SamplingOptions
 from generation.transformer.model import Transformer
 from vqvae.model import VQVAE
 from vqvae.storage.parts import ModelError, content_hash, load_part, stored_hash

@@ -15,7 +15,8 @@ from data.codes import CodedSample
 from data.config import ConfigError
 from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, write_manifest
-from generation.drawing.decoding import SamplingOptions, generate_codes, naive_generate_codes
+from generation.drawing.decoding import generate_codes, naive_generate_codes
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import Vocabulary, prompt_row
 from generation.training.pairs import CaptionConfig
 from generation.training.train_style import StyleTrainConfig, train

@@ -20,7 +20,7 @@ from data.text import TextError, TextTokenizer
 from generation.cogview.importing import find_checkpoint, import_generator
 from generation.cogview.rows import parse_query
 from generation.cogview.sampler import caption_scores, fill_sequence
-from generation.drawing.decoding import SamplingOptions
+from generation.drawing.sampling import SamplingOptions
 from generation.layout import caption_prompt_row
 from generation.transformer.model import Transformer
 from mmwudao.cli.app import run

@@ -8,18 +8,15 @@ import torch
 from generation.drawing import decoding
 from generation.drawing.decoding import (
     BLOCK_ROWS,
-    SamplingOptions,
     block_rows,
     count_steps,
-    draw_noise,
-    filter_logits,
     generate_codes,
-    guide,
     naive_generate_codes,
     prefill,
-    sample,
 )
 from generation.drawing.engines import Engine, make_cache, make_step
+from generation.drawing.logits import draw_noise, filter_logits, guide, sample
+from generation.drawing.sampling import SamplingOptions
 from generation.transformer.model import Transformer, TransformerConfig
 from tests.generation.test_generator import PRESETS, make_model
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from generation.drawing.decoding import SamplingOptions, _left_padded, generate_codes, prefill
+from generation.drawing.decoding import _left_padded, generate_codes, prefill
 from generation.drawing.engines import Engine, Kind, StaticStep, make_cache, make_step
 from generation.drawing.fused_step import can_fuse
 from generation.drawing.ragged_cache import RaggedCache
+from generation.drawing.sampling import SamplingOptions
 from generation.transformer.int8 import is_quantised, quantise
 from generation.transformer.model import Transformer, TransformerConfig
 from tests.generation.test_decoding import GRID, PROMPTS, SEEDS

@@ -13,8 +13,9 @@ import torch
 from data.config import to_dict
 from generation.cogview.rows import cogview_config
 from generation.drawing import decoding, memory
-from generation.drawing.decoding import SamplingOptions, cache_shape, full_block, generate_codes
+from generation.drawing.decoding import cache_shape, full_block, generate_codes
 from generation.drawing.memory import available_bytes, check_memory, plan_drawing
+from generation.drawing.sampling import SamplingOptions
 from generation.transformer.model import KVCache, Transformer, TransformerConfig
 from mmwudao.cli.app import run
 from mmwudao.loading.info import describe

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data.styles import guess_language
-from generation.drawing.decoding import SamplingOptions
+from generation.drawing.sampling import SamplingOptions
 from mmwudao import load
 from mmwudao.loading.devices import choose_dtype
 from mmwudao.loading.info import describe

@@ -18,8 +18,8 @@ from data.reading import open_shards
 from data.sample import DataError, Sample
 from data.shards import ShardWriter
 from mmwudao.cli.app import run
-from retrieval.vectors.embed import embed_shards
 from retrieval.vectors import embed
+from retrieval.vectors.embed import embed_shards
 from tests.helpers.tiny_towers import COLOURS, ColourTowers, colour_sample
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from data.reading import Example, open_shards
 from data.sample import Caption, DataError
 from data.shards import ShardWriter
-from generation.drawing.decoding import SamplingOptions
+from generation.drawing.sampling import SamplingOptions
 from mmwudao.cli.app import run
 from mmwudao.evaluation import (
     GeneratorEvalConfig,

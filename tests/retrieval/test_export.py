@@ -14,8 +14,8 @@ from PIL import Image
 from data.sample import DataError
 from data.text import TextTokenizer
 from retrieval.towers.ours import EmojiTowers, TowersConfig
-from retrieval.vectors.onnx_export import export_onnx
 from retrieval.vectors import onnx_export as export
+from retrieval.vectors.onnx_export import export_onnx
 from tests.conftest import CAPTIONS
 from tests.helpers.tiny_towers import ColourTowers
 from vqvae.storage.parts import ModelError

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from generation.captions import describe
-from generation.drawing.decoding import SamplingOptions, generate_codes
+from generation.drawing.decoding import generate_codes
+from generation.drawing.sampling import SamplingOptions
 from mmwudao.loading.model_dir import Part
 from mmwudao.service.drawing import Commission, NobodyWaits, draw_block, rows_of_previews
 from mmwudao.service.settings import ServiceConfig

@@ -1,0 +1,57 @@
+"""An option of a configuration: its default, its help and its limits, written once, at the dataclass field.
+
+YAML files, the command line, HTTP schemas and the demo read the same field. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+Number = int | float
+
+
+def option(
+    default: Any, help: str, *, least: Number | None = None, most: Number | None = None, above: Number | None = None
+) -> Any:
+    """A dataclass field with a default, one sentence of help, and limits: `least` <= value <= `most`, or > `above`."""
+    metadata = {"help": help, "least": least, "most": most, "above": above}
+    if isinstance(default, list | dict | set):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(config: Any) -> None:
+    """Check every number of a dataclass against the limits of its field.
+
+    Raises `ValueError` that names the field, what it may hold and what it holds.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        whole = field.type in ("int", int) and isinstance(value, int | float) and not isinstance(value, bool)
+        if "help" not in field.metadata or not (isinstance(value, int | float) and not isinstance(value, bool)):
+            continue
+        if not (math.isfinite(value) and within(field, value) and (not whole or value == int(value))):
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"{field.name} must be {kind}{describe_limits(field)}, not {value}")
+
+
+def within(field: dataclasses.Field[Any], value: Number) -> bool:
+    """Whether `value` lies within the limits of a field."""
+    least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
+    return (
+        (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
+    )
+
+
+def describe_limits(field: dataclasses.Field[Any]) -> str:
+    """The limits of a field in words, to follow "a number": " from 0 to 1", " of at least 1", or nothing."""
+    least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
+    if least is not None and most is not None:
+        return f" from {least} to {most}"
+    if above is not None:
+        return f" above {above}" + (f" and at most {most}" if most is not None else "")
+    if least is not None:
+        return f" of at least {least}"
+    return f" of at most {most}" if most is not None else ""
