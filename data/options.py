@@ -29,7 +29,7 @@ def check_options(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        whole = field.type in ("int", int) and isinstance(value, int | float) and not isinstance(value, bool)
+        whole = "int" in str(field.type)
         if "help" not in field.metadata or not (isinstance(value, int | float) and not isinstance(value, bool)):
             continue
         if not (math.isfinite(value) and within(field, value) and (not whole or value == int(value))):

@@ -12,20 +12,22 @@ import io
 import json
 import os
 import re
-import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
+from data.atomic import check_unused, new_folder
 from data.images import MAX_PIXELS, ImageTooLarge, open_image, read_header, to_square
+from data.options import check_options, option
 from data.reading import CORRUPT_IMAGE, MISSING_CAPTION, MISSING_PICTURE, TOO_LARGE, SkipLog
 from data.sample import IMAGE_EXTENSIONS, UNKNOWN_LANGUAGE, DataError, Sample
-from data.shards import Manifest, ShardWriter, write_manifest
+from data.shards import Manifest, ShardInfo, ShardWriter, write_manifest
 
 PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -55,79 +57,87 @@ class _Skip(DataError):
         self.reason = reason
 
 
-def pack(
-    source: Path | str,
-    out: Path | str,
-    *,
-    image_size: int | None = None,
-    language: str = UNKNOWN_LANGUAGE,
-    samples_per_shard: int = 2000,
-    max_pixels: int = MAX_PIXELS,
-    strict: bool = False,
-    test_fraction: float = 0.0,
-    progress: bool = True,
+@dataclass(frozen=True)
+class PackSettings:
+    """How to pack. Raises `DataError` for a value out of range."""
+
+    image_size: int | None = option(
+        None, "Resize the shorter side to this many pixels and crop the centre; default: keep the size.",
+        least=8, most=4096,
+    )  # fmt: skip
+    language: str = option(UNKNOWN_LANGUAGE, "The language of captions that name none: zh, en, ...; und: unknown.")
+    samples_per_shard: int = option(2000, "Put at most this many samples into one tar file.", least=1)
+    max_pixels: int = option(MAX_PIXELS, "Skip pictures of more pixels than this.", least=1)
+    test_fraction: float = option(0.0, "Put this share of the samples into a test split.", least=0, most=1)
+    strict: bool = option(False, "Stop at the first bad sample instead of skipping it.")
+
+    def __post_init__(self) -> None:
+        try:
+            check_options(self)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        if self.test_fraction == 1:
+            raise DataError("test_fraction must be below 1: nothing would be left to train on")
+        if not LANGUAGE_TAG.fullmatch(self.language):
+            raise DataError(f"{self.language!r} is no language code such as zh, en or und")
+
+
+def pack_samples(
+    source: Path | str, out: Path | str, settings: PackSettings | None = None, progress: bool = True
 ) -> Manifest:
     """Pack the pictures of `source` (a folder or a table) into the new folder `out`; the same input, the same bytes.
 
-    `image_size`: pixels; the shorter side is resized to it, the centre cropped, the square stored as lossless WebP.
-    None stores PNG, WebP and JPEG files as they are, others as PNG. `language` is that of captions which name none.
-    `test_fraction` of the pictures, chosen by a hash of their bytes (so equal ones stay together), become `test`.
-    `max_pixels` caps width x height. What cannot be packed is counted in the manifest and named in `skipped.log`;
-    `strict` stops there instead.
+    With an `image_size` each picture is stored as a square of lossless WebP; without, PNG, WebP and JPEG files are
+    stored as they are and others as PNG. The test split is chosen by a hash of the pictures' bytes, so equal pictures
+    stay together. What cannot be packed is counted in the manifest and named in `skipped.log`.
 
-    Raises `DataError` for bad arguments, an `out` that is not empty, two samples of one id, or nothing to pack;
-    `out` then stays as it was.
+    Raises `DataError` for an `out` that is not empty, two samples of one id, or nothing to pack; `out` then stays as
+    it was.
     """
-    from tqdm import tqdm
-
-    source, out = Path(source), Path(out)
-    if image_size is not None and not 8 <= image_size <= 4096:
-        raise DataError(f"the image size is 8 to 4096 pixels, not {image_size}")
-    if not 0 <= test_fraction < 1:
-        raise DataError(f"the test fraction lies in [0, 1), not {test_fraction}")
-    if not LANGUAGE_TAG.fullmatch(language):
-        raise DataError(f"{language!r} is no language code such as zh, en or und")
-    if samples_per_shard < 1:
-        raise DataError(f"samples per shard must be at least 1, not {samples_per_shard}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty; choose another folder")
+    source, out, settings = Path(source), Path(out), settings or PackSettings()
+    check_unused(out)
     entries = _unique(_entries(source))
-    splits = ("train", "test") if test_fraction else ("train",)
-    building = out.absolute().parent / f".{out.absolute().name}.partial-{os.getpid()}"
     try:
-        building.mkdir(parents=True)
-        log = SkipLog(building / "skipped.log")
-        with ExitStack() as stack:
-            writers = {s: stack.enter_context(ShardWriter(building, s, samples_per_shard)) for s in splits}
-            for entry in tqdm(entries, "packing", disable=not progress):
-                try:
-                    content = _read(entry)
-                    sample = _sample(entry, content, language, image_size, max_pixels)
-                except _Skip as skip:
-                    if strict:
-                        raise DataError(f"{entry.name}: {skip}") from skip
-                    log.add(skip.reason, entry.name, str(skip))
-                    continue
-                writers["test" if _fraction(content) < test_fraction else "train"].write(sample)
-        manifest = Manifest(
-            name=source.resolve().stem,
-            image_size=image_size,
-            splits={split: writer.shards for split, writer in writers.items()},
-            sources={"pack": {"source": source.resolve().name, "language": language, "test_fraction": test_fraction}},
-            skipped=log.counts,
-        )
-        if not any(manifest.splits.values()):
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in log.counts.items())
-            raise DataError(f"nothing to pack in {source} ({reasons})")
-        write_manifest(building, manifest)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
+        with new_folder(out) as building:
+            log = SkipLog(building / "skipped.log")
+            splits = _write_shards(building, tqdm(entries, "packing", disable=not progress), settings, log)
+            if not any(splits.values()):
+                reasons = ", ".join(f"{reason}: {count}" for reason, count in log.counts.items())
+                raise DataError(f"nothing to pack in {source} ({reasons})")
+            recipe = {"language": settings.language, "test_fraction": settings.test_fraction}
+            manifest = Manifest(
+                name=source.resolve().stem,
+                image_size=settings.image_size,
+                splits=splits,
+                sources={"pack": {"source": source.resolve().name, **recipe}},
+                skipped=log.counts,
+            )
+            write_manifest(building, manifest)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)  # gone already where all went well
     return manifest
+
+
+def _write_shards(
+    folder: Path, entries: Iterable[Entry], settings: PackSettings, log: SkipLog
+) -> dict[str, list[ShardInfo]]:
+    """Write the shards of each split into `folder`."""
+    names = ("train", "test") if settings.test_fraction else ("train",)
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(ShardWriter(folder, name, settings.samples_per_shard)) for name in names
+        }
+        for entry in entries:
+            try:
+                content = _read(entry)
+                sample = _sample(entry, content, settings)
+            except _Skip as skip:
+                if settings.strict:
+                    raise DataError(f"{entry.name}: {skip}") from skip
+                log.add(skip.reason, entry.name, str(skip))
+                continue
+            writers["test" if _fraction(content) < settings.test_fraction else "train"].write(sample)
+    return {name: writer.shards for name, writer in writers.items()}
 
 
 def _entries(source: Path) -> list[Entry]:
@@ -248,7 +258,7 @@ def _read(entry: Entry) -> bytes:
         raise _Skip(MISSING_PICTURE, _reason(error)) from error
 
 
-def _sample(entry: Entry, content: bytes, language: str, image_size: int | None, max_pixels: int) -> Sample:
+def _sample(entry: Entry, content: bytes, settings: PackSettings) -> Sample:
     """The finished sample. Raises `_Skip`."""
     members = {"json": json.dumps(entry.record).encode()}
     try:
@@ -264,16 +274,16 @@ def _sample(entry: Entry, content: bytes, language: str, image_size: int | None,
         raise _Skip(MISSING_CAPTION, _reason(error)) from error
     sample.id = entry.id  # not one that a .json beside the picture names: ids must be unique here
     if UNKNOWN_LANGUAGE in sample.captions:
-        sample.captions.setdefault(language, sample.captions.pop(UNKNOWN_LANGUAGE))
+        sample.captions.setdefault(settings.language, sample.captions.pop(UNKNOWN_LANGUAGE))
     try:
-        image = open_image(content, max_pixels)  # decoded in any case, so that nothing corrupt is packed
+        image = open_image(content, settings.max_pixels)  # decoded in any case, so that nothing corrupt is packed
         extension = read_header(content)[2]  # of the bytes: the name of the file may be wrong
     except ImageTooLarge as error:
         raise _Skip(TOO_LARGE, str(error)) from error
     except DataError as error:
         raise _Skip(CORRUPT_IMAGE, str(error)) from error
-    if image_size is not None:
-        sample.image, sample.extension = _encode(to_square(image, image_size), "webp"), "webp"
+    if settings.image_size is not None:
+        sample.image, sample.extension = _encode(to_square(image, settings.image_size), "webp"), "webp"
     elif extension in IMAGE_EXTENSIONS:
         sample.image, sample.extension = content, extension
     else:

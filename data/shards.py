@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data.atomic import write_file
 from data.sample import DataError, Sample
 
 MANIFEST_FORMAT = "mmwudao-shards/1"
@@ -113,9 +113,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
         "skipped": dict(sorted(manifest.skipped.items())),
     }
     path = Path(folder) / MANIFEST_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     return path
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from data.atomic import write_file
 from data.sample import DataError
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -92,9 +92,7 @@ class TextTokenizer:
         tokenizer = cls.from_bytes(model.getvalue())
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        temporary.write_bytes(tokenizer._model)
-        os.replace(temporary, path)
+        write_file(path, tokenizer._model)
         return tokenizer
 
     def _load(self, model: bytes, name: str, needs_bytes: bool) -> None:

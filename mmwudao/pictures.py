@@ -6,7 +6,7 @@ import io
 import math
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,3 @@ def unused_path(folder: Path, stem: str, extension: str = ".png", taken: frozens
         number += 1
         path = folder / f"{stem}-{number}{extension}"
     return path
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write all files or none: under temporary names first, renamed when every byte lies on the disk."""
-    temporaries = {path: path.with_name(f".{os.getpid()}-{k}.tmp") for k, path in enumerate(files)}
-    try:
-        for path, temporary in temporaries.items():
-            temporary.write_bytes(files[path])
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)

@@ -264,7 +264,7 @@ class Pipeline(LoadedModel):
         return image
 
     def save(self, folder: Path | str) -> Path:
-        """Copy the model to the new directory `folder`. Raises `ModelError` when it is in use."""
+        """Copy the model to the new directory `folder`. Raises `DataError` when it is in use."""
         return copy_model(self.folder, folder)
 
     def _text(self, prompt: str, style: str | None) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from data.atomic import check_unused, new_folder
 from data.batches import encode_shards
 from data.codes import CodedSample
 from data.images import open_image, to_batch, to_square, to_tensor
@@ -85,8 +83,7 @@ def tokenize_shards(
     from tqdm import tqdm
 
     shards, out = Path(shards), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty; choose another folder")
+    check_unused(out)
     source = read_manifest(shards)
     name = content_hash(model)
     # the nearest code is looked for in float32, whatever the weights are stored in
@@ -99,10 +96,8 @@ def tokenize_shards(
     def encode(pictures: list[NDArray[numpy.uint8]]) -> NDArray[numpy.integer]:
         return model.encode(to_batch(pictures, device)).cpu().numpy().astype(dtype)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    log = SkipLog(building / "skipped.log")
-    try:
+    with new_folder(out) as building:
+        log = SkipLog(building / "skipped.log")
         splits = {}
         for split in source.splits:
             if not source.splits[split]:
@@ -129,12 +124,5 @@ def tokenize_shards(
         sources = source.sources | {"tokenizer": name} | ({"decoding": "draft"} if draft else {})
         manifest = Manifest(source.name, image_size, splits, sources, dict(log.counts))
         write_manifest(building, manifest)
-        building.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return manifest
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from data.atomic import check_unused, new_folder
+from data.batches import cores
+from data.options import check_options, option
 from data.recipes.concepts import Concept, match_icons, read_concepts
 from data.recipes.npm import Package, default_cache, fetch_package, read_json
 from data.sample import DataError, Sample
-from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
+from data.shards import Manifest, ShardInfo, ShardWriter, read_manifest, write_manifest
 from data.styles import LANGUAGES, with_style
 from data.text import TextTokenizer
 
@@ -73,69 +76,70 @@ class EmojiSource:
     unmatched: dict[str, int]
 
 
-def build_emoji(
-    out: Path,
-    *,
-    size: int = DEFAULT_SIZE,
-    image_format: str = "webp",
-    samples_per_shard: int = 2000,
-    families: tuple[str, ...] = FAMILIES,
-    limit: int | None = None,
-    cache: Path | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-) -> Manifest:
-    """Build the shards into the new folder `out`; `size` in pixels, `image_format` "webp" (lossless) or "png".
+@dataclass(frozen=True)
+class EmojiSettings:
+    """How to build. Raises `DataError` for a value out of range."""
 
-    `limit` keeps that many pictures only, chosen by hash (for samples). Raises `DataError` for bad arguments, an
-    existing `out`, a missing npm client or a changed package. Icons that fail to render are counted in the manifest.
+    size: int = option(DEFAULT_SIZE, "Render pictures of this many pixels a side.", least=8, most=2048)
+    image_format: str = option("webp", "Store the pictures as webp (lossless) or png.")
+    samples_per_shard: int = option(2000, "Put at most this many samples into one tar file.", least=1)
+    families: tuple[str, ...] = option(FAMILIES, "Build these families only, as in noto,twemoji; default: all ten.")
+    limit: int | None = option(None, "Keep this many pictures only, chosen by hash.", least=1)
+    cache: Path | None = option(None, "Keep the fetched packages in this folder.")
+    workers: int | None = option(None, "Render in this many processes; default: one a core.", least=1)
+
+    def __post_init__(self) -> None:
+        try:
+            check_options(self)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        if self.image_format not in ("webp", "png"):
+            raise DataError(f"the image format is 'webp' or 'png', not {self.image_format!r}")
+
+
+def build_emoji(out: Path, settings: EmojiSettings | None = None, progress: bool = True) -> Manifest:
+    """Build the shards into the new folder `out`. Icons that fail to render are counted in the manifest.
+
+    Raises `DataError` for an existing `out`, a missing npm client or a changed package.
     """
-    from tqdm import tqdm
-
-    out = Path(out)
-    if image_format not in ("webp", "png"):
-        raise DataError(f"the image format is 'webp' or 'png', not {image_format!r}")
-    if not 8 <= size <= 2048:
-        raise DataError(f"the size is 8 to 2048 pixels, not {size}")
-    if limit is not None and limit < 1:
-        raise DataError(f"the limit is at least 1 picture, not {limit}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty; choose another folder")
-    source = read_source(cache or default_cache(), families)
-    pictures = sorted(source.pictures, key=lambda picture: _hash(picture.id))[:limit]
-    skipped = Counter({f"no name: {family}": count for family, count in source.unmatched.items()})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        writers = {split: ShardWriter(building, split, samples_per_shard) for split in SPLITS}
-        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            jobs = ((picture.svg, size, image_format) for picture in pictures)
-            rendered = pool.map(_render, *zip(*jobs, strict=True), chunksize=16)
-            bar = tqdm(zip(pictures, rendered, strict=True), "rendering", len(pictures), disable=not progress)
-            for picture, (image, problem) in bar:
-                if image is None:
-                    skipped[f"render failed: {picture.id}: {problem}"] += 1
-                else:
-                    writers[split_of(picture.concept, picture.family)].write(_sample(picture, image, image_format))
-        for writer in writers.values():
-            writer.__exit__(None, None, None)
+    out, settings = Path(out), settings or EmojiSettings()
+    check_unused(out)
+    source = read_source(settings.cache or default_cache(), settings.families)
+    with new_folder(out) as building:
+        skipped = Counter({f"no name: {family}": count for family, count in source.unmatched.items()})
+        splits = _write_shards(building, source, settings, skipped, progress)
         manifest = Manifest(
             name="emoji",
-            image_size=size,
-            splits={split: writer.shards for split, writer in writers.items()},
+            image_size=settings.size,
+            splits=splits,
             sources={package.name: package.version for package in (ICONS, NAMES, DERIVED_NAMES)},
             skipped=dict(skipped),
         )
         TextTokenizer.train(caption_corpus(source.pictures), building / TEXT_MODEL, TEXT_PIECES)
         write_manifest(building, manifest)
-        building.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return read_manifest(out)
+
+
+def _write_shards(
+    folder: Path, source: EmojiSource, settings: EmojiSettings, skipped: Counter[str], progress: bool
+) -> dict[str, list[ShardInfo]]:
+    """Render the pictures and write the shards of each split; what fails is counted in `skipped`."""
+    pictures = sorted(source.pictures, key=lambda picture: _hash(picture.id))[: settings.limit]
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(folder, split, settings.samples_per_shard)) for split in SPLITS
+        }
+        pool = stack.enter_context(ProcessPoolExecutor(settings.workers or cores()))
+        jobs = ((picture.svg, settings.size, settings.image_format) for picture in pictures)
+        rendered = pool.map(_render, *zip(*jobs, strict=True), chunksize=16)
+        bar = tqdm(zip(pictures, rendered, strict=True), "rendering", len(pictures), disable=not progress)
+        for picture, (image, problem) in bar:
+            if image is None:
+                skipped[f"render failed: {picture.id}: {problem}"] += 1
+            else:
+                sample = _sample(picture, image, settings.image_format)
+                writers[split_of(picture.concept, picture.family)].write(sample)
+    return {split: writer.shards for split, writer in writers.items()}
 
 
 def split_of(concept: Concept, family: str) -> str:

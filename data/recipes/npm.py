@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.atomic import new_file
 from data.sample import DataError
 
 
@@ -57,7 +58,8 @@ def fetch_package(package: Package, cache: Path) -> Path:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "no tarball")
                 raise DataError(f"npm could not fetch {package.name}@{package.version}: {reason.strip()}")
             _check(package, fetched[0])
-            os.replace(fetched[0], target)
+            with new_file(target) as temporary:
+                shutil.move(fetched[0], temporary)
     _check(package, target)
     return target
 

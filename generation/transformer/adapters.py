@@ -13,7 +13,6 @@ Shapes: B rows, T tokens, D width, V vocabulary (padded), k prompt vectors, r ra
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.atomic import write_files
 from data.config import ConfigError, from_dict, to_dict
 from generation.layout import Vocabulary
 from generation.transformer.model import Transformer, TransformerConfig
@@ -177,10 +177,7 @@ def save_adapter(
     config = AdapterConfig(style, options.method, options.alpha, generator, sha256(data).hexdigest())
     record = json.dumps({"format": FORMAT, **to_dict(config)}, ensure_ascii=False, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    for file, content in ((WEIGHTS, data), (CONFIG, record.encode())):
-        temporary = folder / f".{file}.tmp"
-        temporary.write_bytes(content)
-        os.replace(temporary, folder / file)
+    write_files({folder / WEIGHTS: data, folder / CONFIG: record.encode()})
     return config
 
 

@@ -32,10 +32,9 @@ def emoji(
     families: Annotated[str | None, typer.Option(help="As in noto,twemoji; default: all ten.")] = None,
 ) -> None:
     """The emoji set: ten families, named in seven languages. Needs the npm client; two builds are identical."""
-    from data.recipes.emoji import DEFAULT_SIZE, FAMILIES, build_emoji
+    from data.recipes.emoji import DEFAULT_SIZE, FAMILIES, EmojiSettings, build_emoji
 
-    manifest = build_emoji(
-        out,
+    settings = EmojiSettings(
         size=DEFAULT_SIZE if size is None else size,
         image_format=image_format,
         samples_per_shard=samples_per_shard,
@@ -43,9 +42,8 @@ def emoji(
         limit=limit,
         cache=cache,
         workers=workers,
-        progress=sys.stderr.isatty(),
     )
-    _print_manifest(out, manifest)
+    _print_manifest(out, build_emoji(out, settings, progress=sys.stderr.isatty()))
 
 
 @app.command()
@@ -61,20 +59,17 @@ def pack(
 ) -> None:
     """Shards from your own pictures and captions. What is skipped is counted, and named in skipped.log."""
     from data.images import MAX_PIXELS
-    from data.pack import pack as pack_samples
+    from data.pack import PackSettings, pack_samples
 
-    manifest = pack_samples(
-        source,
-        out,
+    settings = PackSettings(
         image_size=size,
         language=language,
         samples_per_shard=samples_per_shard,
         max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
         strict=strict,
         test_fraction=test_fraction,
-        progress=sys.stderr.isatty(),
     )
-    _print_manifest(out, manifest)
+    _print_manifest(out, pack_samples(source, out, settings, progress=sys.stderr.isatty()))
 
 
 @app.command()

@@ -133,7 +133,8 @@ def upscale(
     """Enlarge pictures: to twice their size, or to 512 px with an imported CogView super-resolution model."""
     with output_folder(out):
         choose_threads()
-        from mmwudao.pictures import encode_png, unused_path, write_files
+        from data.atomic import write_files
+        from mmwudao.pictures import encode_png, unused_path
         from mmwudao.pipeline import load
         from mmwudao.tasks import read_pictures
         from mmwudao.upscaling import check_size

@@ -94,7 +94,8 @@ def generate(
 
 def write_pictures(out: Path, images: list[Image.Image], columns: int | None) -> tuple[list[Path], Path]:
     """Write each drawn picture and a sheet of all into `out`, all or none; returns the paths."""
-    from mmwudao.pictures import encode_png, file_stem, grid, unused_path, write_files
+    from data.atomic import write_files
+    from mmwudao.pictures import encode_png, file_stem, grid, unused_path
 
     files: dict[Path, bytes] = {}
     for image in images:
@@ -132,7 +133,8 @@ def replay(
 
     Exit code 1 when they differ, as they may on other hardware or with another PyTorch.
     """
-    from mmwudao.pictures import differing_pixels, encode_png, read_recipe, unused_path, write_files
+    from data.atomic import write_files
+    from mmwudao.pictures import differing_pixels, encode_png, read_recipe, unused_path
 
     recipe = read_recipe(picture)
     target = out or unused_path(picture.parent, f"{picture.stem}-replay")
@@ -252,7 +254,8 @@ def drawing_progress(preview: Path | None, columns: int | None) -> Iterator[Call
     """A callback for `Pipeline.generate` that moves a bar (on a terminal) and keeps `preview` up to date."""
     from tqdm import tqdm
 
-    from mmwudao.pictures import encode_png, grid, write_files
+    from data.atomic import write_files
+    from mmwudao.pictures import encode_png, grid
 
     with tqdm(desc="drawing", disable=not sys.stderr.isatty(), leave=False) as bar:
         shown = -1

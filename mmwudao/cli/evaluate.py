@@ -65,9 +65,10 @@ def eval_generator(
     as_json: Json = False,
 ) -> None:
     """R-precision of drawn pictures, beside real and random ones, and their nearest training pictures."""
+    from data.atomic import write_files
     from mmwudao.evaluation import GeneratorEvalConfig, evaluate_generator, format_table
     from mmwudao.loading.towers import load_model_towers
-    from mmwudao.pictures import encode_png, write_files
+    from mmwudao.pictures import encode_png
     from mmwudao.pipeline import load
 
     judge = load_model_towers(towers or model, device)

@@ -263,9 +263,10 @@ def _describe(hit: Hit) -> str:
 
 def _write_sheet(path: Path, hits: list[Hit], shards: str | None) -> None:
     """The pictures of `hits`, in order. Raises `ValueError` when one is not where it should lie."""
+    from data.atomic import write_files
     from data.images import open_image, to_square
     from mmwudao.loading.stored_pictures import stored_samples
-    from mmwudao.pictures import encode_png, grid, write_files
+    from mmwudao.pictures import encode_png, grid
     from retrieval.collections.opening import CollectionError
 
     if not hits:

@@ -167,7 +167,8 @@ def _tokenize_files(tokenizer: VQVAE, sources: list[Path], out: Path, size: int 
     import numpy
     import torch
 
-    from mmwudao.pictures import encode_png, unused_path, write_files
+    from data.atomic import write_files
+    from mmwudao.pictures import encode_png, unused_path
     from vqvae.tokenize import tensor_to_image, tokenize_image
 
     files: dict[Path, bytes] = {}

@@ -17,10 +17,11 @@ from typing import Any
 
 from PIL import Image
 
+from data.atomic import write_files
 from data.images import CorruptImage, ImageTooLarge, open_image
 from mmwudao.demo.library import Found, Library
 from mmwudao.demo.words import EN, Reason
-from mmwudao.pictures import encode_png, file_stem, unused_path, write_files
+from mmwudao.pictures import encode_png, file_stem, unused_path
 from mmwudao.pipeline import MAX_PROMPT, Pipeline, Progress
 from mmwudao.service.settings import ServiceConfig
 from mmwudao.upscaling import check_size

@@ -12,11 +12,12 @@ from typing import Any
 
 from PIL import Image
 
+from data.atomic import write_files
 from data.reading import expand_shards
 from data.sample import DataError
 from data.styles import guess_language
 from mmwudao.loading.stored_pictures import stored_samples
-from mmwudao.pictures import encode_png, write_files
+from mmwudao.pictures import encode_png
 from retrieval.collections.opening import Collection, Hit, Item, open_collection
 from retrieval.collections.where import sql_text
 from retrieval.towers.base import Towers

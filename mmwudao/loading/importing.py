@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from data.atomic import new_folder
 from data.text import TextTokenizer
 from generation.cogview.importing import import_generator
 from generation.drawing.sampling import SamplingOptions
-from mmwudao.loading.model_dir import ModelConfig, Part, new_folder, publish, write_model_config
+from mmwudao.loading.model_dir import ModelConfig, Part, write_model_config
 from vqvae.cogview import import_tokenizer
 from vqvae.storage.parts import ModelError
 
@@ -36,8 +37,7 @@ def import_cogview(
     """
     text = TextTokenizer(text_model, needs_bytes=False)
     name = name or generator.resolve().name
-    building = new_folder(out)
-    try:
+    with new_folder(out) as building:
         vqvae, tokenizer_hash = import_tokenizer(tokenizer, building / "tokenizer")
         if image_size < 1 or image_size % vqvae.stride:
             raise ModelError(f"image_size must be a multiple of {vqvae.stride}, not {image_size}")
@@ -67,7 +67,4 @@ def import_cogview(
             describes="untagged",
         )
         write_model_config(building, config, COGVIEW_CARD.format(name=name))
-        return publish(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    return out

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from data.atomic import new_folder
 from data.config import ConfigError, from_dict, to_dict
 from data.text import TextTokenizer
 from generation.drawing.sampling import SamplingOptions
@@ -147,20 +147,16 @@ def check_hash(folder: Path, part: str, found: str, expected: str) -> None:
 
 
 def copy_model(folder: Path, out: Path | str) -> Path:
-    """Copy the model directory to the new folder `out`; returns it. Raises `ModelError` when `out` is in use."""
+    """Copy the model directory to the new folder `out`; returns it. Raises `DataError` when `out` is in use."""
     config = read_model_config(folder)
-    building = new_folder(Path(out))
-    try:
+    with new_folder(Path(out)) as building:
         pictures = [file.name for file in folder.glob("*.png")]  # of the model card
         for file in ("config.json", "README.md", *pictures):
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, building / file)
         for part in config.parts.values():
             _copy_part(folder / part.path, building / part.path)
-        return publish(building, Path(out))
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    return Path(out)
 
 
 def assemble(
@@ -198,15 +194,11 @@ def assemble(
         parts={part: Part("text.model" if part == "text" else part, hashes[part]) for part in parts},
         describes=describes,
     )
-    building = new_folder(Path(out))
-    try:
+    with new_folder(Path(out)) as building:
         for part, source in parts.items():
             _copy_part(source, building / config.parts[part].path)
         write_model_config(building, config, card)
-        return publish(building, Path(out))
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    return Path(out)
 
 
 def write_model_config(folder: Path, config: ModelConfig, card: str | None = None) -> None:
@@ -248,18 +240,3 @@ def _copy_part(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
     else:
         shutil.copyfile(source, target)
-
-
-def new_folder(out: Path) -> Path:
-    """A temporary folder beside `out`, which must not hold anything yet."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists and is not empty: choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-
-
-def publish(building: Path, out: Path) -> Path:
-    building.chmod(0o755)  # mkdtemp's folders are private
-    if out.exists():
-        out.rmdir()
-    return building.rename(out)

@@ -7,8 +7,6 @@ A folder of towers holds `config.json` ({"format": "mmwudao-towers/1", "kind": .
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.atomic import new_folder
 from data.images import to_rgb, to_square, to_tensor
 from vqvae.storage.parts import ModelError
 
@@ -170,19 +169,11 @@ def save_towers(towers: Towers, folder: Path, dtype: torch.dtype = torch.bfloat1
         for name, tensor in towers.state_dict().items()
     }
     record = {"format": FORMAT, "kind": towers.kind, **towers.to_config()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder, replace=True) as building:
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
         (building / "config.json").write_text(text, encoding="utf-8")
         for name, content in towers.text_files().items():
             (building / name).write_bytes(content)
-        building.chmod(0o755)  # mkdtemp's folders are private, and safetensors' files
-        (building / "model.safetensors").chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        return building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        (building / "model.safetensors").chmod(0o644)  # safetensors' files are private
+    return folder

@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from data.atomic import check_unused
 from data.config import from_dict
 from retrieval.towers.base import Towers, save_towers
 from retrieval.towers.brivl import BertSizes, BrivlConfig, BrivlTowers
@@ -184,8 +185,7 @@ def _checked(found: Mapping[str, Any], keys: Mapping[str, str], towers: Towers, 
 
 
 def _save(towers: Towers, tensors: Mapping[str, Tensor], out: Path) -> Path:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists and is not empty: choose another folder")
+    check_unused(out)
     towers.load_state_dict(tensors, assign=True)
     return save_towers(towers, out, torch.float32)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
+from data.atomic import new_file, write_file
 from data.batches import Batch, encode_shards
 from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, split_name
 from data.sample import DataError, Sample
@@ -171,7 +170,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         # a run that was killed at once leaves nothing but a hidden file
         if any(not file.name.startswith(".") for file in out.iterdir()):
             raise DataError(f"{out} holds other files and no {SETTINGS}: choose another folder")
-        _replace(path, (json.dumps(settings, indent=1) + "\n").encode())
+        write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -232,10 +231,8 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
         return pa.FixedSizeListArray.from_arrays(pa.array(rows[name].numpy().astype(dtype).reshape(-1)), dim)
 
     chunks = [pa.table([column(rows, f.type, f.name) for f in schema], schema=schema) for rows in tables]
-    # a name of its own: what a lost machine still writes must not get into the file of who took over its shard
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    pq.write_table(pa.concat_tables(chunks), temporary, compression="zstd")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        pq.write_table(pa.concat_tables(chunks), temporary, compression="zstd")
 
 
 def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
@@ -245,7 +242,7 @@ def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
 
     report = EmbedReport(parts=len(parts), found=found)
     lines = []
-    for left in out.glob(".*.parquet.*.tmp"):
+    for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)
     for part in parts:
         table = pq.read_table(part, columns=["kind"])
@@ -255,11 +252,5 @@ def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
         for entry in json.loads(table.schema.metadata[b"skipped"]):
             report.skipped[entry[0]] = report.skipped.get(entry[0], 0) + 1
             lines.append("\t".join(" ".join(field.split()) for field in entry) + "\n")
-    _replace(out / "skipped.log", "".join(lines).encode("utf-8", "backslashreplace"))
+    write_file(out / "skipped.log", "".join(lines).encode("utf-8", "backslashreplace"))
     return report
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

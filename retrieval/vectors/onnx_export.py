@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.sample import DataError
+from data.atomic import check_unused, new_folder
 from retrieval.towers.base import Tokens, Towers
 from vqvae.storage.parts import ModelError, content_hash
 
@@ -78,8 +75,7 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
     Raises `ModelError` when features differ from PyTorch's by more than `TOLERANCE`, `DataError` when `out` is in use.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty; choose another folder")
+    check_unused(out)
     assert (towers.device.type, towers.dtype) == ("cpu", torch.float32), "compared in float32 on the CPU"
     towers.eval()
     side = towers.image_size
@@ -87,9 +83,7 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
     tokens = towers.tokenize(TEXTS)
     names = list(tokens) if isinstance(tokens, dict) else None
     text = dict(tokens) if isinstance(tokens, dict) else {"tokens": tokens}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as building:
         files = []
         for name, module, inputs in (
             ("image", ImageTower(towers), {"pixels": pixels}),
@@ -116,13 +110,6 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
             "files": [asdict(entry) for entry in files],
         }
         (building / "towers.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        building.chmod(0o755)  # mkdtemp's folders are private
-        if out.exists():
-            out.rmdir()
-        os.replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return files
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import atomic
 from mmwudao import pictures
 from mmwudao.cli import draw as commands_draw
 from mmwudao.cli.app import run
@@ -159,13 +160,13 @@ def test_prompts_file(generate, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_preview_grows_and_stays(generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     previews: list[bytes] = []
-    write = pictures.write_files
+    write = atomic.write_files
 
     def spy(files: dict[Path, bytes]) -> None:
         previews.extend(data for path, data in files.items() if path.name == "preview.png")
         write(files)
 
-    monkeypatch.setattr(pictures, "write_files", spy)
+    monkeypatch.setattr(atomic, "write_files", spy)
     assert generate("cat", "--preview", "--seed", "0") == 0
     assert len(previews) == 3  # at the start, and after each two of the four rows of codes
     assert len(set(previews)) == 3
@@ -263,7 +264,7 @@ def test_a_failure_leaves_older_pictures_alone(generate, tmp_path: Path) -> None
 def test_ctrl_c_in_the_middle_of_drawing(
     generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, calls = pictures.write_files, []
+    write, calls = atomic.write_files, []
 
     def interrupted(files: dict[Path, bytes]) -> None:
         calls.append(files)
@@ -271,7 +272,7 @@ def test_ctrl_c_in_the_middle_of_drawing(
             raise KeyboardInterrupt
         write(files)
 
-    monkeypatch.setattr(pictures, "write_files", interrupted)
+    monkeypatch.setattr(atomic, "write_files", interrupted)
     assert generate("cat", "--preview") == 130
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "interrupted\n")

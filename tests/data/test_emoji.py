@@ -16,7 +16,7 @@ from PIL import Image
 from data.reading import read_shard
 from data.recipes import emoji, npm
 from data.recipes.concepts import Concept
-from data.recipes.emoji import FAMILIES, Picture, build_emoji, split_of
+from data.recipes.emoji import FAMILIES, EmojiSettings, Picture, build_emoji, split_of
 from data.recipes.npm import Package
 from data.sample import Caption, DataError
 from data.shards import read_manifest
@@ -136,8 +136,8 @@ def cache(packages, monkeypatch):
 
 
 def build(out, cache, **options):
-    settings = {"size": 16, "samples_per_shard": 100, "workers": 1, "progress": False, "cache": cache, **options}
-    return build_emoji(out, **settings)
+    settings = {"size": 16, "samples_per_shard": 100, "workers": 1, "cache": cache, **options}
+    return build_emoji(out, EmojiSettings(**settings), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -272,13 +272,13 @@ def one_line(error) -> str:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"size": 4}, "8 to 2048 pixels, not 4"),
-        ({"size": 4096}, "8 to 2048 pixels, not 4096"),
+        ({"size": 4}, "size must be a whole number from 8 to 2048, not 4"),
+        ({"size": 4096}, "size must be a whole number from 8 to 2048, not 4096"),
         ({"image_format": "gif"}, "'webp' or 'png', not 'gif'"),
         ({"families": ("noto", "nato")}, "unknown family nato; known: openmoji"),
         ({"samples_per_shard": 0}, "at least 1, not 0"),
-        ({"limit": 0}, "at least 1 picture, not 0"),
-        ({"limit": -1}, "at least 1 picture, not -1"),
+        ({"limit": 0}, "limit must be a whole number of at least 1, not 0"),
+        ({"limit": -1}, "limit must be a whole number of at least 1, not -1"),
     ],
 )
 def test_bad_arguments(cache, tmp_path, options, problem):
@@ -294,7 +294,7 @@ def test_an_existing_output_is_left_alone(cache, tmp_path, kind):
     kept = out if kind == "file" else out / "kept"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
-    with pytest.raises(DataError, match="not empty; choose another folder"):
+    with pytest.raises(DataError, match="not empty: choose another folder"):
         build(out, cache)
     assert kept.read_text() == "mine"
 
@@ -324,7 +324,7 @@ def fake_npm(folder: Path, script: str) -> Path:
 def test_a_missing_npm_client(packages, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DataError, match="npm client was not found; install Node.js") as error:
-        build_emoji(tmp_path / "out", cache=tmp_path / "cache", progress=False)
+        build_emoji(tmp_path / "out", EmojiSettings(cache=tmp_path / "cache"), progress=False)
     assert "iconify-json-2.2.535.tgz" in one_line(error)
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.images import open_image
-from data.pack import pack, sample_id
+from data.pack import PackSettings, pack_samples, sample_id
 from data.reading import open_shards
 from data.sample import Caption, DataError
 from data.shards import read_manifest
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 
 def run(source, out, **options):
-    return pack(source, out, progress=False, **options)
+    return pack_samples(source, out, PackSettings(**options), progress=False)
 
 
 def read(out, split="train"):
@@ -203,8 +203,8 @@ def test_errors_are_one_line_and_leave_nothing(folder, tmp_path):
     gone = write_table(tmp_path / "gone.csv", [{"path": "gone.png", "caption": "x"}])
     before = sorted(tmp_path.rglob("*"))
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (folder, {"image_size": 0}, "image size is 8 to 4096 pixels, not 0"),
-        (folder, {"test_fraction": 1.0}, "test fraction"),
+        (folder, {"image_size": 0}, "image_size must be a whole number from 8 to 4096, not 0"),
+        (folder, {"test_fraction": 1.0}, "test_fraction"),
         (folder, {"language": "en us"}, "no language code"),
         (folder, {"samples_per_shard": 0}, "samples per shard"),
         (tmp_path / "none", {}, "no folder or file at"),

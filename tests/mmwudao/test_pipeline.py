@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from data.atomic import write_files
+from data.sample import DataError
 from data.styles import guess_language
 from generation.drawing.sampling import SamplingOptions
 from mmwudao import load
 from mmwudao.loading.devices import choose_dtype
 from mmwudao.loading.info import describe
 from mmwudao.loading.model_dir import assemble, copy_model, find_model, load_tokenizer, read_model_config
-from mmwudao.pictures import differing_pixels, encode_png, file_stem, grid, read_recipe, unused_path, write_files
+from mmwudao.pictures import differing_pixels, encode_png, file_stem, grid, read_recipe, unused_path
 from mmwudao.pipeline import MAX_PICTURES, MAX_PROMPT, Pipeline, Progress
 from vqvae.storage.parts import ModelError
 
@@ -263,7 +265,7 @@ def test_save_copies_the_model(pipe: Pipeline, tmp_path: Path) -> None:
     again = load(saved, device="cpu", dtype="float32")
     assert again.config == pipe.config
     assert pixels(again.generate("红心", seed=1)[0]) == pixels(pipe.generate("红心", seed=1)[0])
-    with pytest.raises(ModelError, match="not empty"):
+    with pytest.raises(DataError, match="not empty"):
         pipe.save(saved)
 
 

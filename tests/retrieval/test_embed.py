@@ -18,7 +18,6 @@ from data.reading import open_shards
 from data.sample import DataError, Sample
 from data.shards import ShardWriter
 from mmwudao.cli.app import run
-from retrieval.vectors import embed
 from retrieval.vectors.embed import embed_shards
 from tests.helpers.tiny_towers import COLOURS, ColourTowers, colour_sample
 
@@ -182,7 +181,7 @@ def test_a_stop_before_each_rename(tmp_path, monkeypatch, crash):
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed.os, "replace", replace)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             embed_shards(ColourTowers(), shards, tmp_path / "out")
     embed_shards(ColourTowers(), shards, tmp_path / "out")

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +16,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+
+from data.atomic import new_folder
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
@@ -104,18 +104,9 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
 
     stored: Any = copy.deepcopy(module).to(device="cpu", dtype=dtype).eval()
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        stored.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # the model card belongs to the whole model
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_folder(folder, replace=True) as building:
+        stored.save_pretrained(building)
+        (building / "README.md").unlink(missing_ok=True)  # the model card belongs to the whole model
     return content_hash(stored)
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
 import struct
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.atomic import new_folder
 from vqvae.storage.parts import ModelError
 
 # names that training checkpoints are known to hold beside their tensors
@@ -139,9 +138,7 @@ def stream_part(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> str
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format asks for data aligned to 8 bytes
     digest = sha256()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as building:
         with open(building / "model.safetensors", "wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for name in names:
@@ -153,11 +150,6 @@ def stream_part(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> str
                 file.write(stored)
         text = json.dumps(asdict(config), indent=2, sort_keys=True)
         (building / "config.json").write_text(text, encoding="utf-8")
-        building.chmod(0o755)
-        building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return digest.hexdigest()
 
 
