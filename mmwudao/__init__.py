@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmwudao.version import __version__
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from mmwudao.pipeline import load
 
-    from generation.drawing.engines import Kind
-    from mmwudao.pipeline import Pipeline
-
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
+PACKAGES = ("data", "vqvae", "generation", "retrieval")  # ours, beside this one
 
-def load(
-    model: str | Path = "emoji",
-    device: str = "auto",
-    dtype: str = "auto",
-    adapter: str | Path | None = None,
-    engine: Kind = "auto",
-) -> Pipeline:
-    """A model ready to draw; see `mmwudao.pipeline.load`. PyTorch is imported only here, not with the package."""
-    from mmwudao.pipeline import load as load_pipeline
 
-    return load_pipeline(model, device, dtype, adapter, engine)
+def _check_packages(packages: tuple[str, ...] = PACKAGES) -> None:
+    """`ImportError` if Python finds another module by the name of one of our packages, such as the user's `data.py`."""
+    root = Path(__file__).resolve().parents[1]
+    for name in packages:
+        module = sys.modules.get(name)
+        spec = module.__spec__ if module is not None else importlib.util.find_spec(name)
+        found = spec.origin if spec is not None else None
+        if found is None or Path(found).resolve() != root / name / "__init__.py":
+            raise ImportError(
+                f"mmwudao needs its own package {name!r}, and Python finds {found or 'another'} first: "
+                "rename that file or folder, or run from another folder"
+            )
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, with which PyTorch is imported: only when it is asked for."""
+    if name == "load":
+        from mmwudao.pipeline import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_check_packages()

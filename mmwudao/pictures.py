@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageChops, PngImagePlugin
 
-from mmwudao import __version__
+from mmwudao.version import __version__
 
 SOFTWARE = "mmwudao"
 # Every field a picture can be drawn again from, with its type. `OPTIONAL_FIELDS` may be absent.

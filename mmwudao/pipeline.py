@@ -19,10 +19,11 @@ from generation.drawing.memory import check_memory, plan_drawing
 from generation.drawing.sampling import SamplingOptions
 from generation.transformer.adapters import apply_adapter
 from generation.transformer.int8 import quantise
-from mmwudao import __version__, tasks, upscaling
+from mmwudao import tasks, upscaling
 from mmwudao.loading.devices import choose_device, choose_dtype
 from mmwudao.loading.loaded import LoadedModel, load_parts
 from mmwudao.loading.model_dir import copy_model
+from mmwudao.version import __version__
 from vqvae.storage.parts import ModelError
 
 MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning

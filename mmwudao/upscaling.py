@@ -10,9 +10,9 @@ from PIL import Image
 
 from data.images import to_rgb, to_square, to_tensor
 from generation.cogview.sampler import magnify
-from mmwudao import __version__
 from mmwudao.loading.loaded import LoadedModel
 from mmwudao.loading.model_dir import check_hash
+from mmwudao.version import __version__
 from vqvae.storage.parts import ModelError, content_hash, load_part
 from vqvae.tokenize import tensor_to_image
 from vqvae.upscaler import Upscaler

@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from mmwudao import __version__
 from mmwudao.cli import data, demo, describe, draw, evaluate, importing, index, serve, train, vectors
+from mmwudao.cli.extras import missing_extra
+from mmwudao.version import __version__
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -77,6 +78,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = result if isinstance(result, int) else 0
     except typer.TyperException as error:
         return _fail(error.format_message())
+    except ModuleNotFoundError as error:
+        if (line := missing_extra(error)) is None:
+            raise
+        return _fail(line)
     except OSError as error:  # a read-only or full disk, a path that is no folder
         place = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{place}")

@@ -13,7 +13,6 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from mmwudao import __version__
 from mmwudao.service import routes_embeddings, routes_items, routes_pictures, schemas
 from mmwudao.service.answering import ERRORS, engine_of
 from mmwudao.service.errors import ServiceError, error_response, invalid
@@ -22,6 +21,7 @@ from mmwudao.service.metrics import Metrics
 from mmwudao.service.middleware import Gate
 from mmwudao.service.queues import Engine, Served
 from mmwudao.service.settings import ServiceConfig
+from mmwudao.version import __version__
 
 router = APIRouter()
 
