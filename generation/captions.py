@@ -1,6 +1,6 @@
 """Pictures to text: the best caption by beam search, and how likely a given one is.
 
-For rows with the image first (`generation.layout.caption_row`): a generator that learned both directions, or CogView's
+For rows with the image first (`generation.rows.describe`): a generator that learned both directions, or CogView's
 caption model, whose text has no end mark and is scored by `generation.cogview.sampler.caption_scores`.
 Beam search alone finds what the generator thinks; with a judge beside it, what a judge of pictures and texts, such as
 retrieval towers, finds true of the picture, too. Shapes: n pictures of h x w codes, W beams, V vocabulary (padded).
@@ -17,7 +17,9 @@ from torch import Tensor
 from generation.drawing.engines import make_cache
 from generation.drawing.logits import filter_logits
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Vocabulary, caption_prompt_row, caption_row, caption_row_positions, collate
+from generation.rows.describe import caption_prompt_row, caption_row, caption_row_positions
+from generation.rows.row import collate
+from generation.rows.vocabulary import Vocabulary
 from generation.transformer.model import KVCache, Transformer
 
 SLACK = 4.0  # nats

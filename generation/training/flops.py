@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generation.layout import Batch
+from generation.rows.row import RowBatch
 from generation.transformer.model import TransformerConfig
 
 # FLOP/s of dense bfloat16 products by a part of the name that `torch.cuda.get_device_name` gives (NVIDIA's data sheets)
@@ -41,7 +41,7 @@ class Flops:
         return self.blocks + self.attention + self.head
 
 
-def training_flops(config: TransformerConfig, batch: Batch) -> Flops:
+def training_flops(config: TransformerConfig, batch: RowBatch) -> Flops:
     """FLOPs to learn a batch, padded or packed, with dense attention.
 
     6 for each weight of the blocks and token; 12 D L for each pair of a token and one that it sees, of which a causal
@@ -62,7 +62,7 @@ def training_flops(config: TransformerConfig, batch: Batch) -> Flops:
     )
 
 
-def real_tokens(config: TransformerConfig, batch: Batch) -> int:
+def real_tokens(config: TransformerConfig, batch: RowBatch) -> int:
     """Tokens of a batch that are not padding."""
     return sum(len(row) for row in _rows(config, batch))
 
@@ -88,7 +88,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 2048, r
     return 2 * size**3 / min(seconds[1:])
 
 
-def _rows(config: TransformerConfig, batch: Batch) -> list[Tensor]:
+def _rows(config: TransformerConfig, batch: RowBatch) -> list[Tensor]:
     """The segments of each row's tokens, without padding; all 1 in a row that draws."""
     segments = torch.ones_like(batch.tokens) if batch.segments is None else batch.segments
     if batch.lengths is not None:

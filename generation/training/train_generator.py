@@ -21,7 +21,10 @@ from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.drawing.decoding import generate_codes
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Batch, Row, caption_row, collate, noisy_codes, pack, training_row, with_noise
+from generation.rows.describe import caption_row
+from generation.rows.draw import training_row
+from generation.rows.noise import noisy_codes, with_noise
+from generation.rows.row import Row, RowBatch, collate, pack
 from generation.training.pairs import CaptionConfig, CodedPairs, descriptions, draw_caption, unigram_bits
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.model import VQVAE
@@ -56,7 +59,7 @@ class GeneratorTrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
     text_weight: float = 0.2  # of a text token's loss in rows that draw, next to 1 of an image token's
-    code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `layout.with_noise`
+    code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `rows.noise`
     code_mask: float = 0.0  # share of the rows that draw whose given codes are hidden, half of them to all
     given_codes: float = 1.0  # each step that describes gives between that share of the codes and all of them
     packing: bool = True  # rows behind one another, not padded to the longest; padded if attention is sparse
@@ -77,7 +80,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, total: Tensor) -> dict[str, Tensor]:
+    def forward(self, batch: RowBatch, total: Tensor) -> dict[str, Tensor]:
         """`total`: the mean sum of weights of this process's micro-batches of the step."""
         if distributed():
             # DDP averages gradients: dividing by the mean weight of all processes gives those of one large batch
@@ -121,7 +124,7 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
         }
     baselines = {split: unigram_bits(pairs, test, model_config.num_image_codes) for split, test in tests.items()}
 
-    def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+    def loss_of(wrapped: nn.Module, micro_batch: tuple[RowBatch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
         losses = wrapped(batch.to(device), total.to(device))
         if batch.segments is not None:
@@ -172,7 +175,7 @@ class PairBatches:
                 f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
             )
 
-    def __call__(self, step: int) -> Iterator[tuple[tuple[Batch, Tensor], list[str]]]:
+    def __call__(self, step: int) -> Iterator[tuple[tuple[RowBatch, Tensor], list[str]]]:
         loop = self.config.loop
         seed = loop.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed)
@@ -234,7 +237,7 @@ def held_out_batches(
     config: GeneratorTrainConfig,
     image_first: bool = False,
     named_style: bool = True,
-) -> list[Batch]:
+) -> list[RowBatch]:
     """Fixed batches of `test_pictures` pictures spread over the split, each with its name in a fixed language."""
     count = min(len(pairs), config.data.test_pictures)
     captions = CaptionConfig(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
@@ -248,7 +251,7 @@ def held_out_batches(
     return [collate(model.vocabulary, rows[i : i + 32], config.text_weight) for i in range(0, count, 32)]
 
 
-def mean_bits(model: Transformer, batches: list[Batch], device: torch.device) -> dict[str, float]:
+def mean_bits(model: Transformer, batches: list[RowBatch], device: torch.device) -> dict[str, float]:
     """Mean `image_bits` and `text_bits` of a model over batches, by rows: the last batch may be smaller."""
     losses = [model.loss(batch.to(device)) for batch in batches]
     rows = [len(batch.tokens) for batch in batches]

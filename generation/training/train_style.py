@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data.codes import tokenizer_hash
 from data.config import ConfigError
-from generation.layout import Batch
+from generation.rows.row import RowBatch
 from generation.training.pairs import CaptionConfig, CodedPairs
 from generation.training.train_generator import (
     CaptionEncoder,
@@ -62,7 +62,7 @@ class PromptedText:
         return [*self.prompt_pieces, *self.text.encode(text)]
 
 
-def style_batches(config: StyleTrainConfig, model: Transformer, text: CaptionEncoder) -> dict[str, list[Batch]]:
+def style_batches(config: StyleTrainConfig, model: Transformer, text: CaptionEncoder) -> dict[str, list[RowBatch]]:
     """The family's held-out pictures by split, with captions that do not name it, for `model` as it is.
 
     Raises `ConfigError` when the codes are of another image tokenizer or size, `DataError` for an unknown family.
@@ -104,7 +104,7 @@ def train(config: StyleTrainConfig, base: Transformer, text: CaptionEncoder, bas
     prompted = PromptedText(text, base.config.vocabulary.prompt_pieces)
     batches = PairBatches(pairs, prompted, base.config, _settings(config))
 
-    def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+    def loss_of(wrapped: nn.Module, micro_batch: tuple[RowBatch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
         losses = wrapped(batch.to(device), total.to(device))
         return {name: losses[name] for name in ("loss", "image_bits")}

@@ -17,7 +17,8 @@ from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, write_manifest
 from generation.drawing.decoding import generate_codes, naive_generate_codes
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Vocabulary, prompt_row
+from generation.rows.draw import prompt_row
+from generation.rows.vocabulary import Vocabulary
 from generation.training.pairs import CaptionConfig
 from generation.training.train_style import StyleTrainConfig, train
 from generation.transformer.adapters import AdapterOptions, apply_adapter, make_trainable, save_adapter

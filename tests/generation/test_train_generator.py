@@ -20,7 +20,8 @@ from data.shards import Manifest, ShardWriter, write_manifest
 from data.styles import LANGUAGES, STYLE_PHRASES
 from data.text import TextTokenizer
 from generation.captions import caption_log_probabilities
-from generation.layout import collate, training_row
+from generation.rows.draw import training_row
+from generation.rows.row import collate
 from generation.training import train_generator as train_module
 from generation.training.pairs import CaptionConfig, CodedPairs, draw_caption, unigram_bits
 from generation.training.train_generator import (

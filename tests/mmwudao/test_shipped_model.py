@@ -53,7 +53,8 @@ def test_the_towers_find_pictures_they_never_saw(emoji: Pipeline, language: str)
 
 
 def test_the_generator_knows_the_pictures_from_other_codes(emoji: Pipeline) -> None:
-    from generation.layout import collate, training_row
+    from generation.rows.draw import training_row
+    from generation.rows.row import collate
 
     config = emoji.generator.config
     captions = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)

@@ -1,15 +1,10 @@
 import pytest
 import torch
 
-from generation.layout import (
-    COMMANDS,
-    Vocabulary,
-    collate,
-    prompt_row,
-    row_positions,
-    training_row,
-    with_noise,
-)
+from generation.rows.draw import prompt_row, row_positions, training_row
+from generation.rows.noise import with_noise
+from generation.rows.row import collate
+from generation.rows.vocabulary import COMMANDS, Vocabulary
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
 

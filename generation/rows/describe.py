@@ -1,0 +1,71 @@
+"""Rows that describe: `[SIZE] [BOI1] codes [EOI1] [ROI1] text [SEP]`.
+
+One model can learn to draw and to describe, each from its own rows, as ERNIE-ViLG does (Zhang et al. 2021,
+arXiv:2112.15283, section 3.1). Shapes: T tokens in a row, h x w codes in a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from generation.rows.draw import row_positions
+from generation.rows.row import COMMANDS_IN_ROW, PositionKind, Row
+from generation.rows.vocabulary import Vocabulary
+
+
+def caption_prompt_row(vocab: Vocabulary, codes: Tensor, text_ids: Sequence[int] = ()) -> list[int]:
+    """`[SIZE] [BOI1] codes [EOI1] [ROI1] text`: a picture [h, w] and the raw text pieces its caption begins with."""
+    grid = (codes.shape[0], codes.shape[1])
+    start = [vocab.size_command(grid), vocab.command("[BOI1]"), *codes.reshape(-1).tolist()]
+    return [*start, vocab.command("[EOI1]"), vocab.command("[ROI1]"), *vocab.text(text_ids)]
+
+
+def caption_row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: PositionKind) -> Tensor:
+    """Positions of `[SIZE] [BOI1] codes [EOI1] [ROI1] text [SEP]`: [T] ("sequence") or [T, 2] ("grid").
+
+    In a "grid", text and codes stand where they stand in a row that draws; only the order of the two differs. [SIZE]
+    and [BOI1] come right before the origin of the codes: anywhere that depends on the text would tell its length.
+    """
+    height, width = grid
+    if kind == "sequence":
+        return torch.arange(num_text + height * width + COMMANDS_IN_ROW + 1)
+    image = row_positions(max_text, grid, max_text, kind)[max_text + 1 :]  # [SIZE] [BOI1] codes [EOI1]
+    text = torch.arange(num_text + 2).unsqueeze(1).expand(-1, 2)  # [ROI1] text [SEP]
+    return torch.cat([image, text])
+
+
+def caption_row(
+    vocab: Vocabulary,
+    texts: Sequence[Sequence[int]],
+    codes: Tensor,
+    max_text: int,
+    kind: PositionKind = "grid",
+    given: Tensor | None = None,
+) -> Row:
+    """The training row in which each of `texts` (raw pieces, cut after `max_text` of them) describes `codes` [h, w].
+
+    No text sees another (`Row.segments`), so the row stands for one row a text, for the price of one picture. Only
+    text is learned. `given`, bool [h, w], leaves codes out: cheaper, and hardly worse to learn from than the whole
+    picture, as in FLIP (Li et al. 2022, arXiv:2212.00794).
+    """
+    if codes.ndim != 2:
+        raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
+    grid = (codes.shape[0], codes.shape[1])
+    picture = torch.tensor(caption_prompt_row(vocab, codes)[:-1])
+    kept = torch.ones_like(picture, dtype=torch.bool)
+    if given is not None:
+        kept[2:-1] = given.reshape(-1)  # [SIZE] and [BOI1] stand before the codes, [EOI1] behind them
+    tokens, positions = [picture[kept]], [caption_row_positions(0, grid, max_text, kind)[: len(picture)][kept]]
+    targets, segments = [torch.full_like(tokens[0], vocab.command("[PAD]"))], [torch.zeros_like(tokens[0])]
+    for number, text in enumerate(texts, start=1):
+        whole = torch.tensor([vocab.command("[ROI1]"), *vocab.text(text[:max_text]), vocab.command("[SEP]")])
+        tokens.append(whole[:-1])
+        targets.append(whole[1:])
+        positions.append(caption_row_positions(len(whole) - 2, grid, max_text, kind)[len(picture) : -1])
+        segments.append(torch.full_like(tokens[-1], number))
+    row = torch.cat(tokens)
+    no_codes = torch.zeros_like(row, dtype=torch.bool)
+    return Row(row, torch.cat(positions), torch.cat(targets), no_codes, torch.cat(segments))
