@@ -33,9 +33,10 @@ from data.text import TextTokenizer
 from generation.rows.describe import caption_row
 from generation.rows.draw import training_row
 from generation.rows.row import Row, RowBatch, collate, pack
+from generation.rows.texts import descriptions, draw_caption
+from generation.training.config import GeneratorTrainConfig
 from generation.training.flops import peak_flops, real_tokens, training_flops
-from generation.training.pairs import descriptions, draw_caption
-from generation.training.train_generator import GeneratorTrainConfig, LossModule
+from generation.training.train_generator import LossModule
 from generation.transformer.model import Transformer, TransformerConfig
 from generation.transformer.packing import make_packing
 from vqvae.training.loop import Loop, LoopConfig

@@ -6,13 +6,17 @@ arXiv:2112.15283, section 3.1). Shapes: T tokens in a row, h x w codes in a pict
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from generation.rows.base import Chance, CodedPicture, Given, RowKind, RowRecipe, TextEncoder
 from generation.rows.draw import row_positions
+from generation.rows.noise import noisy_codes
 from generation.rows.row import COMMANDS_IN_ROW, PositionKind, Row
+from generation.rows.texts import descriptions
 from generation.rows.vocabulary import Vocabulary
 
 
@@ -69,3 +73,35 @@ def caption_row(
     row = torch.cat(tokens)
     no_codes = torch.zeros_like(row, dtype=torch.bool)
     return Row(row, torch.cat(positions), torch.cat(targets), no_codes, torch.cat(segments))
+
+
+class DescribeRows(RowKind):
+    """Describe: the names of a picture after its codes, all of them in one row of which each is learned by itself."""
+
+    name = "describe"
+    needs = frozenset({"codes", "caption"})
+
+    def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:
+        rng, codes = chance.rng, picture.codes
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        share = rng.uniform(0, recipe.code_noise)
+        noisy = noisy_codes(codes, chance.other_codes(rng), share, generator)
+        given = torch.zeros(codes.numel(), dtype=torch.bool)
+        given[torch.randperm(len(given), generator=generator)[: max(1, round(chance.given * len(given)))]] = True
+        texts = [recipe.text.encode(description) for description in descriptions(picture.sample)]
+        return self._row(texts, noisy, given.view(codes.shape))
+
+    def held_out_row(self, picture: CodedPicture, text: TextEncoder, named_style: bool) -> Row:
+        description = random.Random(picture.sample.id).choice(descriptions(picture.sample))
+        return self._row([text.encode(description)], picture.codes)
+
+    def prompt(self, given: Given) -> list[int]:
+        assert given.codes is not None, "a picture to describe is given by its codes"
+        return caption_prompt_row(self.format.vocabulary, given.codes, given.text)
+
+    def positions(self, num_text: int, grid: tuple[int, int]) -> Tensor:
+        return caption_row_positions(num_text, grid, self.format.max_text, self.format.position_kind)
+
+    def _row(self, texts: Sequence[Sequence[int]], codes: Tensor, given: Tensor | None = None) -> Row:
+        format = self.format
+        return caption_row(format.vocabulary, texts, codes, format.max_text, format.position_kind, given)

@@ -1,16 +1,21 @@
 """Rows that draw: `[ROI1] text [SIZE] [BOI1] codes [EOI1]`.
 
-The order is CogView's (Ding et al. 2021, arXiv:2105.13290, section 2.1). Shapes: T tokens in a row, h x w codes in a picture.
+The order is CogView's (Ding et al. 2021, arXiv:2105.13290, section 2.1).
+Shapes: T tokens in a row, h x w codes in a picture.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from generation.rows.base import Chance, CodedPicture, Given, RowKind, RowRecipe, TextEncoder
+from generation.rows.noise import with_noise
 from generation.rows.row import COMMANDS_IN_ROW, PositionKind, Row
+from generation.rows.texts import CaptionMix, draw_caption
 from generation.rows.vocabulary import Vocabulary
 
 
@@ -54,3 +59,37 @@ def training_row(
     positions = row_positions(len(prompt) + 1 - COMMANDS_IN_ROW, grid, max_text, kind)
     targets = row[1:]
     return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes)
+
+
+class DrawRows(RowKind):
+    """Draw: the codes of a picture after its caption."""
+
+    name = "draw"
+    needs = frozenset({"codes"})
+
+    def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:
+        rng = chance.rng
+        row = self._row(picture, draw_caption(picture.sample, recipe.captions, rng), recipe.text)
+        if not (recipe.code_noise or recipe.code_mask):
+            return row
+        if rng.random() < recipe.code_mask:
+            # codes that cannot be continued must be predicted from the text
+            other = torch.full(picture.codes.shape, self.format.vocabulary.command("[MASK]"))
+            share = rng.uniform(0.5, 1)
+        else:
+            other, share = chance.other_codes(rng), rng.uniform(0, recipe.code_noise)
+        return with_noise(row, other, share, torch.Generator().manual_seed(rng.getrandbits(63)))
+
+    def held_out_row(self, picture: CodedPicture, text: TextEncoder, named_style: bool) -> Row:
+        names = CaptionMix(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
+        return self._row(picture, draw_caption(picture.sample, names, random.Random(picture.sample.id)), text)
+
+    def prompt(self, given: Given) -> list[int]:
+        return prompt_row(self.format.vocabulary, given.text, given.grid, self.format.max_text)
+
+    def positions(self, num_text: int, grid: tuple[int, int]) -> Tensor:
+        return row_positions(num_text, grid, self.format.max_text, self.format.position_kind)
+
+    def _row(self, picture: CodedPicture, caption: str, text: TextEncoder) -> Row:
+        ids, format = text.encode(caption) if caption else [], self.format
+        return training_row(format.vocabulary, ids, picture.codes, format.max_text, format.position_kind)

@@ -16,8 +16,8 @@ from generation.cogview.sampler import caption_scores
 from generation.rows.describe import caption_prompt_row, caption_row, caption_row_positions
 from generation.rows.draw import row_positions
 from generation.rows.row import collate
+from generation.rows.texts import descriptions
 from generation.rows.vocabulary import Vocabulary
-from generation.training.pairs import descriptions
 from generation.transformer.model import Transformer, TransformerConfig
 from mmwudao.loading.model_dir import Part
 from mmwudao.pipeline import load

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from data.codes import CodedSample
-from data.config import ConfigError
+from data.config import ConfigError, load_config
 from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, write_manifest
 from data.styles import LANGUAGES, STYLE_PHRASES
@@ -22,15 +22,12 @@ from data.text import TextTokenizer
 from generation.captions import caption_log_probabilities
 from generation.rows.draw import training_row
 from generation.rows.row import collate
-from generation.training import train_generator as train_module
-from generation.training.pairs import CaptionConfig, CodedPairs, draw_caption, unigram_bits
-from generation.training.train_generator import (
-    GeneratorDataConfig,
-    GeneratorTrainConfig,
-    PairBatches,
-    held_out_batches,
-    train,
-)
+from generation.rows.texts import CaptionMix, draw_caption
+from generation.training import batches as batches_module
+from generation.training.batches import RowBatches, RowMaker, held_out_batches
+from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
+from generation.training.pairs import CodedPairs, unigram_bits
+from generation.training.train_generator import train
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import load_part, save_part
@@ -82,7 +79,7 @@ def make_config(workspace: Path, out: Path, data=None, model=None, captions=None
     steps = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "warmup": 2, "log_every": 1, "eval_every": 3}
     return GeneratorTrainConfig(
         data=GeneratorDataConfig(**{**files, **(data or {})}),
-        captions=CaptionConfig(**(captions or {})),
+        captions=CaptionMix(**(captions or {})),
         model=TransformerConfig(**{**sizes, **(model or {})}),
         loop=LoopConfig(**{"out": str(out), "precision": "float32", "device": "cpu", **steps, **loop}),
     )
@@ -99,13 +96,13 @@ def logged(out: Path, name: str) -> list[float]:
 # captions
 
 
-def draws(config: CaptionConfig, item: Sample, count: int = 4000) -> list[str]:
+def draws(config: CaptionMix, item: Sample, count: int = 4000) -> list[str]:
     return [draw_caption(item, config, random.Random(index)) for index in range(count)]
 
 
 def test_captions_are_drawn_with_the_given_probabilities():
     item = Sample("a", b"", "png", {"en": Caption("name", ("k1", "k2", "k3", "k4", "k5", "k6"))}, family="noto")
-    found = draws(CaptionConfig(name=0.5, keywords=0.3, style=0.25, dropout=0.2), item)
+    found = draws(CaptionMix(name=0.5, keywords=0.3, style=0.25, dropout=0.2), item)
     share: Counter[str] = Counter()
     for caption in found:
         share["dropout"] += not caption
@@ -124,40 +121,47 @@ def test_captions_are_drawn_with_the_given_probabilities():
 
 def test_languages_are_drawn_evenly():
     item = Sample("a", b"", "png", {language: Caption(language) for language in LANGUAGES})
-    share = Counter(draws(CaptionConfig(dropout=0.0), item))
+    share = Counter(draws(CaptionMix(dropout=0.0), item))
     assert set(share) == set(LANGUAGES)
     assert all(count / 4000 == pytest.approx(1 / 7, abs=0.03) for count in share.values())
 
 
 def test_keywords_change_order():
     item = Sample("a", b"", "png", {"en": Caption("name", ("k1", "k2"))})
-    assert set(draws(CaptionConfig(name=0, keywords=1, dropout=0), item)) == {"k1", "k2", "k1, k2", "k2, k1"}
+    assert set(draws(CaptionMix(name=0, keywords=1, dropout=0), item)) == {"k1", "k2", "k1, k2", "k2, k1"}
 
 
 def test_a_caption_without_keywords_is_the_name():
     item = Sample("a", b"", "png", {"en": Caption("name")})
-    assert set(draws(CaptionConfig(name=0, keywords=1, dropout=0), item)) == {"name"}
+    assert set(draws(CaptionMix(name=0, keywords=1, dropout=0), item)) == {"name"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_style_is_named_in_the_language_of_the_caption(language):
     item = Sample("a", b"", "png", {language: Caption("X")}, family="fluent-emoji")
-    (found,) = set(draws(CaptionConfig(name=1, keywords=0, style=1, dropout=0), item, 20))
+    (found,) = set(draws(CaptionMix(name=1, keywords=0, style=1, dropout=0), item, 20))
     assert found == STYLE_PHRASES[language].format(caption="X", family="fluent-emoji")
     item.family = None
-    assert set(draws(CaptionConfig(name=1, keywords=0, style=1, dropout=0), item, 20)) == {"X"}
+    assert set(draws(CaptionMix(name=1, keywords=0, style=1, dropout=0), item, 20)) == {"X"}
 
 
 def test_a_caption_depends_on_the_generator_alone():
-    config = CaptionConfig()
+    config = CaptionMix()
     assert draws(config, sample(1), 50) == draws(config, sample(1), 50)
     assert len(set(draws(config, sample(1), 50))) > 10
 
 
-@pytest.mark.parametrize("change", [{"name": 1.1}, {"dropout": -0.1}, {"name": 0.7, "keywords": 0.4}])
-def test_impossible_probabilities(change):
-    with pytest.raises(ValueError, match="caption"):
-        CaptionConfig(**change)
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": 1.1}, "name must be a number from 0 to 1"),
+        ({"dropout": -0.1}, "dropout must be"),
+        ({"name": 0.7, "keywords": 0.4}, "must not exceed 1"),
+    ],
+)
+def test_impossible_probabilities(change, problem):
+    with pytest.raises(ValueError, match=problem):
+        CaptionMix(**change)
 
 
 # pairs
@@ -205,12 +209,12 @@ def test_pictures_of_different_sizes(tmp_path):
 # batches
 
 
-def batches_of(workspace, tmp_path, **loop) -> PairBatches:
-    config = replace(make_config(workspace, tmp_path / "run", **loop), packing=False)
+def batches_of(workspace, tmp_path, mix=None, **loop) -> RowBatches:
+    config = replace(make_config(workspace, tmp_path / "run", **loop), packing=False, mix=mix or {"draw": 1.0})
     text = TextTokenizer(workspace / "text.model")
     pairs = CodedPairs(workspace / "codes", "train")
     model = TransformerConfig(**{**asdict(config.model), "num_text_pieces": text.vocab_size, "grid": pairs.grid})
-    return PairBatches(pairs, text, model, config)
+    return RowBatches(pairs, RowMaker(text, model, config))
 
 
 def test_a_batch_depends_on_the_step_alone(workspace, tmp_path):
@@ -228,9 +232,9 @@ def test_processes_share_out_one_batch(workspace, tmp_path, monkeypatch, accumul
     (((whole, _), whole_ids),) = batches_of(workspace, tmp_path)(5)
     rows: dict[str, list[list[int]]] = {}
     ids = []
-    monkeypatch.setattr(train_module, "world_size", lambda: 2)
+    monkeypatch.setattr(batches_module, "world_size", lambda: 2)
     for process in (0, 1):
-        monkeypatch.setattr(train_module, "rank", lambda process=process: process)
+        monkeypatch.setattr(batches_module, "rank", lambda process=process: process)
         parts = list(batches_of(workspace, tmp_path, accumulate=accumulate)(5))
         assert len(parts) == accumulate
         for (batch, _), part_ids in parts:
@@ -254,7 +258,7 @@ def test_the_divisor_is_the_mean_weight_of_the_micro_batches(workspace, tmp_path
 def test_a_batch_that_does_not_divide(workspace, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"loop\.batch_size=8 is not a multiple of accumulate x processes = 3"):
         train(make_config(workspace, tmp_path / "run", accumulate=3))
-    monkeypatch.setattr(train_module, "world_size", lambda: 3)
+    monkeypatch.setattr(batches_module, "world_size", lambda: 3)
     with pytest.raises(ConfigError, match="= 6"):
         batches_of(workspace, tmp_path, accumulate=2)
 
@@ -262,13 +266,14 @@ def test_a_batch_that_does_not_divide(workspace, tmp_path, monkeypatch):
 def test_held_out_batches_are_fixed_and_spread_over_the_split(workspace, tmp_path):
     batches = batches_of(workspace, tmp_path)
     config = make_config(workspace, tmp_path / "run", data={"test_pictures": 4})
-    found, again = (held_out_batches(batches.pairs, batches.text, batches.model, config) for _ in range(2))
+    maker = replace(batches.maker, config=config)
+    found, again = (held_out_batches(batches.pairs, maker) for _ in range(2))
     assert [len(batch.tokens) for batch in found] == [4]
     assert torch.equal(found[0].tokens, again[0].tokens)
     first_codes = [row[mask][0] for row, mask in zip(found[0].targets, found[0].image_mask, strict=True)]
     assert first_codes == [batches.pairs.codes[index][0, 0] for index in (0, 10, 20, 30)]
     decode = TextTokenizer(workspace / "text.model").decode
-    text_range = batches.model.vocabulary.text_range
+    text_range = batches.maker.model.vocabulary.text_range
     offset = text_range.start
     for row, index in zip(found[0].tokens, (0, 10, 20, 30), strict=True):
         text = decode([int(t) - offset for t in row if int(t) in text_range])
@@ -276,7 +281,7 @@ def test_held_out_batches_are_fixed_and_spread_over_the_split(workspace, tmp_pat
         names = {STYLE_PHRASES[k].format(caption=c.name, family=item.family) for k, c in item.captions.items()}
         assert any(name.startswith(text) for name in names)  # cut to max_text pieces
     config.data.test_pictures = 1000
-    found = held_out_batches(batches.pairs, batches.text, batches.model, config)
+    found = held_out_batches(batches.pairs, maker)
     assert [len(batch.tokens) for batch in found] == [32, 8]
 
 
@@ -321,7 +326,7 @@ def test_held_out_bits_are_the_mean_over_pictures(workspace, tmp_path):
     torch.manual_seed(config.loop.seed)
     model = Transformer(sizes).eval()
     text, pairs = TextTokenizer(workspace / "text.model"), CodedPairs(workspace / "codes", "train")
-    fixed = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
+    fixed = CaptionMix(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
     bits = []
     with torch.no_grad():
         for item, codes in zip(pairs.samples, pairs.codes, strict=True):
@@ -340,11 +345,10 @@ def test_accumulation_is_one_large_batch(workspace, tmp_path):
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"checkpoint_gradients": True}], ids=lambda o: next(iter(o)))
 def test_options_of_speed_change_no_loss(workspace, tmp_path, options):
-    captions = {"image_first": 0.5}
     found = []
     for name, changes in (("without", {"packing": False}), ("with", {"packing": False, **options})):
-        config = make_config(workspace, tmp_path / name, captions=captions, accumulate=2)
-        train(replace(config, given_codes=0.5, **changes))
+        config = make_config(workspace, tmp_path / name, accumulate=2)
+        train(replace(config, mix={"draw": 0.5, "describe": 0.5}, given_codes=0.5, **changes))
         found.append([logged(tmp_path / name, f"train/{figure}") for figure in ("loss", "image_bits", "caption_bits")])
     assert all(found[0])
     for without, with_option in zip(*found, strict=True):
@@ -354,12 +358,12 @@ def test_options_of_speed_change_no_loss(workspace, tmp_path, options):
 def test_rows_are_packed_where_attention_is_dense(workspace, tmp_path):
     batches = batches_of(workspace, tmp_path)
     (padded, total), ids = next(batches(2))
-    batches.config.packing = True
+    batches.maker.config.packing = True
     (packed, total_again), ids_again = next(batches(2))
     assert (len(padded.tokens), len(packed.tokens), len(packed.lengths or ())) == (8, 1, 8)
     assert ids == ids_again
     assert torch.equal(total, total_again)
-    batches.model.sparse_window = 4
+    batches.maker.model.sparse_window = 4
     (sparse, _), _ = next(batches(2))
     assert torch.equal(sparse.tokens, padded.tokens)
 
@@ -367,14 +371,14 @@ def test_rows_are_packed_where_attention_is_dense(workspace, tmp_path):
 def test_a_resumed_training_is_the_uninterrupted_one(workspace, tmp_path, monkeypatch):
     whole = train(make_config(workspace, tmp_path / "whole", ema=0.9))
     with monkeypatch.context() as patch:
-        draw = train_module.draw_caption
+        draw = RowBatches.__call__
 
-        def interrupted(item, config, rng):
+        def interrupted(self, step):
             if (tmp_path / "run" / "checkpoint.pt").is_file():
                 raise KeyboardInterrupt
-            return draw(item, config, rng)
+            return draw(self, step)
 
-        patch.setattr(train_module, "draw_caption", interrupted)
+        patch.setattr(RowBatches, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(make_config(workspace, tmp_path / "run", ema=0.9, save_every=3))
     with pytest.raises(TrainingError, match="--resume"):
@@ -385,8 +389,9 @@ def test_a_resumed_training_is_the_uninterrupted_one(workspace, tmp_path, monkey
 
 def test_one_generator_learns_both_directions(workspace, tmp_path):
     loop = {"steps": 160, "batch_size": 16, "learning_rate": 1e-2, "eval_every": 80, "log_every": 80}
-    captions = {"image_first": 0.5, "name": 1.0, "keywords": 0.0}
-    folder = train(make_config(workspace, tmp_path, captions=captions, model={"width": 32}, **loop))
+    captions = {"name": 1.0, "keywords": 0.0}
+    config = make_config(workspace, tmp_path, captions=captions, model={"width": 32}, **loop)
+    folder = train(replace(config, mix={"draw": 1, "describe": 1}))
     first, last = logged(tmp_path, "test/test-family/caption_bits")
     assert last < first < 3
     images = logged(tmp_path, "test/test-family/image_bits")
@@ -399,10 +404,9 @@ def test_one_generator_learns_both_directions(workspace, tmp_path):
 
 
 def test_whole_steps_describe_each_picture_in_every_language(workspace, tmp_path):
-    batches = batches_of(workspace, tmp_path, batch_size=8)
-    batches.config.captions.image_first = 0.25
-    batches.config.given_codes = 0.5
-    vocab, given, describing = batches.model.vocabulary, [], 0
+    batches = batches_of(workspace, tmp_path, mix={"draw": 0.75, "describe": 0.25}, batch_size=8)
+    batches.maker.config.given_codes = 0.5
+    vocab, given, describing = batches.maker.model.vocabulary, [], 0
     for step in range(80):
         (batch, total), _ = next(batches(step))
         if batch.segments is None:
@@ -420,10 +424,39 @@ def test_whole_steps_describe_each_picture_in_every_language(workspace, tmp_path
     assert 8 <= min(given) <= max(given) - 4 <= 12
 
 
+def test_pictures_without_captions_are_drawn_but_not_described(tmp_path, workspace, caplog):
+    items = [coded(number) for number in range(8)]
+    for item in items[:6]:
+        item.sample.captions = {}
+    pairs = CodedPairs(write_codes(tmp_path / "codes", {"train": items}), "train")
+    config = make_config(workspace, tmp_path / "run")
+    model = replace(config.model, num_text_pieces=320, grid=(4, 4))
+    maker = RowMaker(TextTokenizer(workspace / "text.model"), model, config)
+    for mix, expected in (({"draw": 1.0}, {f"s{n:03d}" for n in range(8)}), ({"describe": 1.0}, {"s006", "s007"})):
+        batches = RowBatches(pairs, replace(maker, config=replace(config, mix=mix)))
+        assert {one for step in range(20) for _, ids in batches(step) for one in ids} == expected
+    assert caplog.messages == ["6 of 8 pictures have no caption and are not used to describe"]
+    assert [len(batch.tokens) for batch in held_out_batches(pairs, maker)] == [8]
+    assert [len(batch.tokens) for batch in held_out_batches(pairs, maker, "describe")] == [2]
+    for item in items:
+        item.sample.captions = {}
+    pairs = CodedPairs(write_codes(tmp_path / "none", {"train": items}), "train")
+    with pytest.raises(DataError, match=r"mix\.describe: no training picture has a caption"):
+        RowBatches(pairs, replace(maker, config=replace(config, mix={"describe": 1.0})))
+
+
+def test_the_mixture_is_read_and_checked_with_the_configuration():
+    assert load_config(GeneratorTrainConfig, None, ["mix={draw: 1, describe: 3}"]).mix == {"draw": 1, "describe": 3}
+    with pytest.raises(ConfigError, match="unknown kind of rows 'sing'; use draw, describe$"):
+        load_config(GeneratorTrainConfig, None, ["mix.sing=1"])
+    with pytest.raises(ConfigError, match=r"unknown key captions\.image_first"):
+        load_config(GeneratorTrainConfig, None, ["captions.image_first=0.5"])
+
+
 def test_code_noise_is_up_to_its_share_and_the_same_each_time(workspace, tmp_path):
     clean = batches_of(workspace, tmp_path, batch_size=32)
     noisy = batches_of(workspace, tmp_path, batch_size=32)
-    noisy.config.code_noise = 0.5
+    noisy.maker.config.code_noise = 0.5
     (before, _), _ = next(clean(3))
     (after, _), _ = next(noisy(3))
     (again, _), _ = next(noisy(3))
@@ -435,14 +468,15 @@ def test_code_noise_is_up_to_its_share_and_the_same_each_time(workspace, tmp_pat
 
 def test_codes_are_hidden_in_rows_that_draw_alone(workspace, tmp_path):
     batches = batches_of(workspace, tmp_path, batch_size=64)
-    batches.config.code_mask = 0.5
-    mask = batches.model.vocabulary.command("[MASK]")
+    batches.maker.config.code_mask = 0.5
+    mask = batches.maker.model.vocabulary.command("[MASK]")
     (batch, _), _ = next(batches(0))
     hidden = (batch.tokens == mask).sum(dim=1)
     assert 0.25 < float((hidden > 0).float().mean()) < 0.75
     assert float(hidden[hidden > 0].float().mean()) == pytest.approx(0.75 * 16, abs=2)
     assert (batch.targets != mask).all()
-    batches.config.captions.image_first = 1.0
+    batches = batches_of(workspace, tmp_path, mix={"describe": 1.0}, batch_size=64)
+    batches.maker.config.code_mask = 0.5
     (batch, _), _ = next(batches(0))
     assert (batch.tokens != mask).all()
 
