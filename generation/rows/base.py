@@ -9,7 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -18,14 +18,12 @@ from generation.rows.row import PositionKind, Row
 from generation.rows.texts import CaptionMix
 from generation.rows.vocabulary import Vocabulary
 
-Need = Literal["codes", "caption"]
-
 
 class RowFormat(Protocol):
     """What a model fixes about its rows; a `TransformerConfig` is one."""
 
     @property
-    def max_text(self) -> int: ...  # pieces of text in a row, at most
+    def max_text(self) -> int: ...  # the most pieces of text in a row
 
     @property
     def vocabulary(self) -> Vocabulary: ...
@@ -84,14 +82,14 @@ class RowKind(ABC):
     """A kind of rows for models of one format. A batch holds rows of one kind only."""
 
     name: ClassVar[str]  # in `mix` of a training configuration
-    needs: ClassVar[frozenset[Need]]  # what a sample must have to become a row of this kind
+    needs_caption: ClassVar[bool]  # a row of any kind needs the codes of a picture, and one of this kind a caption too
 
     def __init__(self, format: RowFormat) -> None:
         self.format = format
 
     def suits(self, sample: Sample) -> bool:
-        """Whether `sample`, which has codes, has everything else that this kind needs."""
-        return "caption" not in self.needs or bool(sample.captions)
+        """Whether `sample`, whose picture has codes, can become a row of this kind."""
+        return bool(sample.captions) or not self.needs_caption
 
     @abstractmethod
     def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:

@@ -79,7 +79,7 @@ class DescribeRows(RowKind):
     """Describe: the names of a picture after its codes, all of them in one row of which each is learned by itself."""
 
     name = "describe"
-    needs = frozenset({"codes", "caption"})
+    needs_caption = True
 
     def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:
         rng, codes = chance.rng, picture.codes

@@ -65,7 +65,7 @@ class DrawRows(RowKind):
     """Draw: the codes of a picture after its caption."""
 
     name = "draw"
-    needs = frozenset({"codes"})
+    needs_caption = False
 
     def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:
         rng = chance.rng
