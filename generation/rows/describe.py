@@ -21,7 +21,7 @@ from generation.rows.vocabulary import Vocabulary
 
 
 def caption_prompt_row(vocab: Vocabulary, codes: Tensor, text_ids: Sequence[int] = ()) -> list[int]:
-    """`[SIZE] [BOI1] codes [EOI1] [ROI1] text`: a picture [h, w] and the raw text pieces its caption begins with."""
+    """`[SIZE] [BOI1] codes [EOI1] [ROI1] text`: codes [h, w] and the raw text pieces that the caption begins with."""
     grid = (codes.shape[0], codes.shape[1])
     start = [vocab.size_command(grid), vocab.command("[BOI1]"), *codes.reshape(-1).tolist()]
     return [*start, vocab.command("[EOI1]"), vocab.command("[ROI1]"), *vocab.text(text_ids)]
@@ -30,8 +30,8 @@ def caption_prompt_row(vocab: Vocabulary, codes: Tensor, text_ids: Sequence[int]
 def caption_row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: PositionKind) -> Tensor:
     """Positions of `[SIZE] [BOI1] codes [EOI1] [ROI1] text [SEP]`: [T] ("sequence") or [T, 2] ("grid").
 
-    In a "grid", text and codes stand where they stand in a row that draws; only the order of the two differs. [SIZE]
-    and [BOI1] come right before the origin of the codes: anywhere that depends on the text would tell its length.
+    In a "grid", text and codes have the positions that they have in a row that draws; only their order differs. [SIZE]
+    and [BOI1] come right before the origin of the codes: a position that depends on the text would reveal its length.
     """
     height, width = grid
     if kind == "sequence":
@@ -51,9 +51,10 @@ def caption_row(
 ) -> Row:
     """The training row in which each of `texts` (raw pieces, cut after `max_text` of them) describes `codes` [h, w].
 
-    No text sees another (`Row.segments`), so the row stands for one row a text, for the price of one picture. Only
-    text is learned. `given`, bool [h, w], leaves codes out: cheaper, and hardly worse to learn from than the whole
-    picture, as in FLIP (Li et al. 2022, arXiv:2212.00794).
+    No text attends to another (`Row.segments`), so the row replaces one row for each text and holds the picture once.
+    Only text is learned. `given`, bool [h, w], is false at codes to leave out: that is cheaper and hardly worse than
+    the whole picture, as in FLIP (Li et al. 2022, arXiv:2212.00794). Raises `ValueError` for codes of another shape,
+    pieces outside the vocabulary or a grid without a size command.
     """
     if codes.ndim != 2:
         raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
@@ -61,7 +62,7 @@ def caption_row(
     picture = torch.tensor(caption_prompt_row(vocab, codes)[:-1])
     kept = torch.ones_like(picture, dtype=torch.bool)
     if given is not None:
-        kept[2:-1] = given.reshape(-1)  # [SIZE] and [BOI1] stand before the codes, [EOI1] behind them
+        kept[2:-1] = given.reshape(-1)  # [SIZE] and [BOI1] come before the codes, [EOI1] after them
     tokens, positions = [picture[kept]], [caption_row_positions(0, grid, max_text, kind)[: len(picture)][kept]]
     targets, segments = [torch.full_like(tokens[0], vocab.command("[PAD]"))], [torch.zeros_like(tokens[0])]
     for number, text in enumerate(texts, start=1):
@@ -76,7 +77,7 @@ def caption_row(
 
 
 class DescribeRows(RowKind):
-    """Describe: the names of a picture after its codes, all of them in one row of which each is learned by itself."""
+    """Describe: the names of a picture after its codes, all in one row, where no name attends to another."""
 
     name = "describe"
     needs_caption = True

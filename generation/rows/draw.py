@@ -23,11 +23,11 @@ def row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: Pos
     """Positions of a whole row with `num_text` text pieces: [T] ("sequence") or [T, 2] ("grid"), T = num_text+h*w+4.
 
     "sequence" counts 0, 1, 2, ... as CogView does. "grid" puts text and commands on the diagonal, (t, t), and code
-    (r, c) at (M + r, M + c) with M = max_text + 4, beyond any text: a picture's positions do not depend on how long
-    its caption is, so they can be learned. [EOI1] follows the last code, at (M + h, M + w).
+    (r, c) at (M + r, M + c) with M = max_text + 4, beyond any text. The positions of a picture then do not depend on
+    the length of its caption, so they can be learned. [EOI1] is at (M + h, M + w).
     """
     height, width = grid
-    before = num_text + COMMANDS_IN_ROW - 1  # everything up to and with [BOI1]
+    before = num_text + COMMANDS_IN_ROW - 1  # everything up to [BOI1], inclusive
     if kind == "sequence":
         return torch.arange(before + height * width + 1)
     origin = max_text + COMMANDS_IN_ROW
@@ -38,9 +38,10 @@ def row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: Pos
 
 
 def prompt_row(vocab: Vocabulary, text_ids: Sequence[int], grid: tuple[int, int], max_text: int) -> list[int]:
-    """`[ROI1] text [SIZE] [BOI1]`: what is given before the codes. Text beyond `max_text` pieces is cut.
+    """`[ROI1] text [SIZE] [BOI1]`, the tokens before the codes.
 
-    `text_ids` are raw text pieces; none at all is the unconditional prompt of classifier-free guidance.
+    `text_ids` are raw text pieces, cut after `max_text` of them; without any, this is the unconditional prompt of
+    classifier-free guidance. Raises `ValueError` for pieces outside the vocabulary or a grid without a size command.
     """
     start = [vocab.command("[ROI1]"), *vocab.text(text_ids[:max_text])]
     return [*start, vocab.size_command(grid), vocab.command("[BOI1]")]
@@ -49,7 +50,10 @@ def prompt_row(vocab: Vocabulary, text_ids: Sequence[int], grid: tuple[int, int]
 def training_row(
     vocab: Vocabulary, text_ids: Sequence[int], codes: Tensor, max_text: int, kind: PositionKind = "grid"
 ) -> Row:
-    """The row of raw text pieces and `codes` [h, w] (raster order). Text beyond `max_text` pieces is cut."""
+    """The row of raw text pieces, cut after `max_text` of them, and `codes` [h, w] in raster order.
+
+    Raises `ValueError` for codes of another shape, and as `prompt_row` does.
+    """
     if codes.ndim != 2:
         raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
     grid = (codes.shape[0], codes.shape[1])

@@ -1,4 +1,4 @@
-"""Wrong codes among those that a row is given."""
+"""Wrong codes among the codes that a row is given."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from generation.rows.row import Row
 
 
 def noisy_codes(codes: Tensor, other: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """`codes` with that share of them taken from the same places of `other`: both of any, the same, shape."""
+    """`codes` with about that share of them replaced by those of `other`, which has the same shape."""
     return torch.where(torch.rand(codes.shape, generator=generator) < share, other.to(codes.dtype), codes)
 
 
 def with_noise(row: Row, other: Tensor, share: float, generator: torch.Generator) -> Row:
-    """A `row` that draws, with that share of the codes it is given, not of its targets, taken from `other` [h, w].
+    """A `row` that draws, with about that share of its input codes, but none of its targets, taken from `other` [h, w].
 
-    `other` is another picture, or [MASK] all over.
-    A model that cannot trust every code before looks more at the text and survives its own slips when it draws: the
-    aim of scheduled sampling (Bengio et al. 2015, arXiv:1506.03099), for the price of a lookup.
+    `other` is another picture, or [MASK] everywhere. A model that cannot trust every earlier code relies more on the
+    text and recovers from its own mistakes when it draws. Scheduled sampling (Bengio et al. 2015, arXiv:1506.03099) has
+    the same aim; this costs only a lookup.
     """
     places = row.image_mask.roll(1).nonzero()[:, 0]  # the target of the last place is no code
     tokens = row.tokens.clone()

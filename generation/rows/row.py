@@ -1,4 +1,7 @@
-"""A training row, and batches of rows: padded or packed. Shapes: B rows in a batch, T tokens in a row."""
+"""A training row, and batches of rows, which are padded or packed.
+
+Shapes: B rows in a batch, T tokens in a row.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,12 @@ COMMANDS_IN_ROW = 4  # [ROI1] [SIZE] [BOI1] [EOI1]
 
 @dataclass(frozen=True)
 class Row:
-    """One training row, inputs and targets already shifted against each other.
+    """One training row, with its targets already shifted by one token.
 
-    `tokens` [T], `targets` [T] (the token after each, [PAD] where nothing is to be learned), `positions` [T] or
-    [T, 2], `image_mask` [T] (the target is an image code). A row that describes has `segments` [T]: 0 at the picture,
-    k at its k-th text. A text sees the picture and itself; without segments, a token sees all before it.
+    `tokens` [T] and `targets` [T] are int64; a target is the next token, or [PAD] where nothing is learned.
+    `positions` are [T] or [T, 2], and `image_mask` [T] is true where the target is an image code. A row that describes
+    has `segments` [T]: 0 for the picture and k for its k-th text. A text attends to the picture and to itself. Without
+    segments, a token attends to all tokens before it.
     """
 
     tokens: Tensor
@@ -36,8 +40,8 @@ class Row:
 class RowBatch:
     """Rows with [PAD] at the end: `tokens`, `targets`, `image_mask`, `weights` [B, T], `positions` [B, T] or [B, T, 2].
 
-    `weights` (float32) is 1 where the target is an image code, the text weight at text and commands, 0 at [PAD].
-    `segments` [B, T] is there if the rows describe, see `Row`. `lengths` is there if the rows are packed (`pack`).
+    `weights` (float32) are 1 where the target is an image code, the text weight at text and commands, and 0 at [PAD].
+    Rows that describe have `segments` [B, T], see `Row`. Packed rows have `lengths`, see `pack`.
     """
 
     tokens: Tensor
@@ -62,7 +66,7 @@ class RowBatch:
 
 
 def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> RowBatch:
-    """Stack `rows`, padded at the end with [PAD] to the longest of them. All of them draw, or all describe."""
+    """Stack `rows` of one kind, each padded with [PAD] to the longest of them. Raises `ValueError` for no row."""
     if not rows:
         raise ValueError("a batch needs at least one row")
     size, length, padding = len(rows), max(len(row.tokens) for row in rows), vocab.command("[PAD]")
@@ -85,7 +89,10 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
 
 
 def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> RowBatch:
-    """`rows` behind one another in one row without padding, B = 1; `RowBatch.lengths` are theirs. None sees another."""
+    """Put `rows` of one kind one after another, without padding: B = 1, and `RowBatch.lengths` tells them apart.
+
+    No row attends to another. Raises `ValueError` for no row.
+    """
     if not rows:
         raise ValueError("a batch needs at least one row")
     assert len({row.segments is None for row in rows}) == 1

@@ -56,9 +56,10 @@ class CodedPairs:
         return CodedPicture(self.samples[index], self.codes[index])
 
     def sampling_weights(self, balance: float) -> Tensor:
-        """Float64 [P]: (pictures of the same base concept and family) ** -balance, so 0 draws pictures evenly.
+        """Float64 [P]: (number of pictures of the same base concept and family) ** -balance.
 
-        Skin tones and genders multiply some concepts by up to 112; at 1, all of them together count as one picture.
+        With 0, every picture is equally likely. Skin tones and genders multiply some concepts by up to 112; with 1, all
+        variants of a concept together count as one picture.
         """
         keys = [(s.base_concept or s.id, s.family) for s in self.samples]
         counts = Counter(keys)

@@ -42,7 +42,7 @@ class LossModule(nn.Module):
         self.model = model
 
     def forward(self, batch: RowBatch, total: Tensor) -> dict[str, Tensor]:
-        """`total`: the mean sum of weights of this process's micro-batches of the step."""
+        """The losses of `batch`; `total` is the mean sum of weights of this process's micro-batches."""
         if distributed():
             # DDP averages gradients: dividing by the mean weight of all processes gives those of one large batch
             total = total.clone()

@@ -59,7 +59,7 @@ class PromptedText:
 
 
 def style_batches(config: StyleTrainConfig, model: Transformer, text: TextEncoder) -> dict[str, list[RowBatch]]:
-    """The family's held-out pictures by split, with captions that do not name it, for `model` as it is.
+    """The family's held-out pictures by split, with captions that do not name it, in the format of `model`.
 
     Raises `ConfigError` when the codes are of another image tokenizer or size, `DataError` for an unknown family.
     """
@@ -77,7 +77,9 @@ def style_batches(config: StyleTrainConfig, model: Transformer, text: TextEncode
 
 
 def train(config: StyleTrainConfig, base: Transformer, text: TextEncoder, base_hash: str, resume: bool) -> Path:
-    """Train an adapter on `base` (float32, content hash `base_hash`), which is changed; returns its folder.
+    """Train an adapter on `base` (float32, content hash `base_hash`), and return the adapter's folder.
+
+    `base` is changed: it holds the trained adapter afterwards.
 
     Raises `ValueError` for settings that do not fit the data or the base.
     """
@@ -124,7 +126,7 @@ def train(config: StyleTrainConfig, base: Transformer, text: TextEncoder, base_h
 
 
 def _row_maker(config: StyleTrainConfig, model: Transformer, text: TextEncoder) -> RowMaker:
-    """Rows that draw, for `model` as it is. Text has no weight: only the picture is learned."""
+    """Rows that draw, in the format of `model`. Text has no weight: only the picture is learned."""
     captions = config.captions
     if config.adapter.method == "ptuning":
         captions = replace(captions, dropout=0.0)  # rows without a prompt hold nothing that could be trained
