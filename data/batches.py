@@ -120,7 +120,7 @@ def _read_batches(shard: Path, size: int) -> Iterator[Batch[bytes]]:
             yield Batch(shard, entries, last=False)
             entries, samples = [], 0
         samples += 1
-        entries.append((replace(entry, image=b""), entry.image))
+        entries.append((replace(entry, image=None), entry.require_image()))
     yield Batch(shard, entries, last=True)
 
 

@@ -17,7 +17,7 @@ from data.shards import read_manifest
 
 @dataclass
 class CodedSample:
-    """A picture's codes, uint16 or int32 [h, w], and the sample they were made from (without its pixels)."""
+    """The codes of a picture, uint16 or int32 [h, w], and its sample, which is stored without the picture."""
 
     sample: Sample
     codes: NDArray[numpy.integer]
@@ -65,5 +65,5 @@ def _read_shard(tar: tarfile.TarFile) -> Iterator[CodedSample]:
                 codes = numpy.load(io.BytesIO(members["npy"]), allow_pickle=False)
             except (ValueError, EOFError) as error:
                 raise DataError(f"sample {key}: its .npy is no array of codes") from error
-            yield CodedSample(Sample.from_members(key, {"png": b"", "json": members["json"]}), codes)
+            yield CodedSample(Sample.from_members(key, {"json": members["json"]}), codes)
             members = {}

@@ -267,6 +267,7 @@ def _sample(entry: Entry, content: bytes, settings: PackSettings) -> Sample:
         if entry.text is not None:
             members["txt"] = entry.text.read_bytes()
         sample = Sample.from_members(entry.id, {"png": content, **members})
+        sample.require_captions()
         sample.to_members()
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
         raise _Skip(MISSING_CAPTION, "its text is not valid Unicode") from error

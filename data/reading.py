@@ -232,7 +232,7 @@ class ShardDataset(torch.utils.data.IterableDataset[Example]):
         failures = 0
         for shard, sample in wds.DataPipeline(*stages):
             try:
-                image = open_image(sample.image, self.max_pixels)
+                image = open_image(sample.require_image(), self.max_pixels)
             except DataError as error:
                 failures += 1
                 if self.resampled and failures == MAX_FAILURES:
@@ -281,6 +281,7 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None]) -> Iter
             continue
         try:
             sample = Sample.from_members(key, content)
+            sample.require_captions()
         except DataError as error:
             skip(MISSING_CAPTION, name, error)
             continue

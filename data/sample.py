@@ -1,4 +1,4 @@
-"""One image-text pair, as it lies in a webdataset shard."""
+"""One sample, a picture with its captions as a rule, as a webdataset shard stores it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Caption:
-    """What is said of a picture in one language: a name, and keywords that only weakly correlate with it."""
+    """What is said about a picture in one language: a name, and keywords that are only loosely related to it."""
 
     name: str
     keywords: tuple[str, ...] = ()
@@ -24,10 +24,13 @@ class Caption:
 
 @dataclass
 class Sample:
-    """An encoded picture with its captions. `captions` maps a language code to a `Caption`."""
+    """An encoded picture, captions by language code, or both.
+
+    Without a picture `image` is None and `extension` is empty; without a text `captions` is empty.
+    """
 
     id: str
-    image: bytes
+    image: bytes | None
     extension: str
     captions: dict[str, Caption] = field(default_factory=dict)
     family: str | None = None
@@ -35,6 +38,18 @@ class Sample:
     base_concept: str | None = None
     licence: str | None = None
     source: str | None = None
+
+    def require_image(self) -> bytes:
+        """The encoded picture. Raises `DataError` when there is none."""
+        if self.image is None:
+            raise DataError(f"sample {self.id}: no picture (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        return self.image
+
+    def require_captions(self) -> dict[str, Caption]:
+        """The captions by language. Raises `DataError` when there is none."""
+        if not self.captions:
+            raise DataError(f"sample {self.id}: no caption in .txt or .json")
+        return self.captions
 
     def to_members(self) -> dict[str, bytes]:
         """The tar members of this sample, extension -> bytes (deterministic)."""
@@ -51,17 +66,17 @@ class Sample:
             "source": self.source,
         }
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-        return {self.extension: self.image, "json": text.encode()}
+        picture = {} if self.image is None else {self.extension: self.image}
+        return {**picture, "json": text.encode()}
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes]) -> Sample:
         """Read our own members, or those of img2dataset (`.jpg` + `.txt` + `.json`).
 
-        Raises `DataError` when the picture or every caption is missing, or the JSON is broken.
+        The picture or the captions may be missing: whoever needs them says so (`require_image`, `require_captions`).
+        Raises `DataError` when the JSON or the text is broken.
         """
-        extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
-        if extension is None:
-            raise DataError(f"sample {key}: no picture (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        extension = next((e for e in IMAGE_EXTENSIONS if e in members), "")
         record: dict[str, Any] = {}
         if "json" in members:
             try:
@@ -70,15 +85,12 @@ class Sample:
                 raise DataError(f"sample {key}: its .json is not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise DataError(f"sample {key}: its .json is not an object")
-        captions = _captions(key, record, members.get("txt"))
-        if not captions:
-            raise DataError(f"sample {key}: no caption in .txt or .json")
         return cls(
             # img2dataset repeats the key inside its JSON; our shards carry an id of their own
             id=str(record.get("id") or record.get("key") or key),
-            image=members[extension],
+            image=members.get(extension),
             extension=extension,
-            captions=captions,
+            captions=_captions(key, record, members.get("txt")),
             family=record.get("family"),
             concept=record.get("concept"),
             base_concept=record.get("base_concept"),

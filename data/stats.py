@@ -65,21 +65,22 @@ def shard_stats(shards: ShardSpec, log: SkipLog | None = None) -> ShardStats:
         stats.bytes += shard.stat().st_size
         split = split_name(shard)
         for sample in read_shard(shard, skip):
+            image = sample.require_image()
             try:
-                width, height, extension = read_header(sample.image)
+                width, height, extension = read_header(image)
             except DataError as error:
                 reason = TOO_LARGE if isinstance(error, ImageTooLarge) else CORRUPT_IMAGE
                 skip(reason, f"{shard.name}: sample {sample.id}", error)
                 continue
             stats.samples += 1
-            stats.image_bytes += len(sample.image)
+            stats.image_bytes += len(image)
             splits[split] += 1
             families[sample.family or "none"] += 1
             licences[sample.licence or "none"] += 1
             sizes[f"{width}x{height}"] += 1
             formats[extension] += 1
             ids[sample.id] += 1
-            images[hashlib.sha256(sample.image).digest()].add(split)
+            images[hashlib.sha256(image).digest()].add(split)
             for language, caption in sample.captions.items():
                 lengths[language].append(len(caption.name))
                 names[language].add(caption.name)

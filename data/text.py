@@ -14,6 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from data.atomic import write_file
+from data.characters import whole_characters
 from data.sample import DataError
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -118,7 +119,7 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of any string; the empty string has none."""
         if not self.has_bytes:
-            return self._processor.encode(_whole(text))
+            return self._processor.encode(whole_characters(text))
         text = _normalise(text)
         if SPACE_MARK not in text:
             return self._processor.encode(text)
@@ -143,12 +144,7 @@ class TextTokenizer:
 
 def _normalise(text: str) -> str:
     """NFKC. The model applies its own NFKC table after this; Python's also reorders stacks of combining marks."""
-    return unicodedata.normalize("NFKC", _whole(text))
-
-
-def _whole(text: str) -> str:
-    """A pair of surrogates becomes its character and a lone one U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return unicodedata.normalize("NFKC", whole_characters(text))
 
 
 def _training_text(captions: Iterable[str]) -> Iterator[str]:

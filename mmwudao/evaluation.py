@@ -183,7 +183,8 @@ def nearest_pictures(
         scores = queries @ towers.encode_image([image for _, image in batch]).T
         values, places = scores.topk(min(count, len(batch)), dim=1)
         for kept, row, column in zip(best, values.tolist(), places.tolist(), strict=True):
-            found = (Neighbour(v, batch[p].sample.id, batch[p].sample.image) for v, p in zip(row, column, strict=True))
+            samples = [batch[place].sample for place in column]
+            found = [Neighbour(v, one.id, one.require_image()) for v, one in zip(row, samples, strict=True)]
             kept[:] = heapq.nlargest(count, [*kept, *found], key=lambda neighbour: neighbour.similarity)
     if queries.shape[0] and not best[0]:
         raise DataError("no training picture can be read")

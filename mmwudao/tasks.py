@@ -19,7 +19,7 @@ from data.sample import DataError
 from data.styles import guess_language, tagged
 from generation.captions import OnStep, caption_log_probabilities, describe, describe_for_judge
 from generation.cogview.sampler import caption_scores
-from generation.layout import caption_prompt_row
+from generation.rows.describe import caption_prompt_row
 from mmwudao.loading.loaded import LoadedModel
 from vqvae.storage.parts import ModelError
 

@@ -99,7 +99,8 @@ def main() -> None:
             sample for shard in expand_shards(arguments.shards, "train") for sample in read_shard(shard, no_skips)
         ]
         if arguments.kind == "image":
-            inputs = [f"data:image/{one.extension};base64,{base64.b64encode(one.image).decode()}" for one in samples]
+            encoded = [(one.extension, base64.b64encode(one.require_image()).decode()) for one in samples]
+            inputs = [f"data:image/{extension};base64,{data}" for extension, data in encoded]
         else:
             inputs = [caption.name for one in samples for caption in one.captions.values()]
         bare, bare_cpu, decode_cpu = bare_pass(load_towers(folder), arguments.kind, inputs, arguments.seconds / 2)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from generation.training.batches import RowMaker, held_out_batches, mean_bits
+from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
 from generation.training.pairs import CodedPairs, unigram_bits
-from generation.training.train_generator import GeneratorDataConfig, GeneratorTrainConfig, held_out_batches, mean_bits
 from mmwudao.pipeline import load
 
 
@@ -32,13 +33,14 @@ def main() -> None:
     others = sorted({sample.family for sample in train.samples if sample.family} - styles)
     train = CodedPairs(arguments.codes, "train", others)
     config = GeneratorTrainConfig(data=GeneratorDataConfig(test_pictures=arguments.pictures))
+    maker = RowMaker(pipe.text, model.config, config)
     record: dict[str, dict[str, float]] = {}
     for split in ("test-family", "test-concept"):
         pairs = CodedPairs(arguments.codes, split, others)
         with torch.inference_mode():
-            figures = mean_bits(model, held_out_batches(pairs, pipe.text, model.config, config), torch.device("cpu"))
+            figures = mean_bits(model, held_out_batches(pairs, maker), torch.device("cpu"))
             if pipe.config.describes == "tagged":
-                captions = held_out_batches(pairs, pipe.text, model.config, config, image_first=True)
+                captions = held_out_batches(pairs, maker, "describe")
                 figures["caption_bits"] = mean_bits(model, captions, torch.device("cpu"))["text_bits"]
         figures["unigram_bits"] = unigram_bits(train, pairs, model.config.num_image_codes)
         record[split] = {name: round(value, 4) for name, value in figures.items()}

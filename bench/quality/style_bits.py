@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from generation.training.train_generator import mean_bits
+from generation.training.batches import mean_bits
 from generation.training.train_style import StyleTrainConfig, style_batches
 from generation.transformer.adapters import read_adapter
 from mmwudao.pipeline import load

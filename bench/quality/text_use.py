@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from data.styles import with_style
-from generation.layout import collate, training_row, with_noise
+from generation.rows.draw import training_row
+from generation.rows.noise import with_noise
+from generation.rows.row import collate
 from generation.training.pairs import CodedPairs
 from mmwudao.pipeline import load
 

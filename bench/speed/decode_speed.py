@@ -41,7 +41,8 @@ from generation.drawing.decoding import generate_codes
 from generation.drawing.engines import Engine
 from generation.drawing.logits import draw_noise, sample
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import COMMANDS_IN_ROW, training_row
+from generation.rows.draw import training_row
+from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.attention import rotate
 from generation.transformer.int8 import quantise
 from generation.transformer.model import Attention, Block, Transformer, TransformerConfig

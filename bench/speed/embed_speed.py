@@ -52,7 +52,7 @@ def main() -> None:
             for number, shard in enumerate(expand_shards(arguments.shards, arguments.split) * arguments.repeat)
         ]
         started = time.process_time()
-        encoded = [sample.image for shard in shards for sample in read_shard(shard, fail)]
+        encoded = [sample.require_image() for shard in shards for sample in read_shard(shard, fail)]
         reading = time.process_time() - started
         started = time.process_time()
         pixels = [towers.preprocess(open_image(image)) for image in encoded]

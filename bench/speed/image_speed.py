@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shards = expand_shards(arguments.shards, arguments.split)
-    encoded = [sample.image for shard in shards for sample in read_shard(shard, fail)][: arguments.pictures]
+    encoded = [sample.require_image() for shard in shards for sample in read_shard(shard, fail)][: arguments.pictures]
     sources = {"as stored": encoded}
     for side in arguments.sides:
         sources[f"JPEG {side} px"] = [photo(content, side) for content in encoded[: arguments.photos]]

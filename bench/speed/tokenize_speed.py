@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         shards = repeated(arguments.shards, arguments.split, arguments.repeat, Path(scratch) / "shards")
         started = time.process_time()
-        encoded = [sample.image for shard in expand_shards(shards) for sample in read_shard(shard, fail)]
+        encoded = [sample.require_image() for shard in expand_shards(shards) for sample in read_shard(shard, fail)]
         reading = time.process_time() - started
         started = time.process_time()
         squares = [numpy.asarray(to_square(open_image(image), size)) for image in encoded]

@@ -30,10 +30,13 @@ import torch
 from data.config import load_config
 from data.reading import open_shards
 from data.text import TextTokenizer
-from generation.layout import Batch, Row, caption_row, collate, pack, training_row
+from generation.rows.describe import caption_row
+from generation.rows.draw import training_row
+from generation.rows.row import Row, RowBatch, collate, pack
+from generation.rows.texts import descriptions, draw_caption
+from generation.training.config import GeneratorTrainConfig
 from generation.training.flops import peak_flops, real_tokens, training_flops
-from generation.training.pairs import descriptions, draw_caption
-from generation.training.train_generator import GeneratorTrainConfig, LossModule
+from generation.training.train_generator import LossModule
 from generation.transformer.model import Transformer, TransformerConfig
 from generation.transformer.packing import make_packing
 from vqvae.training.loop import Loop, LoopConfig
@@ -114,7 +117,7 @@ def draw_rows(config: TransformerConfig, text: TextTokenizer, shards: Path, desc
 
 
 def our_steps(
-    config: TransformerConfig, options: set[str], batches: list[Batch], precision: Any, device: torch.device
+    config: TransformerConfig, options: set[str], batches: list[RowBatch], precision: Any, device: torch.device
 ) -> Steps:
     """The loop that all our trainings share, step by step."""
     with device:
@@ -133,7 +136,7 @@ def our_steps(
         batch = batches[step % len(batches)]
         yield (batch, batch.weights.sum()), []
 
-    def loss_of(wrapped: torch.nn.Module, micro_batch: tuple[Batch, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def loss_of(wrapped: torch.nn.Module, micro_batch: tuple[RowBatch, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch, total = micro_batch
         # a caption may be empty: bits of text are then not a number, the loss is
         return {"loss": wrapped(batch.to(device), total.to(device))["loss"]}
@@ -166,7 +169,7 @@ def peer_model(config: TransformerConfig) -> Any:
 
 
 def train_peer(
-    config: TransformerConfig, options: set[str], batches: list[Batch], precision: str, device: torch.device,
+    config: TransformerConfig, options: set[str], batches: list[RowBatch], precision: str, device: torch.device,
     seconds: float,
 ) -> list[float]:  # fmt: skip
     """Seconds of each step of Hugging Face's Trainer, after the warm-up, until `seconds` have passed."""

@@ -20,7 +20,7 @@ import torch
 from generation.drawing.decoding import generate_codes
 from generation.drawing.logits import filter_logits, guide
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import training_row
+from generation.rows.draw import training_row
 from generation.transformer.model import Transformer
 from mmwudao.pipeline import load
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.layout import COMMANDS, COMMANDS_IN_ROW, Vocabulary
+from generation.rows.row import COMMANDS_IN_ROW
+from generation.rows.vocabulary import COMMANDS, Vocabulary
 from generation.transformer.model import Transformer, TransformerConfig
 
 POSITIONS = 1089  # rows of the published position table: 61 text pieces, 32 x 32 codes, four commands

@@ -14,7 +14,7 @@ from torch import Tensor
 from generation.drawing.engines import make_cache
 from generation.drawing.logits import filter_logits
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Vocabulary
+from generation.rows.vocabulary import Vocabulary
 from generation.transformer.model import KVCache, Transformer
 
 MEMORY = 2048  # tokens that a new one looks back on, in the original's scripts

@@ -25,7 +25,8 @@ from generation.drawing.jacobi import WindowCache, draw_by_windows
 from generation.drawing.logits import draw_noise, guide, sample
 from generation.drawing.ragged_cache import RaggedCache
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import COMMANDS_IN_ROW, prompt_row, row_positions
+from generation.rows.draw import prompt_row, row_positions
+from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.model import KVCache, Transformer, TransformerConfig
 
 BLOCK_ROWS = 16  # a guided image takes two of them

@@ -1,4 +1,4 @@
 """Training of the generator and of styles: pairs of captions and codes, batches, losses.
 
-Read `pairs.py` first, then `train_generator.py`.
+Read `config.py` and `batches.py` first, then `train_generator.py`.
 """

@@ -1,7 +1,8 @@
 """What training costs in floating-point operations, and what a device can do: model-FLOPs utilisation (MFU).
 
-As in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311): the products of the model alone, a multiplication and
-an addition as two, the backward pass as two forward passes; nothing for padding and nothing for what is computed again.
+The count is that of PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311): matrix products only, where a
+multiplication and an addition count as two operations and the backward pass as two forward passes. Padding and what is
+computed twice (checkpointed activations) do not count.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generation.layout import Batch
+from generation.rows.row import RowBatch
 from generation.transformer.model import TransformerConfig
 
-# FLOP/s of dense bfloat16 products by a part of the name that `torch.cuda.get_device_name` gives (NVIDIA's data sheets)
+# part of the name that `torch.cuda.get_device_name` gives -> FLOP/s of dense bfloat16 products (NVIDIA's data sheets)
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -30,7 +31,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a forward and a backward pass: `blocks` the products with the blocks' matrices, `head` the logits."""
+    """FLOPs of a forward and a backward pass: products with the blocks' matrices, attention, and logits (`head`)."""
 
     blocks: int
     attention: int
@@ -41,11 +42,12 @@ class Flops:
         return self.blocks + self.attention + self.head
 
 
-def training_flops(config: TransformerConfig, batch: Batch) -> Flops:
-    """FLOPs to learn a batch, padded or packed, with dense attention.
+def training_flops(config: TransformerConfig, batch: RowBatch) -> Flops:
+    """FLOPs to learn from a batch, padded or packed, with dense attention.
 
-    6 for each weight of the blocks and token; 12 D L for each pair of a token and one that it sees, of which a causal
-    row of t tokens has t^2 / 2; 6 D for each logit: the image codes' where a code is learned, else the vocabulary's.
+    With width D and L layers these are: 6 for each weight of the blocks and each token; 12 D L for each pair of a token
+    and one that it attends to, of which a causal row of t tokens has t^2 / 2; and 6 D for each logit. Where the target
+    is a code there are as many logits as codes (with `image_softmax` "codes"), otherwise as many as the vocabulary has.
     """
     rows = _rows(config, batch)
     matrices = 3 if config.mlp == "swiglu" else 2
@@ -62,13 +64,13 @@ def training_flops(config: TransformerConfig, batch: Batch) -> Flops:
     )
 
 
-def real_tokens(config: TransformerConfig, batch: Batch) -> int:
-    """Tokens of a batch that are not padding."""
+def real_tokens(config: TransformerConfig, batch: RowBatch) -> int:
+    """The number of tokens of a batch that are not padding."""
     return sum(len(row) for row in _rows(config, batch))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of dense products, and whether they are those of a data sheet ("table") or of this device ("measured")."""
+    """FLOP/s of dense products, and their origin: "table" for a data sheet, "measured" for a measurement here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAKS.items():
@@ -78,7 +80,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 2048, runs: int = 5) -> float:
-    """FLOP/s of the fastest of `runs` products of two square matrices."""
+    """FLOP/s of the fastest of `runs` products of two matrices of `size` x `size`."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(runs + 1):  # the first warms up
@@ -88,8 +90,8 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 2048, r
     return 2 * size**3 / min(seconds[1:])
 
 
-def _rows(config: TransformerConfig, batch: Batch) -> list[Tensor]:
-    """The segments of each row's tokens, without padding; all 1 in a row that draws."""
+def _rows(config: TransformerConfig, batch: RowBatch) -> list[Tensor]:
+    """The segments [T] of each row, without padding; all 1 in a row that draws."""
     segments = torch.ones_like(batch.tokens) if batch.segments is None else batch.segments
     if batch.lengths is not None:
         return list(segments[0].split(batch.lengths))
@@ -98,7 +100,7 @@ def _rows(config: TransformerConfig, batch: Batch) -> list[Tensor]:
 
 
 def _visible_pairs(segments: Tensor) -> float:
-    """How many tokens those of a row see, all together: segment 0 sees itself, every other one it and itself."""
+    """The number of pairs of a token and one that it attends to, in segment 0 and in its own segment."""
     counts = segments.bincount().tolist()
     shared = counts[0]
     return shared**2 / 2 + sum(count * (shared + count / 2) for count in counts[1:])

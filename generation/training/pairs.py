@@ -1,11 +1,9 @@
-"""Training pairs: the codes of pictures, and a caption drawn anew each time a picture is used."""
+"""Training pairs: the codes of all pictures of a split, with their samples."""
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -13,57 +11,23 @@ import torch
 from torch import Tensor
 
 from data.codes import read_codes
-from data.sample import DataError, Sample
-from data.styles import draw_text, tagged, with_style
-
-
-@dataclass
-class CaptionConfig:
-    """How a caption is drawn: a language, then name, keywords (in random order) or both, then perhaps the style."""
-
-    name: float = 0.6  # probability of the name alone
-    keywords: float = 0.2  # of a random part of the keywords alone; the rest is the name and some keywords
-    style: float = 0.5  # of naming the family, where there is one
-    dropout: float = 0.1  # of no caption at all, for classifier-free guidance (Ho and Salimans 2022)
-    second: float = 0.0  # of the same in a second language behind it
-    image_first: float = 0.0  # of a step whose rows describe pictures, instead of drawing them
-
-    def __post_init__(self) -> None:
-        every = (self.name, self.keywords, self.style, self.dropout, self.second, self.image_first)
-        if not all(0 <= p <= 1 for p in every):
-            raise ValueError("caption probabilities lie in 0..1")
-        if self.name + self.keywords > 1:
-            raise ValueError("captions.name + captions.keywords must not exceed 1")
-
-
-def draw_caption(sample: Sample, config: CaptionConfig, rng: random.Random) -> str:
-    """A caption of `sample` as `config` says; the empty string for caption dropout."""
-    if rng.random() < config.dropout:
-        return ""
-    language = rng.choice(sorted(sample.captions))
-    text = draw_text(sample.captions[language], config.name, config.keywords, rng)
-    if config.second and rng.random() < config.second:
-        other = rng.choice(sorted(sample.captions))
-        text += ", " + draw_text(sample.captions[other], config.name, config.keywords, rng)
-    if sample.family and rng.random() < config.style:
-        text = with_style(text, sample.family, language)
-    return text
-
-
-def descriptions(sample: Sample) -> list[str]:
-    """What is to be told from the picture of `sample`: its name in each language, with the language in front."""
-    return [tagged(sample.captions[language].name, language) for language in sorted(sample.captions)]
+from data.sample import DataError
+from generation.rows.base import CodedPicture
 
 
 class CodedPairs:
     """Every coded picture of a split, in memory: a million pictures of 256 codes take a gigabyte.
 
-    `family` takes the pictures of that one alone. `codes` is int32 [P, h, w] (PyTorch can do little with uint16).
+    `samples` are the P samples and `codes` int32 [P, h, w], since PyTorch can do little with uint16.
     """
 
     def __init__(
         self, folder: Path, split: str, exclude_families: Sequence[str] = (), family: str | None = None
     ) -> None:
+        """Read the pictures that are not of `exclude_families`, and of `family` alone if it is given.
+
+        Raises `DataError` when none is left, or when they differ in size.
+        """
         coded = list(read_codes(folder, split))
         kept = [c for c in coded if c.sample.family not in exclude_families]
         if family is not None:
@@ -87,10 +51,15 @@ class CodedPairs:
         """(h, w) in codes."""
         return self.codes.shape[1], self.codes.shape[2]
 
-    def sampling_weights(self, balance: float) -> Tensor:
-        """Float64 [P]: (pictures of the same base concept and family) ** -balance, so 0 draws pictures evenly.
+    def picture(self, index: int) -> CodedPicture:
+        """The picture at a place of `samples`."""
+        return CodedPicture(self.samples[index], self.codes[index])
 
-        Skin tones and genders multiply some concepts by up to 112; at 1, all of them together count as one picture.
+    def sampling_weights(self, balance: float) -> Tensor:
+        """Float64 [P]: (number of pictures of the same base concept and family) ** -balance.
+
+        With 0, every picture is equally likely. Skin tones and genders multiply some concepts by up to 112; with 1, all
+        variants of a concept together count as one picture.
         """
         keys = [(s.base_concept or s.id, s.family) for s in self.samples]
         counts = Counter(keys)

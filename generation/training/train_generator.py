@@ -6,11 +6,8 @@ token on held-out splits and sheets of sample pictures. Under torchrun, every pr
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,48 +18,15 @@ from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.drawing.decoding import generate_codes
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Batch, Row, caption_row, collate, noisy_codes, pack, training_row, with_noise
-from generation.training.pairs import CaptionConfig, CodedPairs, descriptions, draw_caption, unigram_bits
+from generation.rows.mixture import Mixture
+from generation.rows.row import RowBatch
+from generation.training.batches import RowBatches, RowMaker, held_out_batches, mean_bits
+from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
+from generation.training.pairs import CodedPairs, unigram_bits
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.model import VQVAE
 from vqvae.storage.parts import content_hash, load_part, save_part
-from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
-
-
-@dataclass
-class GeneratorDataConfig:
-    """Which codes and captions."""
-
-    codes: str = "codes"  # folder written by `mmwudao tokenize`
-    text_model: str = "text.model"  # SentencePiece
-    tokenizer: str = ""  # folder of the image tokenizer, for sample sheets; empty = no sheets
-    train: str = "train"
-    test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
-    exclude_families: list[str] = field(default_factory=list)
-    balance: float = 0.5  # see CodedPairs.sampling_weights
-    test_pictures: int = 256  # of each test split
-
-
-@dataclass
-class GeneratorTrainConfig:
-    """Everything that `mmwudao train generator` reads from its YAML file.
-
-    Of `model`, the vocabulary sizes, the grid and the hashes are filled in from the data.
-    """
-
-    data: GeneratorDataConfig = field(default_factory=GeneratorDataConfig)
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
-    model: TransformerConfig = field(default_factory=TransformerConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
-    text_weight: float = 0.2  # of a text token's loss in rows that draw, next to 1 of an image token's
-    code_noise: float = 0.0  # up to that share of a row's codes is swapped for wrong ones, see `layout.with_noise`
-    code_mask: float = 0.0  # share of the rows that draw whose given codes are hidden, half of them to all
-    given_codes: float = 1.0  # each step that describes gives between that share of the codes and all of them
-    packing: bool = True  # rows behind one another, not padded to the longest; padded if attention is sparse
-    checkpoint_gradients: bool = False  # less memory, a third more time
-    sample_prompts: list[str] = field(default_factory=list)
-    sample_every: int = 2000  # steps between sample sheets
+from vqvae.training.loop import Loop, distributed, rank, setup_device, world_size
 
 
 def main(config: Path | None, overrides: list[str], resume: bool = False) -> Path:
@@ -77,8 +41,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, total: Tensor) -> dict[str, Tensor]:
-        """`total`: the mean sum of weights of this process's micro-batches of the step."""
+    def forward(self, batch: RowBatch, total: Tensor) -> dict[str, Tensor]:
+        """The losses of `batch`; `total` is the mean sum of weights of this process's micro-batches."""
         if distributed():
             # DDP averages gradients: dividing by the mean weight of all processes gives those of one large batch
             total = total.clone()
@@ -88,40 +52,27 @@ class LossModule(nn.Module):
 
 
 def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
-    """Train the generator and save its averaged weights. `ValueError` for settings that do not fit the data."""
+    """Train the generator and save its averaged weights; returns their folder.
+
+    Raises `ValueError` for settings that do not fit the data.
+    """
     torch.manual_seed(config.loop.seed)
     device = setup_device(config.loop.device)
     text = TextTokenizer(Path(config.data.text_model))
-    folder = Path(config.data.codes)
-    pairs = CodedPairs(folder, config.data.train, config.data.exclude_families)
-    tests = {split: CodedPairs(folder, split, config.data.exclude_families) for split in config.data.test}
-    tokenizer = _sheet_tokenizer(config.data, tokenizer_hash(folder))
-    model_config = replace(
-        config.model,
-        num_image_codes=tokenizer.config.codebook_size if tokenizer else config.model.num_image_codes,
-        num_text_pieces=text.vocab_size,
-        grid=pairs.grid,
-        tokenizer_hash=tokenizer_hash(folder),
-        text_hash=text.content_hash,
-    )
-    if int(pairs.codes.max()) >= model_config.num_image_codes:
-        raise ConfigError(f"model.num_image_codes={model_config.num_image_codes}, but {folder} holds larger codes")
+    pairs = CodedPairs(Path(config.data.codes), config.data.train, config.data.exclude_families)
+    tokenizer = _sheet_tokenizer(config.data, tokenizer_hash(Path(config.data.codes)))
+    model_config = _model_config(config, text, pairs, tokenizer)
     model = _start(config.start_from, model_config)
     if config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.loop.compile:
         for block in model.blocks:
             block.compile(dynamic=True)  # rows differ in length from batch to batch
-    batches = PairBatches(pairs, text, model_config, config)
-    test_batches = {split: held_out_batches(test, text, model_config, config) for split, test in tests.items()}
-    test_captions = {}
-    if config.captions.image_first:
-        test_captions = {
-            split: held_out_batches(test, text, model_config, config, image_first=True) for split, test in tests.items()
-        }
-    baselines = {split: unigram_bits(pairs, test, model_config.num_image_codes) for split, test in tests.items()}
+    maker = RowMaker(text, model_config, config)
+    batches = RowBatches(pairs, maker)
+    tests = _held_out_splits(pairs, maker)
 
-    def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+    def loss_of(wrapped: nn.Module, micro_batch: tuple[RowBatch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
         losses = wrapped(batch.to(device), total.to(device))
         if batch.segments is not None:
@@ -131,12 +82,8 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, LossModule)
         figures: dict[str, float] = {}
-        for split, held_out in test_batches.items():
-            figures |= {f"{split}/{name}": value for name, value in mean_bits(averaged.model, held_out, device).items()}
-            if split in test_captions:
-                described = mean_bits(averaged.model, test_captions[split], device)
-                figures[f"{split}/caption_bits"] = described["text_bits"]
-            figures[f"{split}/unigram_bits"] = baselines[split]
+        for test in tests:
+            figures |= test.figures(averaged.model, device)
         if rank() == 0 and tokenizer is not None and config.sample_prompts and step % config.sample_every == 0:
             _write_sheet(averaged.model, tokenizer, text, config, step)
         return figures
@@ -152,125 +99,51 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
     return out
 
 
-class CaptionEncoder(Protocol):
-    """Captions to raw text pieces: `TextTokenizer`, or one that puts prompt vectors in front."""
+@dataclass(frozen=True)
+class HeldOutSplit:
+    """Batches of one held-out split, and its bits per image token under the code frequencies of the training split."""
 
-    def encode(self, text: str) -> list[int]: ...
+    name: str
+    draw: list[RowBatch]
+    describe: list[RowBatch]  # empty where the generator does not learn to describe
+    unigram_bits: float
 
-
-class PairBatches:
-    """Random training batches; (seed, step) decides the draw, whatever the number of processes."""
-
-    def __init__(
-        self, pairs: CodedPairs, text: CaptionEncoder, model: TransformerConfig, config: GeneratorTrainConfig
-    ) -> None:
-        self.pairs, self.text, self.model, self.config = pairs, text, model, config
-        self.weights = pairs.sampling_weights(config.data.balance)
-        parts = config.loop.accumulate * world_size()
-        if config.loop.batch_size % parts:
-            raise ConfigError(
-                f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
-            )
-
-    def __call__(self, step: int) -> Iterator[tuple[tuple[Batch, Tensor], list[str]]]:
-        loop = self.config.loop
-        seed = loop.seed * 1_000_003 + step
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.multinomial(self.weights, loop.batch_size, replacement=True, generator=generator).tolist()
-        # all rows of a step draw, or all describe: rows of one kind are of like length, and those that draw are causal
-        kind = random.Random(f"{seed}")
-        describes = kind.random() < self.config.captions.image_first
-        given = kind.uniform(self.config.given_codes, 1.0)
-        # one caption per place in the batch, so that each process draws the same one
-        rows = list(enumerate(drawn))
-        size = loop.batch_size // loop.accumulate
-        batches, ids = [], []
-        for start in range(0, loop.batch_size, size):
-            part = rows[start : start + size][rank() :: world_size()]
-            built = []
-            for place, index in part:
-                rng = random.Random(f"{seed} {place}")
-                built.append(self._describing_row(index, given, rng) if describes else self._drawing_row(index, rng))
-            together = pack if self.config.packing and not self.model.sparse_window else collate
-            batches.append(together(self.model.vocabulary, built, self.config.text_weight))
-            ids.append([self.pairs.samples[index].id for _, index in part])
-        # of all micro-batches: with a divisor each, a caption's weight would depend on which others it lies with
-        total = torch.stack([batch.weights.sum() for batch in batches]).mean()
-        yield from zip([(batch, total) for batch in batches], ids, strict=True)
-
-    def _drawing_row(self, index: int, rng: random.Random) -> Row:
-        config = self.config
-        caption = draw_caption(self.pairs.samples[index], config.captions, rng)
-        row = _row(self.pairs, index, caption, self.text, self.model)
-        if not (config.code_noise or config.code_mask):
-            return row
-        if rng.random() < config.code_mask:
-            # what cannot be continued must be read off the text
-            other, share = torch.full(self.pairs.grid, self.model.vocabulary.command("[MASK]")), rng.uniform(0.5, 1)
-        else:
-            other, share = self._other_codes(rng), rng.uniform(0, config.code_noise)
-        return with_noise(row, other, share, torch.Generator().manual_seed(rng.getrandbits(63)))
-
-    def _describing_row(self, index: int, given: float, rng: random.Random) -> Row:
-        """The picture with its name in every language, each for itself: all that it can teach about its text."""
-        model, (height, width) = self.model, self.pairs.grid
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        share = rng.uniform(0, self.config.code_noise)
-        codes = noisy_codes(self.pairs.codes[index], self._other_codes(rng), share, generator)
-        kept = torch.zeros(height * width, dtype=torch.bool)
-        kept[torch.randperm(len(kept), generator=generator)[: max(1, round(given * len(kept)))]] = True
-        texts = [self.text.encode(caption) for caption in descriptions(self.pairs.samples[index])]
-        grid_kept = kept.view(height, width)
-        return caption_row(model.vocabulary, texts, codes, model.max_text, model.position_kind, grid_kept)
-
-    def _other_codes(self, rng: random.Random) -> Tensor:
-        return self.pairs.codes[rng.randrange(len(self.pairs))]
+    def figures(self, model: Transformer, device: torch.device) -> dict[str, float]:
+        """What the log says of `model` on this split."""
+        found = mean_bits(model, self.draw, device)
+        if self.describe:
+            found["caption_bits"] = mean_bits(model, self.describe, device)["text_bits"]
+        found["unigram_bits"] = self.unigram_bits
+        return {f"{self.name}/{name}": value for name, value in found.items()}
 
 
-def held_out_batches(
-    pairs: CodedPairs,
-    text: CaptionEncoder,
-    model: TransformerConfig,
-    config: GeneratorTrainConfig,
-    image_first: bool = False,
-    named_style: bool = True,
-) -> list[Batch]:
-    """Fixed batches of `test_pictures` pictures spread over the split, each with its name in a fixed language."""
-    count = min(len(pairs), config.data.test_pictures)
-    captions = CaptionConfig(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
-    rows = []
-    for k in range(count):
-        index = k * len(pairs) // count
-        sample = pairs.samples[index]
-        rng = random.Random(sample.id)
-        caption = rng.choice(descriptions(sample)) if image_first else draw_caption(sample, captions, rng)
-        rows.append(_row(pairs, index, caption, text, model, image_first))
-    return [collate(model.vocabulary, rows[i : i + 32], config.text_weight) for i in range(0, count, 32)]
+def _held_out_splits(train_pairs: CodedPairs, maker: RowMaker) -> list[HeldOutSplit]:
+    data, describes = maker.config.data, "describe" in Mixture(maker.config.mix).shares
+    splits = []
+    for name in data.test:
+        pairs = CodedPairs(Path(data.codes), name, data.exclude_families)
+        draw = held_out_batches(pairs, maker)
+        describe = held_out_batches(pairs, maker, "describe") if describes else []
+        splits.append(HeldOutSplit(name, draw, describe, unigram_bits(train_pairs, pairs, maker.model.num_image_codes)))
+    return splits
 
 
-def mean_bits(model: Transformer, batches: list[Batch], device: torch.device) -> dict[str, float]:
-    """Mean `image_bits` and `text_bits` of a model over batches, by rows: the last batch may be smaller."""
-    losses = [model.loss(batch.to(device)) for batch in batches]
-    rows = [len(batch.tokens) for batch in batches]
-    return {
-        name: sum(float(loss[name]) * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)
-        for name in ("image_bits", "text_bits")
-    }
-
-
-def _row(
-    pairs: CodedPairs,
-    index: int,
-    caption: str,
-    text: CaptionEncoder,
-    model: TransformerConfig,
-    image_first: bool = False,
-) -> Row:
-    ids = text.encode(caption) if caption else []
-    codes, sizes = pairs.codes[index], (model.max_text, model.position_kind)
-    if image_first:
-        return caption_row(model.vocabulary, [ids], codes, *sizes)
-    return training_row(model.vocabulary, ids, codes, *sizes)
+def _model_config(
+    config: GeneratorTrainConfig, text: TextTokenizer, pairs: CodedPairs, tokenizer: VQVAE | None
+) -> TransformerConfig:
+    """`config.model` with the sizes and hashes of the data. Raises `ConfigError` for codes outside its vocabulary."""
+    folder = Path(config.data.codes)
+    completed = replace(
+        config.model,
+        num_image_codes=tokenizer.config.codebook_size if tokenizer else config.model.num_image_codes,
+        num_text_pieces=text.vocab_size,
+        grid=pairs.grid,
+        tokenizer_hash=tokenizer_hash(folder),
+        text_hash=text.content_hash,
+    )
+    if int(pairs.codes.max()) >= completed.num_image_codes:
+        raise ConfigError(f"model.num_image_codes={completed.num_image_codes}, but {folder} holds larger codes")
+    return completed
 
 
 def _start(folder: str, config: TransformerConfig) -> Transformer:

@@ -1,7 +1,7 @@
 """Learn a style: `mmwudao train style CONFIG`.
 
-Trains an adapter (`generation/transformer/adapters.py`) on the pictures of one family, with captions that never name it: the
-adapter is the style. Logs the bits per image token on the family's held-out pictures, with the adapter and without.
+Trains an adapter (`generation.transformer.adapters`) on the pictures of one family, with captions that never name it:
+the adapter is the style. Logs the bits per image token on the family's held-out pictures, with the adapter and without.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from data.codes import tokenizer_hash
 from data.config import ConfigError
-from generation.layout import Batch
-from generation.training.pairs import CaptionConfig, CodedPairs
-from generation.training.train_generator import (
-    CaptionEncoder,
-    GeneratorDataConfig,
-    GeneratorTrainConfig,
-    LossModule,
-    PairBatches,
-    held_out_batches,
-    mean_bits,
-)
+from generation.rows.base import TextEncoder
+from generation.rows.row import RowBatch
+from generation.rows.texts import CaptionMix
+from generation.training.batches import RowBatches, RowMaker, held_out_batches, mean_bits
+from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
+from generation.training.pairs import CodedPairs
+from generation.training.train_generator import LossModule
 from generation.transformer.adapters import AdapterOptions, make_trainable, save_adapter
 from generation.transformer.model import Transformer
 from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device
@@ -42,19 +38,19 @@ class StyleTrainConfig:
     test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
     balance: float = 0.5  # see CodedPairs.sampling_weights
     test_pictures: int = 256  # of each test split
-    captions: CaptionConfig = field(default_factory=lambda: CaptionConfig(style=0.0))
+    captions: CaptionMix = field(default_factory=lambda: CaptionMix(style=0.0))
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        if self.captions.style or self.captions.image_first:
-            raise ValueError("captions.style and captions.image_first must be 0: the adapter is the style, and draws")
+        if self.captions.style:
+            raise ValueError("captions.style must be 0: the adapter is the style")
 
 
 class PromptedText:
     """A text tokenizer that puts the prompt vectors before every caption."""
 
-    def __init__(self, text: CaptionEncoder, prompt_pieces: list[int]) -> None:
+    def __init__(self, text: TextEncoder, prompt_pieces: list[int]) -> None:
         self.text, self.prompt_pieces = text, prompt_pieces
 
     def encode(self, text: str) -> list[int]:
@@ -62,26 +58,28 @@ class PromptedText:
         return [*self.prompt_pieces, *self.text.encode(text)]
 
 
-def style_batches(config: StyleTrainConfig, model: Transformer, text: CaptionEncoder) -> dict[str, list[Batch]]:
-    """The family's held-out pictures by split, with captions that do not name it, for `model` as it is.
+def style_batches(config: StyleTrainConfig, model: Transformer, text: TextEncoder) -> dict[str, list[RowBatch]]:
+    """The family's held-out pictures by split, with captions that do not name it, in the format of `model`.
 
     Raises `ConfigError` when the codes are of another image tokenizer or size, `DataError` for an unknown family.
     """
-    folder, settings = Path(config.codes), _settings(config)
+    folder = Path(config.codes)
     if tokenizer_hash(folder) != model.config.tokenizer_hash:
         raise ConfigError(f"codes={folder} were made by another image tokenizer than the one of {config.base}")
-    prompted = PromptedText(text, model.config.vocabulary.prompt_pieces)
+    maker = _row_maker(config, model, text)
     batches = {}
     for split in config.test:
         pairs = CodedPairs(folder, split, family=config.family)
         if pairs.grid[0] > model.config.grid[0] or pairs.grid[1] > model.config.grid[1]:
             raise ConfigError(f"codes={folder} are {pairs.grid} a picture, {config.base} draws {model.config.grid}")
-        batches[split] = held_out_batches(pairs, prompted, model.config, settings, named_style=False)
+        batches[split] = held_out_batches(pairs, maker, named_style=False)
     return batches
 
 
-def train(config: StyleTrainConfig, base: Transformer, text: CaptionEncoder, base_hash: str, resume: bool) -> Path:
-    """Train an adapter on `base` (float32, content hash `base_hash`), which is changed; returns its folder.
+def train(config: StyleTrainConfig, base: Transformer, text: TextEncoder, base_hash: str, resume: bool) -> Path:
+    """Train an adapter on `base` (float32, content hash `base_hash`), and return the adapter's folder.
+
+    `base` is changed: it holds the trained adapter afterwards.
 
     Raises `ValueError` for settings that do not fit the data or the base.
     """
@@ -101,10 +99,9 @@ def train(config: StyleTrainConfig, base: Transformer, text: CaptionEncoder, bas
         for block in base.blocks:
             block.compile(dynamic=True)
     held_out = style_batches(config, base, text)
-    prompted = PromptedText(text, base.config.vocabulary.prompt_pieces)
-    batches = PairBatches(pairs, prompted, base.config, _settings(config))
+    batches = RowBatches(pairs, _row_maker(config, base, text))
 
-    def loss_of(wrapped: nn.Module, micro_batch: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+    def loss_of(wrapped: nn.Module, micro_batch: tuple[RowBatch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
         losses = wrapped(batch.to(device), total.to(device))
         return {name: losses[name] for name in ("loss", "image_bits")}
@@ -128,14 +125,15 @@ def train(config: StyleTrainConfig, base: Transformer, text: CaptionEncoder, bas
     return out
 
 
-def _settings(config: StyleTrainConfig) -> GeneratorTrainConfig:
-    """The same in the words of generator training; text has no weight, only the picture is learned."""
+def _row_maker(config: StyleTrainConfig, model: Transformer, text: TextEncoder) -> RowMaker:
+    """Rows that draw, in the format of `model`. Text has no weight: only the picture is learned."""
     captions = config.captions
     if config.adapter.method == "ptuning":
         captions = replace(captions, dropout=0.0)  # rows without a prompt hold nothing that could be trained
-    return GeneratorTrainConfig(
+    settings = GeneratorTrainConfig(
         data=GeneratorDataConfig(balance=config.balance, test_pictures=config.test_pictures),
         captions=captions,
         loop=config.loop,
         text_weight=0.0,
     )
+    return RowMaker(PromptedText(text, model.config.vocabulary.prompt_pieces), model.config, settings)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data.atomic import write_files
 from data.config import ConfigError, from_dict, to_dict
-from generation.layout import Vocabulary
+from generation.rows.vocabulary import Vocabulary
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.storage.parts import ModelError
 

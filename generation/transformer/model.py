@@ -17,7 +17,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from generation.layout import COMMANDS_IN_ROW, Batch, PositionKind, Vocabulary
+from generation.rows.row import COMMANDS_IN_ROW, PositionKind, RowBatch
+from generation.rows.vocabulary import Vocabulary
 from generation.transformer.attention import relaxed_attention, rotate, segment_bias, single_query_attention
 from generation.transformer.packing import Packing, make_packing, packed_attention
 from generation.transformer.sparse import draw_pivots, sparse_attention
@@ -121,7 +122,7 @@ class TransformerConfig:
 
     @property
     def position_kind(self) -> PositionKind:
-        """Which positions the rows need (`layout.row_positions`)."""
+        """Which positions the rows need (`rows.draw.row_positions`)."""
         return "sequence" if self.position == "sequence" else "grid"
 
     @property
@@ -388,7 +389,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
 
         With a `cache`, the tokens follow those already in it and are added to it. With `segments` [B, T], a token sees
         those before it of segment 0 and of its own alone; attention is dense then. With `lengths`, B is 1 and the row
-        is rows of those lengths behind one another, none of which sees another (`layout.pack`); dense, too.
+        is rows of those lengths behind one another, none of which sees another (`rows.row.pack`); dense, too.
         """
         x = self.embed(tokens)
         rotation = None
@@ -427,7 +428,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
         return F.linear(hidden, weight[: self.config.num_image_codes] if image_only else weight)
 
-    def loss(self, batch: Batch, total_weight: Tensor | float | None = None) -> dict[str, Tensor]:
+    def loss(self, batch: RowBatch, total_weight: Tensor | float | None = None) -> dict[str, Tensor]:
         """`loss`, the weighted mean cross entropy (nats); `image_bits` and `text_bits`, plain means in bits a token.
 
         `total_weight` replaces the batch's own sum of weights as the divisor, so that the losses (and gradients) of
@@ -447,7 +448,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             "text_bits": text.detach().mean() / math.log(2),
         }
 
-    def _cross_entropy(self, hidden: Tensor, batch: Batch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, hidden: Tensor, batch: RowBatch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
         """Float32 cross entropy [n] at the n places of `mask` [B, T], and the weights there."""
         # places instead of the mask: each use of a mask waits for a GPU to count it
         places = mask.flatten().nonzero()[:, 0]

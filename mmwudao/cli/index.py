@@ -276,7 +276,7 @@ def _write_sheet(path: Path, hits: list[Hit], shards: str | None) -> None:
     if missing:
         place = shards or missing[0].metadata.get("shard", "")
         raise CollectionError(f"the picture of {missing[0].id} is not in {place!r}: give --shards, where it was read")
-    pictures = [to_square(open_image(samples[hit.id].image), SHEET_PIXELS) for hit in hits]
+    pictures = [to_square(open_image(samples[hit.id].require_image()), SHEET_PIXELS) for hit in hits]
     write_files({path: encode_png(grid(pictures))})
 
 

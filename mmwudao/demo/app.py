@@ -110,7 +110,7 @@ def example_pictures(folder: Path) -> dict[str, Path]:
         for sample, _ in open_shards(SAMPLES, split):
             if sample.id in {*tabs.EXAMPLES, *tabs.COMPLETED}:
                 paths[sample.id] = folder / f"{sample.id}.{sample.extension}"
-                paths[sample.id].write_bytes(sample.image)
+                paths[sample.id].write_bytes(sample.require_image())
     return paths
 
 

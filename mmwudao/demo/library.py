@@ -88,7 +88,7 @@ class Library:
         found = []
         for hit in hits:
             sample = stored.get(hit.id)
-            picture = sample.image if sample else self._added_picture(hit)
+            picture = sample.require_image() if sample else self._added_picture(hit)
             extension = sample.extension if sample else "png"
             found.append(Found(hit.id, hit.score, hit.metadata, picture, extension))
         return found

@@ -23,10 +23,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
+from data.characters import whole_characters
 from data.config import ConfigError
 from data.text import TextTokenizer
 from retrieval.towers.base import Tokens, Towers, unit
-from retrieval.towers.word_pieces import warn_cut, whole_characters
+from retrieval.towers.word_pieces import warn_cut
 from vqvae.storage.parts import ModelError
 
 # ours, under names that begin with "mmwudao-"; open_clip.create_model builds them by name from then on

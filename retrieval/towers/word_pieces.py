@@ -12,6 +12,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
+from data.characters import whole_characters
 from vqvae.storage.parts import ModelError
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
@@ -72,11 +73,6 @@ class WordPieces:
             return text
         kept = (" " if char in "\t\n\r" else char for char in text if char in "\t\n\r" or not _dropped(char))
         return "".join(kept).lower()
-
-
-def whole_characters(text: str) -> str:
-    """A pair of surrogates becomes its character and a lone one U+FFFD, which no tokenizer can encode otherwise."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def warn_cut(cut: int, total: int, length: int) -> None:

@@ -131,7 +131,7 @@ def read_pairs(config: PairsConfig, split: str, size: int, **options: Any) -> It
     """Samples, their encoded bytes dropped, with their pictures as uint8 [3, S, S]."""
     for sample, image in open_shards(config.shards, split, **options):
         if sample.family not in config.exclude_families:
-            sample.image = b""
+            sample.image = None
             yield sample, torch.from_numpy(numpy.array(to_square(image, size))).permute(2, 0, 1).contiguous()
 
 

@@ -158,7 +158,7 @@ def _batches(
         )
         return
     for shard in shards:
-        entries = (e if isinstance(e, Skip) else (replace(e, image=b""), torch.zeros(0)) for e in read_entries(shard))
+        entries = (e if isinstance(e, Skip) else (replace(e, image=None), torch.zeros(0)) for e in read_entries(shard))
         yield Batch(shard, list(entries), last=True)
 
 

@@ -161,8 +161,8 @@ def test_every_sample_with_its_result_and_every_problem_in_its_place(tmp_path):
         entry.reason if isinstance(entry, Skip) else (entry[0].id, entry[0].image, entry[1]) for entry in flat(batches)
     ]
     assert found == [
-        ("0-0", b"", 0), reading.CORRUPT_IMAGE, ("0-2", b"", 20), ("0-3", b"", 30), ("0-4", b"", 40),
-        ("2-0", b"", 200), ("2-1", b"", 210), reading.BROKEN_SHARD,
+        ("0-0", None, 0), reading.CORRUPT_IMAGE, ("0-2", None, 20), ("0-3", None, 30), ("0-4", None, 40),
+        ("2-0", None, 200), ("2-1", None, 210), reading.BROKEN_SHARD,
         reading.CORRUPT_IMAGE,
     ]  # fmt: skip
     skip = flat(batches)[1]

@@ -152,7 +152,7 @@ def test_an_override_that_is_not_yaml():
 def test_configurations_of_the_package_load():
     from pathlib import Path
 
-    from generation.training.train_generator import GeneratorTrainConfig
+    from generation.training.config import GeneratorTrainConfig
     from vqvae.train_tokenizer import TokenizerTrainConfig
 
     found = sorted((Path(__file__).parents[2] / "mmwudao" / "configs").glob("*.yaml"))

@@ -66,12 +66,27 @@ def test_members_of_img2dataset():
     assert Sample.from_members("k", {"png": b"x", "txt": b"a"}).id == "k"
 
 
+@pytest.mark.parametrize("members", [{"png": b"x"}, {"png": b"x", "txt": b" \n"}])
+def test_a_picture_may_lack_captions(members):
+    found = Sample.from_members("k", members)
+    assert found.require_image() == b"x"
+    assert found.captions == {}
+    with pytest.raises(DataError, match="^sample k: no caption in .txt or .json$"):
+        found.require_captions()
+
+
+def test_captions_may_lack_a_picture():
+    found = Sample.from_members("k", {"txt": b"a cat"})
+    assert (found.image, found.extension) == (None, "")
+    assert found.require_captions() == {"und": Caption("a cat")}
+    assert set(found.to_members()) == {"json"}
+    with pytest.raises(DataError, match="^sample k: no picture"):
+        found.require_image()
+
+
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
-        ({"json": b"{}"}, "no picture"),
-        ({"png": b"x"}, "no caption"),
-        ({"png": b"x", "txt": b" \n"}, "no caption"),
         ({"png": b"x", "txt": b"\xff"}, "UTF-8"),
         ({"png": b"x", "json": b"{"}, "not JSON"),
         ({"png": b"x", "json": b"\xff"}, "not JSON"),
@@ -204,7 +219,7 @@ def test_codes_come_back_with_their_samples(tmp_path, dtype):
     for number, (coded, grid) in enumerate(zip(found, grids, strict=True)):
         assert coded.codes.dtype == dtype
         assert numpy.array_equal(coded.codes, grid)
-        assert coded.sample == sample(number, image=b"", extension="png")
+        assert coded.sample == sample(number, image=None, extension="")
     assert tokenizer_hash(tmp_path) == "cafe"
 
 

@@ -17,8 +17,9 @@ from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, write_manifest
 from generation.drawing.decoding import generate_codes, naive_generate_codes
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Vocabulary, prompt_row
-from generation.training.pairs import CaptionConfig
+from generation.rows.draw import prompt_row
+from generation.rows.texts import CaptionMix
+from generation.rows.vocabulary import Vocabulary
 from generation.training.train_style import StyleTrainConfig, train
 from generation.transformer.adapters import AdapterOptions, apply_adapter, make_trainable, save_adapter
 from generation.transformer.model import Transformer, TransformerConfig
@@ -85,7 +86,7 @@ def style_config(codes: Path, out: Path, adapter=None, captions=None, **changes)
     return StyleTrainConfig(
         codes=str(codes),
         family=changes.pop("family", "cubes"),
-        captions=CaptionConfig(**{"style": 0.0, **(captions or {})}),
+        captions=CaptionMix(**{"style": 0.0, **(captions or {})}),
         adapter=AdapterOptions(**{**SMALL, **(adapter or {})}),
         loop=loop,
         **changes,
@@ -267,7 +268,7 @@ def test_options_that_cannot_be(base_dir: Path, codes: Path) -> None:
         with pytest.raises(ValueError, match="must be|even"):
             AdapterOptions(**options)
     with pytest.raises(ValueError, match=r"captions\.style"):
-        StyleTrainConfig(captions=CaptionConfig(style=0.5))
+        StyleTrainConfig(captions=CaptionMix(style=0.5))
 
 
 def test_an_adapter_of_another_generator_is_refused(adapter: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

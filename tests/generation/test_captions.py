@@ -13,15 +13,11 @@ from PIL import Image
 from data.sample import Caption, Sample
 from generation.captions import caption_log_probabilities, describe, describe_for_judge
 from generation.cogview.sampler import caption_scores
-from generation.layout import (
-    Vocabulary,
-    caption_prompt_row,
-    caption_row,
-    caption_row_positions,
-    collate,
-    row_positions,
-)
-from generation.training.pairs import descriptions
+from generation.rows.describe import caption_prompt_row, caption_row, caption_row_positions
+from generation.rows.draw import row_positions
+from generation.rows.row import collate
+from generation.rows.texts import descriptions
+from generation.rows.vocabulary import Vocabulary
 from generation.transformer.model import Transformer, TransformerConfig
 from mmwudao.loading.model_dir import Part
 from mmwudao.pipeline import load

@@ -21,7 +21,7 @@ from generation.cogview.importing import find_checkpoint, import_generator
 from generation.cogview.rows import parse_query
 from generation.cogview.sampler import caption_scores, fill_sequence
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import caption_prompt_row
+from generation.rows.describe import caption_prompt_row
 from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
 from mmwudao.pipeline import load

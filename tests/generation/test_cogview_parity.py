@@ -24,7 +24,7 @@ from generation.cogview.rows import (
     text_image_row,
     two_image_row,
 )
-from generation.layout import COMMANDS, Vocabulary
+from generation.rows.vocabulary import COMMANDS, Vocabulary
 from generation.transformer.model import KVCache, MaxScaledLayerNorm, Transformer, TransformerConfig
 from vqvae.cogview import import_tokenizer, read_picture
 from vqvae.model import VQVAE, VQVAEConfig

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from generation.cogview.importing import import_generator
 from generation.cogview.sampler import caption_scores, fill_sequence, forbidden_ids, magnify, step_probabilities
 from generation.drawing.sampling import SamplingOptions
-from generation.layout import Vocabulary
+from generation.rows.vocabulary import Vocabulary
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.storage.parts import load_part
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generation.layout import collate, training_row
+from generation.rows.draw import training_row
+from generation.rows.row import collate
 from generation.transformer.attention import relaxed_attention, rotate
 from generation.transformer.model import KVCache, Transformer, TransformerConfig
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from generation.layout import Batch, Row, caption_row, collate, pack, training_row
+from generation.rows.describe import caption_row
+from generation.rows.draw import training_row
+from generation.rows.row import Row, RowBatch, collate, pack
 from generation.training.flops import measured_flops, peak_flops, real_tokens, training_flops
 from generation.transformer.model import Attention, Transformer, TransformerConfig
 from generation.transformer.packing import make_packing, packed_attention, varlen_packing
@@ -37,12 +39,12 @@ def rows_of(config: TransformerConfig, describe: bool = False, count: int = 5) -
     return rows
 
 
-def both(config: TransformerConfig, describe: bool = False) -> tuple[Batch, Batch]:
+def both(config: TransformerConfig, describe: bool = False) -> tuple[RowBatch, RowBatch]:
     rows = rows_of(config, describe)
     return collate(config.vocabulary, rows, 0.3), pack(config.vocabulary, rows, 0.3)
 
 
-def loss_and_gradients(model: Transformer, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
+def loss_and_gradients(model: Transformer, batch: RowBatch) -> tuple[dict[str, Tensor], list[Tensor]]:
     model.zero_grad()
     losses = model.loss(batch)
     losses["loss"].backward()

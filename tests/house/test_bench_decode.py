@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.speed import decode_speed, growth_speed
-from generation.layout import training_row
+from generation.rows.draw import training_row
 from tests.generation.test_generator import PRESETS, make_model
 
 

@@ -7,7 +7,7 @@ import torch
 
 from bench.speed import train_pictures_speed, train_speed
 from data.text import TextTokenizer
-from generation.layout import collate
+from generation.rows.row import collate
 from generation.transformer.model import Transformer, TransformerConfig
 
 SHARDS = Path(__file__).parents[2] / "data/samples/emoji"

@@ -11,7 +11,7 @@ import torch
 from data.images import to_tensor
 from data.reading import open_shards
 from data.styles import LANGUAGES
-from generation.training.pairs import CaptionConfig, draw_caption
+from generation.rows.texts import CaptionMix, draw_caption
 from mmwudao.loading.model_dir import SHIPPED
 from mmwudao.pipeline import Pipeline, load
 from vqvae.train_tokenizer import measure_reconstruction
@@ -53,10 +53,11 @@ def test_the_towers_find_pictures_they_never_saw(emoji: Pipeline, language: str)
 
 
 def test_the_generator_knows_the_pictures_from_other_codes(emoji: Pipeline) -> None:
-    from generation.layout import collate, training_row
+    from generation.rows.draw import training_row
+    from generation.rows.row import collate
 
     config = emoji.generator.config
-    captions = CaptionConfig(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
+    captions = CaptionMix(name=1.0, keywords=0.0, style=1.0, dropout=0.0)
     rows, shuffled = [], []
     for sample, image in open_shards(SAMPLE, "test-family"):
         codes = emoji.tokenizer.encode(to_tensor(image)[None])[0]

@@ -1,15 +1,17 @@
+import math
+import random
+
 import pytest
 import torch
 
-from generation.layout import (
-    COMMANDS,
-    Vocabulary,
-    collate,
-    prompt_row,
-    row_positions,
-    training_row,
-    with_noise,
-)
+from data.sample import Caption, Sample
+from generation.rows.base import CodedPicture, Given
+from generation.rows.mixture import ROW_KINDS, Mixture
+from generation.transformer.model import TransformerConfig
+from generation.rows.draw import prompt_row, row_positions, training_row
+from generation.rows.noise import with_noise
+from generation.rows.row import collate
+from generation.rows.vocabulary import COMMANDS, Vocabulary
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
 
@@ -128,3 +130,68 @@ def test_noise_changes_given_codes_alone():
     all_of_it = with_noise(row, codes + 20, 1.0, torch.Generator())
     assert all_of_it.tokens[row.tokens < VOCAB.num_image_codes].tolist() == list(range(21, 57))
     assert with_noise(row, other, 0.0, torch.Generator()).tokens.tolist() == row.tokens.tolist()
+
+
+# the mixture of row kinds
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1 / 3, 1.0])
+def test_describing_takes_the_lowest_part_of_the_random_numbers(share):
+    mixture = Mixture({"draw": 1 - share, "describe": share})
+    rng = random.Random(0)
+    for chance in [0.0, *(rng.random() for _ in range(1000))]:
+        assert mixture.pick(chance) == ("describe" if chance < share else "draw")
+
+
+def test_weights_are_normalised_in_any_order():
+    mixture = Mixture({"describe": 6, "draw": 2})
+    assert mixture.shares == {"draw": 0.25, "describe": 0.75}
+    assert Mixture({"draw": 3.0, "describe": 0}).shares == {"draw": 1.0}
+    assert Mixture({"draw": 3.0}).pick(math.nextafter(1, 0)) == "draw"
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ({"draw": 1.0, "sing": 1.0}, "mix: unknown kind of rows 'sing'; use draw, describe$"),
+        ({"draw": 1.0, "describe": -0.5}, r"mix\.describe must be a number of at least 0, not -0\.5$"),
+        ({"draw": math.nan}, r"mix\.draw must be a number"),
+        ({"draw": 0.0}, "mix needs a kind of rows with a weight above 0$"),
+        ({}, "mix needs"),
+    ],
+)
+def test_impossible_mixtures_are_refused(weights, problem):
+    with pytest.raises(ValueError, match=problem):
+        Mixture(weights)
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+@pytest.mark.parametrize("preset", [TransformerConfig.cogview, TransformerConfig.modern])
+def test_a_prompt_is_the_start_of_a_row_of_its_kind(kind, preset):
+    codes, words = torch.arange(6).view(2, 3), {"red": [7, 8]}
+    rows = ROW_KINDS[kind](preset(num_image_codes=64, num_text_pieces=100, max_text=5, grid=(2, 3)))
+    picture = CodedPicture(Sample("a", b"", "png", {"en": Caption("red")}), codes)
+    row = rows.held_out_row(picture, WordEncoder(words), named_style=False)
+    text = words["red"] if kind == "draw" else []
+    prompt = rows.prompt(Given(text, (2, 3), codes))
+    assert row.tokens[: len(prompt)].tolist() == prompt
+    positions = rows.positions(2, (2, 3))
+    assert torch.equal(row.positions, positions[:-1])
+    assert len(prompt) < len(positions)
+
+
+class WordEncoder:
+    """Words to raw text pieces; a language in front of them has none."""
+
+    def __init__(self, words: dict[str, list[int]]) -> None:
+        self.words = words
+
+    def encode(self, text: str) -> list[int]:
+        return [piece for word in text.split() for piece in self.words.get(word, [])]
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_a_row_kind_says_what_it_needs(kind):
+    rows = ROW_KINDS[kind](TransformerConfig.modern(num_image_codes=64, num_text_pieces=100))
+    assert rows.suits(Sample("a", None, "", {"en": Caption("red")}))
+    assert rows.suits(Sample("b", None, "")) == (kind == "draw")

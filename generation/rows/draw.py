@@ -1,0 +1,99 @@
+"""Rows that draw: `[ROI1] text [SIZE] [BOI1] codes [EOI1]`.
+
+The order is CogView's (Ding et al. 2021, arXiv:2105.13290, section 2.1).
+Shapes: T tokens in a row, h x w codes in a picture.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from generation.rows.base import Chance, CodedPicture, Given, RowKind, RowRecipe, TextEncoder
+from generation.rows.noise import with_noise
+from generation.rows.row import COMMANDS_IN_ROW, PositionKind, Row
+from generation.rows.texts import CaptionMix, draw_caption
+from generation.rows.vocabulary import Vocabulary
+
+
+def row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: PositionKind) -> Tensor:
+    """Positions of a whole row with `num_text` text pieces: [T] ("sequence") or [T, 2] ("grid"), T = num_text+h*w+4.
+
+    "sequence" counts 0, 1, 2, ... as CogView does. "grid" puts text and commands on the diagonal, (t, t), and code
+    (r, c) at (M + r, M + c) with M = max_text + 4, beyond any text. The positions of a picture then do not depend on
+    the length of its caption, so they can be learned. [EOI1] is at (M + h, M + w).
+    """
+    height, width = grid
+    before = num_text + COMMANDS_IN_ROW - 1  # everything up to [BOI1], inclusive
+    if kind == "sequence":
+        return torch.arange(before + height * width + 1)
+    origin = max_text + COMMANDS_IN_ROW
+    diagonal = torch.arange(before).unsqueeze(1).expand(before, 2)
+    cells = origin + torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
+    end = torch.tensor([[origin + height, origin + width]])
+    return torch.cat([diagonal, cells, end])
+
+
+def prompt_row(vocab: Vocabulary, text_ids: Sequence[int], grid: tuple[int, int], max_text: int) -> list[int]:
+    """`[ROI1] text [SIZE] [BOI1]`, the tokens before the codes.
+
+    `text_ids` are raw text pieces, cut after `max_text` of them; without any, this is the unconditional prompt of
+    classifier-free guidance. Raises `ValueError` for pieces outside the vocabulary or a grid without a size command.
+    """
+    start = [vocab.command("[ROI1]"), *vocab.text(text_ids[:max_text])]
+    return [*start, vocab.size_command(grid), vocab.command("[BOI1]")]
+
+
+def training_row(
+    vocab: Vocabulary, text_ids: Sequence[int], codes: Tensor, max_text: int, kind: PositionKind = "grid"
+) -> Row:
+    """The row of raw text pieces, cut after `max_text` of them, and `codes` [h, w] in raster order.
+
+    Raises `ValueError` for codes of another shape, and as `prompt_row` does.
+    """
+    if codes.ndim != 2:
+        raise ValueError(f"codes must be [h, w], not {list(codes.shape)}")
+    grid = (codes.shape[0], codes.shape[1])
+    prompt = prompt_row(vocab, text_ids, grid, max_text)
+    codes = codes.reshape(-1).to(torch.int64)
+    row = torch.cat([torch.tensor(prompt), codes, torch.tensor([vocab.command("[EOI1]")])])
+    positions = row_positions(len(prompt) + 1 - COMMANDS_IN_ROW, grid, max_text, kind)
+    targets = row[1:]
+    return Row(row[:-1], positions[:-1], targets, targets < vocab.num_image_codes)
+
+
+class DrawRows(RowKind):
+    """Draw: the codes of a picture after its caption."""
+
+    name = "draw"
+    needs_caption = False
+
+    def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:
+        rng = chance.rng
+        row = self._row(picture, draw_caption(picture.sample, recipe.captions, rng), recipe.text)
+        if not (recipe.code_noise or recipe.code_mask):
+            return row
+        if rng.random() < recipe.code_mask:
+            # codes that cannot be continued must be predicted from the text
+            other = torch.full(picture.codes.shape, self.format.vocabulary.command("[MASK]"))
+            share = rng.uniform(0.5, 1)
+        else:
+            other, share = chance.other_codes(rng), rng.uniform(0, recipe.code_noise)
+        return with_noise(row, other, share, torch.Generator().manual_seed(rng.getrandbits(63)))
+
+    def held_out_row(self, picture: CodedPicture, text: TextEncoder, named_style: bool) -> Row:
+        names = CaptionMix(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
+        return self._row(picture, draw_caption(picture.sample, names, random.Random(picture.sample.id)), text)
+
+    def prompt(self, given: Given) -> list[int]:
+        return prompt_row(self.format.vocabulary, given.text, given.grid, self.format.max_text)
+
+    def positions(self, num_text: int, grid: tuple[int, int]) -> Tensor:
+        return row_positions(num_text, grid, self.format.max_text, self.format.position_kind)
+
+    def _row(self, picture: CodedPicture, caption: str, text: TextEncoder) -> Row:
+        ids, format = text.encode(caption) if caption else [], self.format
+        return training_row(format.vocabulary, ids, picture.codes, format.max_text, format.position_kind)

@@ -1,0 +1,62 @@
+"""What `mmwudao train generator` reads from its YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.options import check_options, option
+from generation.rows.mixture import Mixture
+from generation.rows.texts import CaptionMix
+from generation.transformer.model import TransformerConfig
+from vqvae.training.loop import LoopConfig
+
+
+@dataclass
+class GeneratorDataConfig:
+    """Which codes and captions."""
+
+    codes: str = "codes"  # folder written by `mmwudao tokenize`
+    text_model: str = "text.model"  # SentencePiece
+    tokenizer: str = ""  # folder of the image tokenizer, for sample sheets; empty = no sheets
+    train: str = "train"
+    test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
+    exclude_families: list[str] = field(default_factory=list)
+    balance: float = 0.5  # see CodedPairs.sampling_weights
+    test_pictures: int = 256  # of each test split
+
+
+@dataclass
+class GeneratorTrainConfig:
+    """Everything that `mmwudao train generator` reads from its YAML file.
+
+    Of `model`, the vocabulary sizes, the grid and the hashes are filled in from the data. Raises `ValueError` for a
+    value out of range.
+    """
+
+    data: GeneratorDataConfig = field(default_factory=GeneratorDataConfig)
+    captions: CaptionMix = field(default_factory=CaptionMix)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    # row kind -> weight, see `generation.rows.mixture`: how often a step learns rows of that kind
+    mix: dict[str, float] = field(default_factory=lambda: {"draw": 1.0})
+    start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
+    text_weight: float = option(
+        0.2, "Weigh the loss of a text token in rows that draw by this, where an image token weighs 1.", least=0
+    )
+    code_noise: float = option(
+        0.0, "Replace up to this share of the codes that a row is given with wrong ones.", least=0, most=1
+    )
+    code_mask: float = option(
+        0.0, "Hide half or more of the given codes in this share of the rows that draw.", least=0, most=1
+    )
+    given_codes: float = option(
+        1.0, "Give rows that describe between this share of the codes and all of them.", least=0, most=1
+    )
+    packing: bool = True  # rows one after another without padding; padded where attention is sparse
+    checkpoint_gradients: bool = False  # less memory, a third more time
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_every: int = 2000  # steps between sample sheets
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        Mixture(self.mix)
