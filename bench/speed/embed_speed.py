@@ -26,7 +26,7 @@ from data.images import open_image
 from data.reading import expand_shards, read_shard
 from data.text import TextTokenizer
 from retrieval.towers.base import Towers, load_towers
-from retrieval.towers.ours import EmojiTowers, TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.vectors.embed import embed_shards
 
 
@@ -107,7 +107,7 @@ def fail(reason: str, name: str, error: Exception) -> None:
 def random_towers(shards: Path) -> Towers:
     text = TextTokenizer(shards / "text.model")
     torch.manual_seed(0)
-    return EmojiTowers(TowersConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
+    return MultiScaleTowers(MultiScaleConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
 
 
 if __name__ == "__main__":

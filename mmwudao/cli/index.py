@@ -159,10 +159,10 @@ def check(
 ) -> None:
     """How many of the true nearest a search finds, measured against a comparison with every vector."""
     from retrieval.collections.opening import open_collection
-    from retrieval.collections.recall import measure_recall
+    from retrieval.collections.recall import measure_search_recall
 
     with open_collection(collection) as opened:
-        report = measure_recall(opened, queries, k, where)
+        report = measure_search_recall(opened, queries, k, where)
         record = {"model": opened.model, "dim": opened.dim, "snapshots": opened.snapshots()}
     text = (
         f"{report.items} items of dimension {record['dim']}; {report.queries} queries: recall@{k} {report.recall:.4f}"

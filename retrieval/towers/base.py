@@ -24,7 +24,7 @@ from vqvae.storage.parts import ModelError
 FORMAT = "mmwudao-towers/1"
 # kind -> the module and the class, imported when such towers are loaded
 KINDS = {
-    "ours": ("retrieval.towers.ours", "EmojiTowers"),
+    "ours": ("retrieval.towers.multiscale", "MultiScaleTowers"),
     "brivl": ("retrieval.towers.brivl", "BrivlTowers"),
     "chinese-clip": ("retrieval.towers.chinese_clip", "ChineseClipTowers"),
     "open-clip": ("retrieval.towers.open_clip", "OpenClipTowers"),

@@ -94,7 +94,7 @@ class MaskedPool(nn.Module):
         return (x * weights).sum(1) / weights.sum(1)
 
 
-class ImageTower(nn.Module):
+class BrivlImageTower(nn.Module):
     """A picture and its boxes to a vector."""
 
     def __init__(self, config: BrivlConfig) -> None:
@@ -115,7 +115,7 @@ class ImageTower(nn.Module):
         return vector
 
 
-class TextTower(nn.Module):
+class BrivlTextTower(nn.Module):
     """Tokens to a vector. BERT gets no attention mask: it attends to the padding, as in the original."""
 
     def __init__(self, config: BrivlConfig) -> None:
@@ -143,8 +143,8 @@ class BrivlTowers(Towers):
         self.config = config
         self.embed_dim = config.image_width
         self.image_size = config.image_size
-        self.image = ImageTower(config)
-        self.text = TextTower(config)
+        self.image = BrivlImageTower(config)
+        self.text = BrivlTextTower(config)
         self._vocab = vocab
         self._pieces = WordPieces(vocab, google=False)
         if self._pieces.size > config.bert.vocab_size:

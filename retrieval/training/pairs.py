@@ -41,7 +41,7 @@ class PairsConfig:
 
 
 @dataclass
-class CaptionConfig:
+class RetrievalCaptionConfig:
     """How a caption is drawn: a language, then name, keywords (in random order) or both, then perhaps the style."""
 
     name: float = 0.7  # probability of the name alone
@@ -67,7 +67,7 @@ class AugmentConfig:
     contrast: float = 0.2
 
 
-def draw_captions(sample: Sample, config: CaptionConfig, rng: random.Random) -> list[str]:
+def draw_captions(sample: Sample, config: RetrievalCaptionConfig, rng: random.Random) -> list[str]:
     """`per_picture` captions of `sample`."""
     known = sorted(sample.captions)
     languages = rng.sample(known, min(config.per_picture, len(known)))
@@ -111,7 +111,7 @@ class Pictures:
 
     def __init__(self, config: PairsConfig, split: str, size: int, limit: int | None = None) -> None:
         """Every picture, or `limit` of them spread over the split. Raises `DataError` when there is none."""
-        found = list(read_pairs(config, split, size, by_node=False))
+        found = list(stream_pairs(config, split, size, by_node=False))
         if not found:
             raise DataError(f"{config.shards} holds no readable {split} pictures of the chosen families")
         if limit is not None and limit < len(found):
@@ -127,7 +127,7 @@ class Pictures:
         return torch.tensor([counts[key] ** -balance for key in keys], dtype=torch.float64)
 
 
-def read_pairs(config: PairsConfig, split: str, size: int, **options: Any) -> Iterator[tuple[Sample, Tensor]]:
+def stream_pairs(config: PairsConfig, split: str, size: int, **options: Any) -> Iterator[tuple[Sample, Tensor]]:
     """Samples, their encoded bytes dropped, with their pictures as uint8 [3, S, S]."""
     for sample, image in open_shards(config.shards, split, **options):
         if sample.family not in config.exclude_families:

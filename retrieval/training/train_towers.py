@@ -23,18 +23,18 @@ from data.sample import Sample
 from data.text import TextTokenizer
 from retrieval.evaluation.metrics import ranks, recall_figures
 from retrieval.towers.base import Tokens, Towers, load_towers, save_towers, to_device
-from retrieval.towers.ours import EmojiTowers, TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.training.objectives import Objective, ObjectiveConfig, build_objective
 from retrieval.training.pairs import (
     AugmentConfig,
-    CaptionConfig,
     PairsConfig,
     Pictures,
+    RetrievalCaptionConfig,
     augment,
     draw_captions,
     label_of,
     queries_by_language,
-    read_pairs,
+    stream_pairs,
     take,
 )
 from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
@@ -45,9 +45,9 @@ class RetrievalTrainConfig:
     """Everything that `mmwudao train retrieval` reads from its YAML file."""
 
     data: PairsConfig = field(default_factory=PairsConfig)
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    captions: RetrievalCaptionConfig = field(default_factory=RetrievalCaptionConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    model: TowersConfig = field(default_factory=TowersConfig)
+    model: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     text_model: str = "text.model"  # SentencePiece
@@ -58,7 +58,7 @@ class RetrievalTrainConfig:
     checkpoint_gradients: bool = False  # less memory, a third more time
 
 
-class Batch(NamedTuple):
+class TowerBatch(NamedTuple):
     """uint8 pictures [N, 3, S, S], the tokens of their texts (see `retrieval.training.objectives`), concepts [N], a seed."""
 
     pixels: Tensor
@@ -85,12 +85,12 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
     objective = build_objective(towers, config.objective, config.freeze)
     if config.checkpoint_gradients:
         towers.checkpoint_gradients()
-    batches = (InMemoryBatches if config.data.in_memory else StreamedBatches)(config, towers)
+    batches = (InMemoryTowerBatches if config.data.in_memory else StreamedTowerBatches)(config, towers)
     tests = {
         split: Pictures(config.data, split, towers.image_size, config.data.test_pictures) for split in config.data.test
     }
 
-    def loss_of(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss_of(wrapped: nn.Module, batch: TowerBatch) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(batch.seed)
         pixels = augment(batch.pixels.to(device).float() / 255, config.augment, generator)
         return wrapped(towers.normalise(pixels), to_device(batch.tokens, device), batch.labels.to(device))
@@ -99,7 +99,7 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
         assert isinstance(averaged, Objective)
         figures: dict[str, float] = {}
         for split, pictures in tests.items():
-            found = measure_recall(averaged.towers, pictures)
+            found = measure_split_recall(averaged.towers, pictures)
             figures |= {f"{split}/{name}": value for name, value in found.items()}
         return figures
 
@@ -113,7 +113,7 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
     return out
 
 
-def measure_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
+def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
     """Recall at 1 and 10 and the median rank of text to image in each language, their means, and image to text.
 
     A query is the name of a concept in one language; any picture of the concept is right. The other way, the
@@ -136,24 +136,24 @@ def measure_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> 
     return figures | {name: sum(values) / len(values) for name, values in sums.items()}
 
 
-class PairBatches:
+class TowerBatches:
     """What both kinds of batches share: captions and tokens of drawn samples."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
         self.config, self.towers = config, towers
         self.size = config.loop.batch_size // (config.loop.accumulate * world_size())
 
-    def batch(self, samples: list[Sample], pixels: Tensor, seed: str) -> tuple[Batch, list[str]]:
+    def batch(self, samples: list[Sample], pixels: Tensor, seed: str) -> tuple[TowerBatch, list[str]]:
         rng = random.Random(seed)
         captions = [draw_captions(sample, self.config.captions, rng) for sample in samples]
         texts = [captions[k][view] for view in range(self.config.captions.per_picture) for k in range(len(samples))]
         labels = torch.tensor([label_of(sample) for sample in samples])
         with quiet():
             tokens = self.towers.tokenize(texts)
-        return Batch(pixels, tokens, labels, rng.getrandbits(62)), [sample.id for sample in samples]
+        return TowerBatch(pixels, tokens, labels, rng.getrandbits(62)), [sample.id for sample in samples]
 
 
-class InMemoryBatches(PairBatches):
+class InMemoryTowerBatches(TowerBatches):
     """Random batches of pictures held as uint8; (seed, step) decides the draw."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
@@ -163,7 +163,7 @@ class InMemoryBatches(PairBatches):
         if config.loop.batch_size > len(self.weights):
             raise ConfigError(f"loop.batch_size={config.loop.batch_size}, but there are {len(self.weights)} pictures")
 
-    def __call__(self, step: int) -> Iterator[tuple[Batch, list[str]]]:
+    def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
         loop = self.config.loop
         seed = loop.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed)
@@ -173,7 +173,7 @@ class InMemoryBatches(PairBatches):
             yield self.batch(samples, self.pictures.pixels[part], f"{seed} {rank()} {micro}")
 
 
-class StreamedBatches(PairBatches):
+class StreamedTowerBatches(TowerBatches):
     """Batches from shards read with replacement, for data of any size.
 
     After a resume the stream starts anew at the seed of that step: another order, never the same start again.
@@ -181,11 +181,11 @@ class StreamedBatches(PairBatches):
 
     stream: Iterator[tuple[Sample, Tensor]] | None = None
 
-    def __call__(self, step: int) -> Iterator[tuple[Batch, list[str]]]:
+    def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
         data = self.config.data
         seed = self.config.loop.seed * 1_000_003 + step
         if self.stream is None:
-            self.stream = read_pairs(
+            self.stream = stream_pairs(
                 data, data.train, self.towers.image_size, shuffle=data.shuffle, seed=seed, resampled=True
             )
         for micro in range(self.config.loop.accumulate):
@@ -211,4 +211,4 @@ def _start(config: RetrievalTrainConfig) -> Towers:
 
         return OpenClipTowers.from_scratch(config.open_clip, Path(config.text_model))
     text = TextTokenizer(Path(config.text_model))
-    return EmojiTowers(replace(config.model, num_text_pieces=text.vocab_size, text_hash=text.content_hash), text)
+    return MultiScaleTowers(replace(config.model, num_text_pieces=text.vocab_size, text_hash=text.content_hash), text)

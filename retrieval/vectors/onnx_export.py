@@ -42,7 +42,7 @@ class ExportedFile:
     least_cosine: float
 
 
-class ImageTower(nn.Module):
+class ImageEncoder(nn.Module):
     """`pixels` [N, 3, H, W] -> `features` [N, D]."""
 
     def __init__(self, towers: Towers) -> None:
@@ -53,7 +53,7 @@ class ImageTower(nn.Module):
         return self.towers.encode_pixels(pixels)
 
 
-class TextTower(nn.Module):
+class TextEncoder(nn.Module):
     """The tensors of `tokenize`, in the order of `names` (None: a single one) -> `features` [N, D]."""
 
     def __init__(self, towers: Towers, names: list[str] | None) -> None:
@@ -86,8 +86,8 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
     with new_folder(out) as building:
         files = []
         for name, module, inputs in (
-            ("image", ImageTower(towers), {"pixels": pixels}),
-            ("text", TextTower(towers, names), text),
+            ("image", ImageEncoder(towers), {"pixels": pixels}),
+            ("text", TextEncoder(towers, names), text),
         ):
             path = building / f"{name}.onnx"
             _export(module, inputs, path)
@@ -150,7 +150,7 @@ def _export(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=["features"],
-                dynamic_shapes=(shapes,) if isinstance(module, TextTower) else shapes,
+                dynamic_shapes=(shapes,) if isinstance(module, TextEncoder) else shapes,
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

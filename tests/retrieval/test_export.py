@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.sample import DataError
 from data.text import TextTokenizer
-from retrieval.towers.ours import EmojiTowers, TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.vectors import onnx_export as export
 from retrieval.vectors.onnx_export import export_onnx
 from tests.conftest import CAPTIONS
@@ -30,7 +30,7 @@ def tiny_towers():
     with tempfile.TemporaryDirectory() as folder:
         text = TextTokenizer.train(CAPTIONS, Path(folder) / "text.model", vocab_size=400)
     torch.manual_seed(0)
-    config = TowersConfig(
+    config = MultiScaleConfig(
         embed_dim=32,
         image_size=32,
         grids=[1, 2],
@@ -44,7 +44,7 @@ def tiny_towers():
         num_text_pieces=text.vocab_size,
         text_hash=text.content_hash,
     )  # fmt: skip
-    return EmojiTowers(config, text).eval()
+    return MultiScaleTowers(config, text).eval()
 
 
 @pytest.fixture(scope="module")

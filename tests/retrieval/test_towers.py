@@ -14,7 +14,7 @@ from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from retrieval.evaluation.metrics import concept_label, concept_labels, ranks, recall_figures
 from retrieval.towers.base import load_towers, save_towers
-from retrieval.towers.ours import EmojiTowers, PatchHead, TowersConfig, grid_boxes
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers, PatchHead, grid_boxes
 from retrieval.training.train_towers import RetrievalTrainConfig
 from tests.conftest import CAPTIONS
 from vqvae.storage.parts import ModelError
@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer.train(CAPTIONS, tmp_path_factory.mktemp("text") / "text.model", 400)
 
 
-def tiny_config(text: TextTokenizer, **changes) -> TowersConfig:
+def tiny_config(text: TextTokenizer, **changes) -> MultiScaleConfig:
     settings = {
         "embed_dim": 8,
         "image_size": 32,
@@ -43,12 +43,12 @@ def tiny_config(text: TextTokenizer, **changes) -> TowersConfig:
         "num_text_pieces": text.vocab_size,
         "text_hash": text.content_hash,
     }  # fmt: skip
-    return TowersConfig(**{**settings, **changes})
+    return MultiScaleConfig(**{**settings, **changes})
 
 
-def tiny(text: TextTokenizer, **changes) -> EmojiTowers:
+def tiny(text: TextTokenizer, **changes) -> MultiScaleTowers:
     torch.manual_seed(0)
-    return EmojiTowers(tiny_config(text, **changes), text).eval()
+    return MultiScaleTowers(tiny_config(text, **changes), text).eval()
 
 
 def pictures(count: int, size: int = 32) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_the_shipped_sizes() -> None:
     config = load_config(RetrievalTrainConfig, ROOT / "mmwudao" / "configs" / "emoji-towers.yaml").model
     text = TextTokenizer(ROOT / "mmwudao" / "models" / "emoji" / "text.model")
     config = replace(config, num_text_pieces=text.vocab_size, text_hash=text.content_hash)
-    parameters = sum(parameter.numel() for parameter in EmojiTowers(config, text).parameters())
+    parameters = sum(parameter.numel() for parameter in MultiScaleTowers(config, text).parameters())
     assert 2 * parameters + len(text.serialised) < 12e6, "12 MB in bfloat16"
 
 

@@ -29,7 +29,7 @@ TEXT_MODEL = "text.model"
 
 
 @dataclass
-class TowersConfig:
+class MultiScaleConfig:
     """The parts and their sizes. `num_text_pieces` and `text_hash` are filled in from the text tokenizer."""
 
     embed_dim: int = 256
@@ -59,7 +59,7 @@ class TowersConfig:
 class PatchHead(nn.Module):
     """Feature map -> one vector: means over the cells of several grids, a self-attention block, their mean."""
 
-    def __init__(self, channels: int, map_size: tuple[int, int], config: TowersConfig) -> None:
+    def __init__(self, channels: int, map_size: tuple[int, int], config: MultiScaleConfig) -> None:
         super().__init__()
         self.head = SetHead(channels, config)
         cells = torch.eye(map_size[0] * map_size[1]).unflatten(0, map_size).movedim(-1, 0)[:, None]
@@ -80,7 +80,7 @@ class RegionHead(nn.Module):
     RoIAlign samples where BriVL 1.0's grid pooling meant to; the imported BriVL keeps the original's grid.
     """
 
-    def __init__(self, channels: int, map_size: tuple[int, int], config: TowersConfig) -> None:
+    def __init__(self, channels: int, map_size: tuple[int, int], config: MultiScaleConfig) -> None:
         super().__init__()
         self.head = SetHead(channels, config)
         self.image_size, self.grids = config.image_size, config.grids
@@ -109,7 +109,7 @@ class RegionHead(nn.Module):
 class SetHead(nn.Module):
     """A set of vectors -> one: self-attention without positions, the mean, a projection."""
 
-    def __init__(self, channels: int, config: TowersConfig) -> None:
+    def __init__(self, channels: int, config: MultiScaleConfig) -> None:
         super().__init__()
         width = config.head_width
         self.inward = nn.Linear(channels, width)
@@ -137,13 +137,13 @@ def grid_boxes(image_size: int, grids: list[int]) -> Tensor:
     return torch.tensor(boxes)
 
 
-class EmojiTowers(Towers):
+class MultiScaleTowers(Towers):
     """The towers of the shipped model; `config` and `text` decide everything but the weights."""
 
     kind: ClassVar[str] = "ours"
     trunk: Any  # of timm, which has no types
 
-    def __init__(self, config: TowersConfig, text: TextTokenizer) -> None:
+    def __init__(self, config: MultiScaleConfig, text: TextTokenizer) -> None:
         """Raises `ConfigError` for a trunk or a text encoder that the libraries cannot build."""
         super().__init__()
         if (config.num_text_pieces, config.text_hash) != (text.vocab_size, text.content_hash):
@@ -182,7 +182,7 @@ class EmojiTowers(Towers):
     @classmethod
     def from_config(cls, record: dict[str, Any], folder: Path) -> Self:
         try:
-            return cls(from_dict(TowersConfig, record), TextTokenizer(folder / TEXT_MODEL))
+            return cls(from_dict(MultiScaleConfig, record), TextTokenizer(folder / TEXT_MODEL))
         except ConfigError as error:
             raise ModelError(f"{folder}: {error}") from error
 
