@@ -36,7 +36,7 @@ def connected(address: str) -> Iterator[None]:
             address=address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING
         )
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"no Ray cluster at {address!r} ({error}): start one with `ray start`, or give local") from error
+        raise ValueError(f"no Ray cluster at {address!r} ({error}): run `ray start`, or give local") from error
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from data.text import TextTokenizer
 from retrieval.towers.base import Towers, load_towers
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.vectors.embed import embed_shards
+from retrieval.vectors.settings import EmbedSettings
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
             "bare": lambda: [towers.encode_image(batch, size) for batch in batches],
             "side by side": lambda: list(in_order(lambda batch: towers.encode_image(batch, size), batches, workers)),
             "embed": lambda: embed_shards(
-                towers, shards, Path(scratch) / "out", texts=False, batch_size=size, workers=workers
+                towers, shards, Path(scratch) / "out", EmbedSettings(texts=False, batch_size=size, workers=workers)
             ),
         }
         towers.encode_image(batches[0])  # warm

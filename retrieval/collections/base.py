@@ -130,4 +130,5 @@ def check_identity(collection: Collection, location: str, dim: int, model: str) 
     if dim and dim != collection.dim:
         raise CollectionError(f"{location} holds vectors of dimension {collection.dim}, not {dim}")
     if model and collection.model and model != collection.model:
-        raise CollectionError(f"{location} holds vectors of other towers ({collection.model[:12]}, not {model[:12]})")
+        hashes = f"{collection.model[:12]}, not {model[:12]}"
+        raise CollectionError(f"{location} holds vectors of other towers ({hashes}): use the model that made them")

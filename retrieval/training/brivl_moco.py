@@ -1,7 +1,8 @@
 """BriVL 1.0's training step as published (Huo et al. 2021, section 3.3), quirks included, on one device.
 
-For comparisons and for going on from published weights; `retrieval.training.objectives.Moco` is the one for new towers, and
-docs/retrieval-imports.md lists how they differ. N pairs, D width of the common space, K slots of a queue.
+Use it for comparisons and to continue training published weights. New towers are trained by
+`retrieval.training.objectives.Moco`; docs/retrieval-imports.md lists the differences. N pairs, D width of the common
+space, K slots of a queue.
 """
 
 from __future__ import annotations

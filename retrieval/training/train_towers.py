@@ -59,7 +59,7 @@ class RetrievalTrainConfig:
 
 
 class TowerBatch(NamedTuple):
-    """uint8 pictures [N, 3, S, S], the tokens of their texts (see `retrieval.training.objectives`), concepts [N], a seed."""
+    """uint8 pictures [N, 3, S, S], tokens of M texts (see `objectives.py`), concepts [N], the seed of the augmentation."""
 
     pixels: Tensor
     tokens: Tokens

@@ -33,7 +33,7 @@ from tests.helpers.tiny_towers import COLOURS, GERMAN, ColourTowers, colour_samp
 FAMILIES = ("noto", "twemoji", "other")
 
 
-def write_shards(folder, splits=("train", "test-family", "test-concept")):
+def write_splits(folder, splits=("train", "test-family", "test-concept")):
     for split in splits:
         with ShardWriter(folder, split) as writer:
             for shade, family in enumerate(FAMILIES):
@@ -44,7 +44,7 @@ def write_shards(folder, splits=("train", "test-family", "test-concept")):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("shards"))
+    return write_splits(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_templates_are_averaged():
 
 def test_splits(shards, tmp_path):
     assert held_out_splits(shards) == ["test-concept", "test-family"]
-    assert held_out_splits(write_shards(tmp_path, ["train"])) == ["train"]
+    assert held_out_splits(write_splits(tmp_path, ["train"])) == ["train"]
     with pytest.raises(DataError, match="no val shard"):
         evaluate(ColourTowers(), shards, ["val"])
     with pytest.raises(DataError, match="no readable picture"):
@@ -169,7 +169,7 @@ def test_models_without_towers_are_named(tiny_model_dir, shards, tmp_path, capsy
 def test_towers_of_a_model_directory(tiny_model_dir, tmp_path):
     from mmwudao.loading.towers import load_model_towers
     from retrieval.towers.base import save_towers
-    from tests.retrieval.test_export import tiny_towers
+    from tests.helpers.tiny_towers import tiny_towers
     from vqvae.storage.parts import ModelError, stored_hash
 
     towers = tiny_towers()
