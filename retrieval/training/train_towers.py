@@ -1,7 +1,7 @@
 """Train retrieval towers: `mmwudao train retrieval CONFIG`.
 
-Reads shards, trains the two towers with the shared loop, and logs recall on held-out splits. Under torchrun, every
-process takes its part of each batch, and pictures are compared with the texts of all processes.
+Reads shards, trains the two towers with the shared loop, and logs recall on held-out splits. Under torchrun, each
+process takes its share of every batch, and pictures are compared with the texts of all processes.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class RetrievalTrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     text_model: str = "text.model"  # SentencePiece
-    open_clip: str = ""  # an architecture that open_clip knows by this name takes the place of `model`
-    start_from: str = ""  # folder of trained towers of any kind: they go on as they are, with their own text model
-    # parts that stay as they are, by name or pattern: [trunk, image_head] locks the image tower
+    open_clip: str = ""  # the name of an open_clip architecture, which replaces `model`
+    start_from: str = ""  # a folder of trained towers of any kind to continue from, with their own text model
+    # names or patterns of parts that are not trained: [trunk, image_head] freezes the image tower
     freeze: list[str] = field(default_factory=list)
-    checkpoint_gradients: bool = False  # less memory, a third more time
+    checkpoint_gradients: bool = False  # less memory for a third more time
 
 
 class TowerBatch(NamedTuple):
-    """uint8 pictures [N, 3, S, S], tokens of M texts (see `objectives.py`), concepts [N], the seed of the augmentation."""
+    """uint8 pictures [N, 3, S, S], the tokens of M texts (see `objectives.py`), concepts [N], a seed."""
 
     pixels: Tensor
     tokens: Tokens
@@ -114,10 +114,10 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
 
 
 def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
-    """Recall at 1 and 10 and the median rank of text to image in each language, their means, and image to text.
+    """Recall at 1 and 10 and the median rank of both directions, as means over languages; text recall of each language.
 
-    A query is the name of a concept in one language; any picture of the concept is right. The other way, the
-    candidates of a picture are the names in one language, and the figures are means over languages.
+    For text to image, a query is the name of a concept in one language, and any picture of the concept is right. For
+    image to text, the candidates are the names of all concepts in one language.
     """
     images = torch.cat(
         [towers.encode_image(towers.normalise(part.float() / 255)) for part in pictures.pixels.split(batch_size)]
@@ -127,23 +127,24 @@ def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 6
     for language, (names, labels) in queries_by_language(pictures.samples).items():
         with quiet():
             texts = towers.encode_text(names)
-        found = recall_figures(ranks(texts, images, labels, pictures.labels))
-        back = recall_figures(ranks(images, texts, pictures.labels, labels))
-        figures[f"text_recall@10/{language}"] = found["recall@10"]
-        for way, measured in (("text", found), ("image", back)):
+        text_to_image = recall_figures(ranks(texts, images, labels, pictures.labels))
+        image_to_text = recall_figures(ranks(images, texts, pictures.labels, labels))
+        figures[f"text_recall@10/{language}"] = text_to_image["recall@10"]
+        for way, measured in (("text", text_to_image), ("image", image_to_text)):
             for name in ("recall@1", "recall@10", "median_rank"):
                 sums.setdefault(f"{way}_{name}", []).append(measured[name])
     return figures | {name: sum(values) / len(values) for name, values in sums.items()}
 
 
 class TowerBatches:
-    """What both kinds of batches share: captions and tokens of drawn samples."""
+    """Batches of pictures and their captions: the part that does not depend on where the pictures come from."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
         self.config, self.towers = config, towers
         self.size = config.loop.batch_size // (config.loop.accumulate * world_size())
 
     def batch(self, samples: list[Sample], pixels: Tensor, seed: str) -> tuple[TowerBatch, list[str]]:
+        """The batch of `samples` and `pixels` with captions drawn by `seed`, and the ids of the samples."""
         rng = random.Random(seed)
         captions = [draw_captions(sample, self.config.captions, rng) for sample in samples]
         texts = [captions[k][view] for view in range(self.config.captions.per_picture) for k in range(len(samples))]
@@ -154,14 +155,14 @@ class TowerBatches:
 
 
 class InMemoryTowerBatches(TowerBatches):
-    """Random batches of pictures held as uint8; (seed, step) decides the draw."""
+    """Random batches of pictures in memory; the seed and the step determine the draw."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
         super().__init__(config, towers)
         self.pictures = Pictures(config.data, config.data.train, towers.image_size)
         self.weights = self.pictures.weights(config.data.balance)
         if config.loop.batch_size > len(self.weights):
-            raise ConfigError(f"loop.batch_size={config.loop.batch_size}, but there are {len(self.weights)} pictures")
+            raise ConfigError(f"loop.batch_size={config.loop.batch_size} exceeds the {len(self.weights)} pictures")
 
     def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
         loop = self.config.loop
@@ -174,9 +175,9 @@ class InMemoryTowerBatches(TowerBatches):
 
 
 class StreamedTowerBatches(TowerBatches):
-    """Batches from shards read with replacement, for data of any size.
+    """Batches from shards drawn with replacement, for data of any size.
 
-    After a resume the stream starts anew at the seed of that step: another order, never the same start again.
+    After a resume, the stream starts with the seed of that step: in another order, so that no start is repeated.
     """
 
     stream: Iterator[tuple[Sample, Tensor]] | None = None
@@ -194,7 +195,7 @@ class StreamedTowerBatches(TowerBatches):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings in `logging`: that the longest captions are cut is known, and said of each would be every step."""
+    """Suppress warnings in `logging`: every step would report the captions that are cut, which is expected."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -204,10 +205,11 @@ def quiet() -> Iterator[None]:
 
 
 def _start(config: RetrievalTrainConfig) -> Towers:
+    """The towers to train: trained ones, an open_clip architecture, or our own with random weights."""
     if config.start_from:
         return load_towers(config.start_from)
     if config.open_clip:
-        from retrieval.towers.open_clip import OpenClipTowers  # imports all of open_clip
+        from retrieval.towers.open_clip import OpenClipTowers  # this imports all of open_clip
 
         return OpenClipTowers.from_scratch(config.open_clip, Path(config.text_model))
     text = TextTokenizer(Path(config.text_model))

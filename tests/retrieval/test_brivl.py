@@ -299,7 +299,7 @@ def test_a_step_with_its_own_keys_and_random_orders(towers):
     close(moco.image_queue[:, :4].T, images)
     moco(data)
     assert int(moco.pointer) == 0
-    with pytest.raises(ValueError, match="no multiple of the batch of 4"):
+    with pytest.raises(ValueError, match="not a multiple of the batch of 4"):
         BrivlMoco(towers, BrivlMocoConfig(queue=6))(data)
 
 

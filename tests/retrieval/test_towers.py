@@ -134,7 +134,7 @@ def test_regions(text: TextTokenizer) -> None:
     assert not torch.allclose(towers.encode_pixels(pixels)[0], found[0], atol=1e-3)
     with pytest.raises(ValueError, match="2 lists of boxes for 3 pictures"):
         towers.encode_pixels(pixels, boxes[:2])
-    with pytest.raises(ValueError, match="look at patches"):
+    with pytest.raises(ValueError, match="take no boxes"):
         tiny(text).encode_pixels(pixels, boxes)
 
 
@@ -158,7 +158,7 @@ def test_the_shipped_sizes() -> None:
     ("changes", "problem"),
     [
         ({"trunk": "resnet9000"}, "Unknown model"),
-        ({"trunk": "vit_tiny_patch16_224", "trunk_options": {"img_size": 32}}, "gives no feature map"),
+        ({"trunk": "vit_tiny_patch16_224", "trunk_options": {"img_size": 32}}, "must return a feature map"),
         ({"trunk_options": {"nonsense": 1}}, "nonsense"),
         ({"text_encoder": {"model_type": "nonsense"}}, "nonsense"),
         ({"text_encoder": {"model_type": "bert", "hidden_size": 10, "num_attention_heads": 4}}, "hidden size"),
@@ -192,7 +192,7 @@ def test_a_damaged_folder_is_one_line(text: TextTokenizer, tmp_path: Path) -> No
     refused("not in 'int8'", dtype="int8")
     for changes, problem in (
         ({"format": "other/1"}, "must be 'mmwudao-towers/1'"),
-        ({"kind": "nonsense"}, "'nonsense'; known here: ours, brivl, chinese-clip, open-clip"),
+        ({"kind": "nonsense"}, "'nonsense'; known kinds: ours, brivl, chinese-clip, open-clip"),
         ({"embed_dim": 9}, "does not hold towers"),
         ({"embed_dim": "nine"}, "embed_dim"),
         ({"nonsense": 1}, "unknown key nonsense"),

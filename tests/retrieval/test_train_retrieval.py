@@ -174,7 +174,7 @@ def test_a_locked_tower_stays(workspace: Path, tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"loop": {"batch_size": 9, "accumulate": 2}}, "batch_size=9 is not a multiple"),
-        ({"loop": {"batch_size": 72}}, "batch_size=72, but there are 64 pictures"),
+        ({"loop": {"batch_size": 72}}, "batch_size=72 exceeds the 64 pictures"),
         ({"freeze": ["backbone"]}, "no part 'backbone'"),
         ({"data": {"test": ["test-nothing"]}}, "no test-nothing shard"),
         ({"data": {"exclude_families": ["noto"]}}, "no readable train pictures of the chosen families"),
