@@ -83,7 +83,7 @@ class MaskedPool(nn.Module):
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, heads, batch_first=True)  # its feed-forward width is 2048 at any width
+        layer = nn.TransformerEncoderLayer(width, heads, batch_first=True)  # feed-forward width 2048 at any width
         # nested tensors would drop slots that no row uses
         self.attention = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
@@ -231,7 +231,7 @@ def pool_boxes(features: Tensor, boxes: Tensor, image_size: int, grid_size: int)
 
 def trainable_names(towers: BrivlTowers) -> set[str]:
     """The parameters that the original trains: backbone blocks 3 to 6, BERT layers 8 to 11, the added parts."""
-    first = 20 if towers.config.bert.num_hidden_layers == 24 else 8  # 24 is RoBERTa-large, the other published text backbone
+    first = 20 if towers.config.bert.num_hidden_layers == 24 else 8  # 24: RoBERTa-large, also published
     parts = [f"image.backbone.blocks.{block}." for block in range(3, 7)]
     parts += [f"text.backbone.encoder.layer.{layer}." for layer in range(first, first + 4)]
     parts += [f"{tower}.{part}." for tower in ("image", "text") for part in ("project", "pool", "head")]

@@ -52,7 +52,7 @@ class ObjectiveConfig:
 
 
 def build_objective(towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> Objective:
-    """The objective that `config` names; `frozen` are names or patterns of parts that are not trained (see `freeze`)."""
+    """The objective that `config` names; `frozen` are names or patterns of parts to freeze (see `freeze`)."""
     return {"moco": Moco, "clip": Clip, "siglip": SigLip}[config.name](towers, config, frozen)
 
 

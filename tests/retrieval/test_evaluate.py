@@ -19,15 +19,21 @@ from mmwudao.evaluation import (
     GeneratorEvalConfig,
     candidate_texts,
     evaluate_generator,
-    format_table,
+    format_generator_table,
     nearest_pictures,
     neighbour_sheet,
     r_precision,
 )
 from mmwudao.loading.model_dir import ModelConfig
 from mmwudao.pipeline import Pipeline
-from retrieval.evaluation.evaluate import classify, evaluate, evaluate_split, held_out_splits
-from retrieval.evaluation.evaluate import format_table as format_retrieval
+from retrieval.evaluation.evaluate import (
+    RetrievalEvalConfig,
+    classify,
+    evaluate,
+    evaluate_split,
+    format_retrieval_table,
+    held_out_splits,
+)
 from tests.helpers.tiny_towers import COLOURS, GERMAN, ColourTowers, colour_sample
 
 FAMILIES = ("noto", "twemoji", "other")
@@ -53,7 +59,7 @@ def examples(shards):
 
 
 def test_perfect_towers_find_everything(shards):
-    record = evaluate(ColourTowers(), shards, ["test-family", "test-concept"])
+    record = evaluate(ColourTowers(), shards, RetrievalEvalConfig(("test-family", "test-concept")))
     measured = record["splits"]["test-family"]
     assert measured["pictures"] == 24
     assert measured["concepts"] == 8
@@ -109,7 +115,7 @@ def test_languages_may_be_missing_and_concepts_too(examples):
     assert list(measured["languages"]) == ["en", "de", "ko", "und"]
     assert measured["concepts"] == 8
     assert "family" not in measured["mean"]["zero_shot"], "one family is nothing to choose from"
-    format_retrieval({"splits": {"test": measured}})
+    format_retrieval_table({"splits": {"test": measured}})
     assert {name: figures["text_to_image"]["queries"] for name, figures in measured["languages"].items()} == {
         "en": 7, "de": 7, "ko": 1, "und": 1
     }  # fmt: skip
@@ -139,9 +145,9 @@ def test_splits(shards, tmp_path):
     assert held_out_splits(shards) == ["test-concept", "test-family"]
     assert held_out_splits(write_splits(tmp_path, ["train"])) == ["train"]
     with pytest.raises(DataError, match="no val shard"):
-        evaluate(ColourTowers(), shards, ["val"])
+        evaluate(ColourTowers(), shards, RetrievalEvalConfig(("val",)))
     with pytest.raises(DataError, match="no readable picture"):
-        evaluate(ColourTowers(), shards, ["test-family"], limit=0)
+        evaluate(ColourTowers(), shards, RetrievalEvalConfig(("test-family",), limit=0))
 
 
 def test_retrieval_command(shards, tmp_path, monkeypatch, capsys):
@@ -218,7 +224,7 @@ def test_r_precision_tells_a_painter_from_a_blind_one(shards):
     assert record["pictures"][0]["nearest"].endswith(record["pictures"][0]["sample"].split("-")[1])
     assert sheet.height == 8 * 64
     json.dumps(record)
-    format_table(record)
+    format_generator_table(record)
     blind, _ = evaluate_generator(Painter(always="red"), ColourTowers(), shards, config)
     assert blind["mean"] == {"drawn": 1 / 8, "real": 1, "random": 1 / 8}
 

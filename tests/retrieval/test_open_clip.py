@@ -139,7 +139,7 @@ def test_a_file_of_weights_by_the_name_of_its_model(tmp_path, monkeypatch, capsy
     assert run([*arguments, "--model", "absent"]) == 2
     assert run([*arguments, "--model", "tiny", "--tag", "absent"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert ["say which model" in errors[0], "knows no model" in errors[1], "no weights 'absent'" in errors[2]] == [
+    assert ["name its model" in errors[0], "knows no model" in errors[1], "no weights 'absent'" in errors[2]] == [
         True
     ] * 3
     assert len(errors) == 3
@@ -163,7 +163,7 @@ def test_published_tags_say_how_pictures_are_prepared(tmp_path):
         ("no weights", "has no weights"),
         ("truncated", "missing, truncated or damaged"),
         ("missing", "missing: text_projection"),
-        ("odd config", "no towers can be built of this configuration"),
+        ("odd config", "no towers can be built from this configuration"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, kind, message):
