@@ -1,4 +1,4 @@
-"""How well drawn pictures show their prompts, and whether they are copies: judged by the towers."""
+"""Evaluates a generator by towers: how well its pictures show their prompts, and whether they copy training data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GeneratorEvalConfig:
     prompts: int = 16
     candidates: int = 100
     neighbours: int = 4
-    train_limit: int | None = None  # training pictures that are looked among; all
+    train_limit: int | None = None  # compare with only this many training pictures
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class GeneratorEvalConfig:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training picture, still encoded, and its cosine with a drawn one."""
+    """An encoded training picture, and its cosine similarity to a drawn one."""
 
     similarity: float
     id: str
@@ -57,55 +57,36 @@ class Neighbour:
 def evaluate_generator(
     pipe: Pipeline, towers: Towers, shards: Path | str, config: GeneratorEvalConfig, *, progress: bool = False
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Figures ready for JSON, and the sheet of nearest training pictures (see `neighbour_sheet`).
+    """Measure a generator: figures ready for JSON, and the sheet of nearest training pictures (`neighbour_sheet`).
 
     R-precision as in AttnGAN (Xu et al. 2018, section 4.1): how often the towers rank a picture's own caption first
-    among `candidates`, the others of other concepts, in each language. `drawn`: one picture of each prompt, in the
-    held-out picture's family. `real`: the held-out pictures themselves. `random`: the drawn pictures of other prompts.
-    `nearest`: the cosine of drawn pictures with their nearest training picture, beside that of the held-out ones,
-    which cannot be copies.
+    among `candidates`, the others being of other concepts, for each language. `drawn`: one picture of each prompt, in
+    the family of the held-out picture. `real`: the held-out pictures themselves. `random`: pictures drawn for other
+    prompts. `nearest`: the cosine similarity of drawn pictures to their nearest training picture, and for comparison
+    that of the held-out pictures, which cannot be copies.
 
-    Raises `DataError` when the split has too few concepts, or no training picture can be read.
+    Raises `DataError` if the split has too few concepts, or no training picture can be read.
     """
-    from tqdm import tqdm
-
     chosen, samples = _choose(shards, config, pipe.config.styles)
     languages = [name for name in LANGUAGES if all(name in sample.captions for sample, _ in chosen)]
     if not languages:
         raise DataError(f"no language has a caption for each of the {len(chosen)} prompts of {config.split}")
     pictured = [sample for sample, _ in chosen]
     texts = {language: candidate_texts(pictured, samples, language, config) for language in languages}
-    prompts = [
-        with_style(sample.captions[name].name, sample.family, name) if sample.family in pipe.config.styles
-        else sample.captions[name].name
-        for name in languages
-        for sample, _ in chosen
-    ]  # fmt: skip
-    with tqdm(desc="drawing", disable=not progress) as bar:
-
-        def on_progress(step: Any) -> None:
-            bar.total = step.total
-            bar.update(step.done - bar.n)
-
-        drawn = pipe.generate(prompts, seed=config.seed, on_progress=on_progress)
+    prompts = [_prompt(sample, language, pipe.config.styles) for language in languages for sample in pictured]
+    drawn = _draw(pipe, prompts, config.seed, progress)
     drawn_features = towers.encode_image(drawn)
     real_features = towers.encode_image([image for _, image in chosen])
-    n = len(chosen)
-    figures: dict[str, Any] = {}
-    for k, language in enumerate(languages):
-        own = drawn_features[k * n : (k + 1) * n]
-        figures[language] = {
+    figures = {
+        language: {
             "drawn": r_precision(towers, own, texts[language]),
             "real": r_precision(towers, real_features, texts[language]),
             "random": r_precision(towers, own.roll(1, dims=0), texts[language]),
         }
-    train = islice(open_shards(shards, "train"), config.train_limit)
-    nearest = nearest_pictures(
-        towers,
-        torch.cat([drawn_features, real_features]),
-        tqdm(train, desc="training pictures", disable=not progress),
-        config.neighbours,
-    )
+        for language, own in zip(languages, drawn_features.split(len(chosen)), strict=True)
+    }
+    queries = torch.cat([drawn_features, real_features])
+    nearest = _nearest_in_training(towers, queries, shards, config, progress)
     similarity = [entries[0].similarity for entries in nearest]
     record = {
         **asdict(config),
@@ -115,23 +96,52 @@ def evaluate_generator(
         "mean": {name: sum(f[name] for f in figures.values()) / len(figures) for name in ("drawn", "real", "random")},
         "nearest": {"drawn": _spread(similarity[: len(drawn)]), "real": _spread(similarity[len(drawn) :])},
         "pictures": [
-            {"prompt": prompt, "sample": chosen[k % n][0].id, "nearest": near[0].id, "similarity": near[0].similarity}
-            for k, (prompt, near) in enumerate(zip(prompts, nearest[: len(drawn)], strict=True))
+            {"prompt": prompt, "sample": sample.id, "nearest": near[0].id, "similarity": near[0].similarity}
+            for prompt, sample, near in zip(prompts, pictured * len(languages), nearest[: len(drawn)], strict=True)
         ],
     }
     return record, neighbour_sheet(drawn, nearest[: len(drawn)], columns=len(languages))
 
 
+def _prompt(sample: Sample, language: str, styles: Sequence[str]) -> str:
+    """The sample's name in `language`, with its family if the model can draw it."""
+    name = sample.captions[language].name
+    return with_style(name, sample.family, language) if sample.family in styles else name
+
+
+def _draw(pipe: Pipeline, prompts: list[str], seed: int, progress: bool) -> list[Image.Image]:
+    from tqdm import tqdm
+
+    with tqdm(desc="drawing", disable=not progress) as bar:
+
+        def on_progress(step: Any) -> None:
+            bar.total = step.total
+            bar.update(step.done - bar.n)
+
+        return pipe.generate(prompts, seed=seed, on_progress=on_progress)
+
+
+def _nearest_in_training(
+    towers: Towers, queries: Tensor, shards: Path | str, config: GeneratorEvalConfig, progress: bool
+) -> list[list[Neighbour]]:
+    from tqdm import tqdm
+
+    train = islice(open_shards(shards, "train"), config.train_limit)
+    return nearest_pictures(
+        towers, queries, tqdm(train, desc="training pictures", disable=not progress), config.neighbours
+    )
+
+
 def _choose(
     shards: Path | str, config: GeneratorEvalConfig, styles: Sequence[str]
 ) -> tuple[list[Example], list[Sample]]:
-    """The held-out pictures whose captions are drawn, one a base concept, and all samples of the split."""
+    """The held-out pictures whose captions become prompts, one a base concept, and all samples of the split."""
     chosen: dict[str, Example] = {}
     samples = []
     for example in open_shards(shards, config.split):
         sample = example.sample
         samples.append(sample)
-        # a family that the model cannot draw would be an unfair picture to be compared with
+        # a picture of a family that the model cannot draw would be an unfair comparison
         if len(chosen) < config.prompts and (not styles or sample.family in styles):
             chosen.setdefault(sample.base_concept or concept_of(sample), example)
     if len(chosen) < 2:
@@ -142,9 +152,9 @@ def _choose(
 def candidate_texts(
     chosen: Sequence[Sample], samples: Sequence[Sample], language: str, config: GeneratorEvalConfig
 ) -> list[list[str]]:
-    """For each sample its caption, then `candidates - 1` different captions of other concepts, drawn at random.
+    """For each sample its caption, followed by `candidates - 1` distinct random captions of other concepts.
 
-    Raises `DataError` when the split has too few.
+    Raises `DataError` if the split has too few.
     """
     named = {(concept_of(sample), sample.captions[language].name) for sample in samples if language in sample.captions}
     rows = []
@@ -153,15 +163,15 @@ def candidate_texts(
         others = sorted({name for _, name in named} - own)
         if len(others) < config.candidates - 1:
             most = len(others) + 1
-            raise DataError(f"{language} has {most - 1} wrong captions: ask for {most} candidates or fewer")
+            raise DataError(f"{language} has only {most - 1} wrong captions: ask for {most} candidates or fewer")
         draw = random.Random(f"{config.seed} {k}").sample(others, config.candidates - 1)
         rows.append([sample.captions[language].name, *draw])
     return rows
 
 
 def r_precision(towers: Towers, images: Tensor, texts: Sequence[Sequence[str]]) -> float:
-    """How often the first of a picture's texts is the nearest; a tie is a miss."""
-    distinct = {text: place for place, text in enumerate(dict.fromkeys(text for row in texts for text in row))}
+    """The share of `images` [N, D] whose first text is the nearest of their texts; a tie counts as a miss."""
+    distinct = {text: k for k, text in enumerate(dict.fromkeys(text for row in texts for text in row))}
     features = towers.encode_text(list(distinct))
     hits = 0
     for image, row in zip(images, texts, strict=True):
@@ -173,26 +183,26 @@ def r_precision(towers: Towers, images: Tensor, texts: Sequence[Sequence[str]]) 
 def nearest_pictures(
     towers: Towers, queries: Tensor, examples: Iterable[Example], count: int
 ) -> list[list[Neighbour]]:
-    """The `count` nearest of `examples` to each of `queries` [Q, D], nearest first. One pass, little memory.
+    """The `count` nearest of `examples` to each of `queries` [Q, D], nearest first, in one pass with little memory.
 
-    Raises `DataError` when there is no example.
+    Raises `DataError` if there is no example.
     """
     best: list[list[Neighbour]] = [[] for _ in queries]
     examples = iter(examples)
     while batch := list(islice(examples, BATCH)):
         scores = queries @ towers.encode_image([image for _, image in batch]).T
-        values, places = scores.topk(min(count, len(batch)), dim=1)
-        for kept, row, column in zip(best, values.tolist(), places.tolist(), strict=True):
-            samples = [batch[place].sample for place in column]
-            found = [Neighbour(v, one.id, one.require_image()) for v, one in zip(row, samples, strict=True)]
-            kept[:] = heapq.nlargest(count, [*kept, *found], key=lambda neighbour: neighbour.similarity)
+        values, indices = scores.topk(min(count, len(batch)), dim=1)
+        for kept, row, columns in zip(best, values.tolist(), indices.tolist(), strict=True):
+            samples = [batch[k].sample for k in columns]
+            new = [Neighbour(v, one.id, one.require_image()) for v, one in zip(row, samples, strict=True)]
+            kept[:] = heapq.nlargest(count, [*kept, *new], key=lambda neighbour: neighbour.similarity)
     if queries.shape[0] and not best[0]:
         raise DataError("no training picture can be read")
     return best
 
 
 def neighbour_sheet(drawn: Sequence[Image.Image], nearest: Sequence[Sequence[Neighbour]], columns: int) -> Image.Image:
-    """Each drawn picture with its nearest training pictures to the right; a block of rows a language."""
+    """Each drawn picture with its nearest training pictures to its right; each language has a block of rows."""
     rows = -(-len(drawn) // columns)
     width = (1 + max(len(entries) for entries in nearest)) * THUMBNAIL
     gap = THUMBNAIL // 8
@@ -200,8 +210,8 @@ def neighbour_sheet(drawn: Sequence[Image.Image], nearest: Sequence[Sequence[Nei
     for k, (picture, entries) in enumerate(zip(drawn, nearest, strict=True)):
         left, top = k // rows * (width + 2 * gap), k % rows * THUMBNAIL
         sheet.paste(to_square(picture, THUMBNAIL), (left, top))
-        for place, entry in enumerate(entries, start=1):
-            sheet.paste(to_square(open_image(entry.image), THUMBNAIL), (left + gap + place * THUMBNAIL, top))
+        for column, entry in enumerate(entries, start=1):
+            sheet.paste(to_square(open_image(entry.image), THUMBNAIL), (left + gap + column * THUMBNAIL, top))
     return sheet
 
 
@@ -214,15 +224,15 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def format_table(record: dict[str, Any]) -> Table:
-    """What `evaluate_generator` measured, a row a language."""
+def format_generator_table(record: dict[str, Any]) -> Table:
+    """The figures of `evaluate_generator` as a table with a row for each language."""
     from rich.table import Table
 
     near = record["nearest"]
     table = Table(
         title=f"R-precision in % among {record['candidates']} captions",
-        min_width=100,  # room for the line below
-        caption="cosine with the nearest training picture, median and largest: "
+        min_width=100,  # room for the caption
+        caption="cosine similarity to the nearest training picture, median and largest: "
         + ", ".join(f"{name} {near[name]['median']:.3f} {near[name]['largest']:.3f}" for name in ("drawn", "real")),
     )
     for name in ("language", "drawn", "real", "random"):

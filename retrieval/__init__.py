@@ -1,1 +1,1 @@
-"""The two towers of image-text retrieval (to come)."""
+"""Image-text retrieval: two towers, their training and evaluation, embedding of shards, collections of vectors."""

@@ -45,7 +45,7 @@ from data.reading import expand_shards, read_shard
 from data.text import TextTokenizer
 from mmwudao.service.settings import ServiceConfig
 from retrieval.towers.base import Towers, load_towers, save_towers
-from retrieval.towers.ours import EmojiTowers, TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 
 
 @dataclass
@@ -162,7 +162,7 @@ def no_skips(reason: str, name: str, error: Exception) -> None:
 def random_towers(shards: Path) -> Towers:
     text = TextTokenizer(shards / "text.model")
     torch.manual_seed(0)
-    return EmojiTowers(TowersConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
+    return MultiScaleTowers(MultiScaleConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
 
 
 def bare_pass(towers: Towers, kind: str, inputs: list[str], seconds: float) -> tuple[float, float, float]:

@@ -26,8 +26,9 @@ from data.images import open_image
 from data.reading import expand_shards, read_shard
 from data.text import TextTokenizer
 from retrieval.towers.base import Towers, load_towers
-from retrieval.towers.ours import EmojiTowers, TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.vectors.embed import embed_shards
+from retrieval.vectors.settings import EmbedSettings
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
             "bare": lambda: [towers.encode_image(batch, size) for batch in batches],
             "side by side": lambda: list(in_order(lambda batch: towers.encode_image(batch, size), batches, workers)),
             "embed": lambda: embed_shards(
-                towers, shards, Path(scratch) / "out", texts=False, batch_size=size, workers=workers
+                towers, shards, Path(scratch) / "out", EmbedSettings(texts=False, batch_size=size, workers=workers)
             ),
         }
         towers.encode_image(batches[0])  # warm
@@ -107,7 +108,7 @@ def fail(reason: str, name: str, error: Exception) -> None:
 def random_towers(shards: Path) -> Towers:
     text = TextTokenizer(shards / "text.model")
     torch.manual_seed(0)
-    return EmojiTowers(TowersConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
+    return MultiScaleTowers(MultiScaleConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`eval retrieval` and `eval generator`: how good a model is. Heavy imports happen inside the commands."""
+"""`eval retrieval` and `eval generator`: measure a model. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -18,55 +18,61 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure a model.", no_args_is_help=True)
 
 Shards = Annotated[Path, typer.Argument(help="A folder of shards.")]
-WIDTH = 120  # columns of a table that goes into a file or a pipe
+WIDTH = 120  # columns of a table that is printed to a file or a pipe
 
 
 @app.command("retrieval")
 def eval_retrieval(
     model: Annotated[str, typer.Argument(help="A shipped name, a model directory, or a folder of towers.")],
     shards: Shards,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for retrieval.json and retrieval.png.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write retrieval.json and .png to this folder.")] = Path(
         "mmwudao-out/eval-retrieval"
     ),
-    split: Annotated[str | None, typer.Option(help="As in test-family,test-concept; default: all test splits.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first pictures of each split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Measure these splits (a,b); by default all but train.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first pictures of each split.")] = None,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Recall both ways, median rank and zero-shot classification, in each language and split."""
+    """Measure recall in both directions, median rank and zero-shot accuracy for each language and split."""
     from mmwudao.loading.towers import load_model_towers
-    from retrieval.evaluation.evaluate import evaluate, format_table, held_out_splits, plot
+    from retrieval.evaluation.evaluate import (
+        RetrievalEvalConfig,
+        evaluate,
+        format_retrieval_table,
+        held_out_splits,
+        plot_recall,
+    )
 
-    splits = split.split(",") if split else held_out_splits(shards)
+    config = RetrievalEvalConfig(tuple(split.split(",") if split else held_out_splits(shards)), limit)
     out.mkdir(parents=True, exist_ok=True)
     record = {"model": model, "shards": str(shards)} | evaluate(
-        load_model_towers(model, device, dtype), shards, splits, limit=limit, progress=sys.stderr.isatty()
+        load_model_towers(model, device, dtype), shards, config, progress=sys.stderr.isatty()
     )
-    plot(record, out / "retrieval.png")
-    _print(record, format_table(record), out / "retrieval.json", as_json)
+    plot_recall(record, out / "retrieval.png")
+    _print(record, format_retrieval_table(record), out / "retrieval.json", as_json)
 
 
 @app.command("generator")
 def eval_generator(
     model: Annotated[str, typer.Argument(help="A shipped name, a model directory, or a hub id.")],
     shards: Shards,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for generator.json and nearest.png.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write generator.json and nearest.png here.")] = Path(
         "mmwudao-out/eval-generator"
     ),
-    towers: Annotated[str | None, typer.Option(help="A model or folder with towers; default: the model's own.")] = None,
-    split: Annotated[str, typer.Option(help="Where the prompts come from.")] = "test-family",
-    prompts: Annotated[int, typer.Option(help="In each language; one picture is drawn of each.")] = 16,
-    candidates: Annotated[int, typer.Option(help="Prompts that a picture chooses from.")] = 100,
-    neighbours: Annotated[int, typer.Option(help="Nearest training pictures shown beside each drawn one.")] = 4,
-    train_limit: Annotated[int | None, typer.Option(help="Look among that many training pictures only.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing and of the wrong prompts.")] = 0,
+    towers: Annotated[str | None, typer.Option(help="Judge by these towers; by default the model's own.")] = None,
+    split: Annotated[str, typer.Option(help="Take the prompts from this split.")] = "test-family",
+    prompts: Annotated[int, typer.Option(help="Draw this many prompts in each language, one picture each.")] = 16,
+    candidates: Annotated[int, typer.Option(help="Rank each prompt among this many.")] = 100,
+    neighbours: Annotated[int, typer.Option(help="Show this many training pictures beside each drawn one.")] = 4,
+    train_limit: Annotated[int | None, typer.Option(help="Compare with this many training pictures only.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed the drawing and the choice of wrong prompts.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """R-precision of drawn pictures, beside real and random ones, and their nearest training pictures."""
     from data.atomic import write_files
-    from mmwudao.evaluation import GeneratorEvalConfig, evaluate_generator, format_table
+    from mmwudao.evaluation import GeneratorEvalConfig, evaluate_generator, format_generator_table
     from mmwudao.loading.towers import load_model_towers
     from mmwudao.pictures import encode_png
     from mmwudao.pipeline import load
@@ -78,7 +84,7 @@ def eval_generator(
     measured, sheet = evaluate_generator(pipe, judge, shards, config, progress=sys.stderr.isatty())
     write_files({out / "nearest.png": encode_png(sheet)})
     record = {"model": model, "towers": towers or model, "shards": str(shards)} | measured
-    _print(record, format_table(record), out / "generator.json", as_json)
+    _print(record, format_generator_table(record), out / "generator.json", as_json)
 
 
 def _print(record: dict[str, Any], table: Table, path: Path, as_json: bool) -> None:

@@ -1,15 +1,12 @@
-"""`index` and `search`: collections of vectors, made, changed and asked. Heavy imports happen inside the commands."""
+"""`index` and `search`: build, change and search collections. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,30 +14,28 @@ from mmwudao.cli.draw import Device, Json, as_typed
 from mmwudao.cli.vectors import TowersDtype, TowersModel
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    from numpy.typing import NDArray
+    from PIL import Image
 
-    from retrieval.collections.opening import Collection, Hit
-    from retrieval.vectors.parquet import Kind, Vectors
+    from retrieval.collections.opening import Hit
 
-SHEET_PIXELS = 128  # a side of each picture on the sheet of `search`
+SHEET_PIXELS = 128  # the side of each picture on the sheet of `search`
 
-app = typer.Typer(help="Collections of vectors: build, change and check them.", no_args_is_help=True)
+app = typer.Typer(help="Build, change and check collections of vectors.", no_args_is_help=True)
 
 Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="VECTORS|SHARDS...",
-        help="A folder that `embed` wrote; or shards (a folder, tar files, a brace pattern), embedded on the way.",
+        help="A folder that `embed` wrote, or shards to embed first (a folder, tar files, a brace pattern).",
     ),
 ]
 Place = Annotated[
     str, typer.Option("--collection", help="A folder, s3://bucket/prefix, or http://host:port/name (Milvus).")
 ]
-Kinds = Annotated[str, typer.Option(help="image: the pictures; text: their captions; all: both.")]
-Durable = Annotated[bool, typer.Option("--durable", help="Also survive a loss of power (slower).")]
+Kinds = Annotated[str, typer.Option(help="Store the pictures (image), their captions (text), or both (all).")]
+Durable = Annotated[bool, typer.Option("--durable", help="Make every write survive a power failure too (slower).")]
 Where = Annotated[
-    str | None, typer.Option(help="Only items of which this is true: \"family = 'noto' AND year > 2016\".")
+    str | None, typer.Option(help="Consider only items for which this is true: \"family = 'noto' AND year > 2016\".")
 ]
 
 
@@ -55,18 +50,16 @@ def build(
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """A new collection of vectors, with an index if there are many.
+    """Build a new collection of vectors, with an index if there are many.
 
-    A run that was stopped goes on with `add --replace` and `optimise`.
+    To finish an interrupted build, run `add --replace` and `optimise`.
     """
-    from retrieval.collections.opening import CollectionError, open_collection
+    from mmwudao.loading.towers import load_model_towers
+    from retrieval.collections.building import build_collection, open_source
 
-    with _source(sources, model, device, dtype) as source:
-        with open_collection(collection, create=True, dim=source.dim, model=source.model, durable=durable) as opened:
-            if opened.count():
-                raise CollectionError(f"{collection} holds items: use `mmwudao index add` (--replace to replace them)")
-            count = _store(source, kind, opened.add)
-            opened.optimise()
+    progress = sys.stderr.isatty()
+    with open_source(sources, lambda: load_model_towers(model, device, dtype), progress=progress) as vectors:
+        count = build_collection(vectors, collection, kind, durable=durable, progress=progress)
     _tell(as_json, f"{count} items in {collection}", collection=collection, added=count)
 
 
@@ -75,27 +68,34 @@ def add(
     sources: Sources,
     collection: Place,
     kind: Kinds = "image",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace items that are there already.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace items that have the same ids.")] = False,
     model: TowersModel = "emoji",
     durable: Durable = False,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """More items for a collection. They are found at once; `optimise` makes searches fast again."""
+    """Add items to a collection. Searches see them at once; `optimise` makes searches fast again."""
+    from mmwudao.loading.towers import load_model_towers
+    from retrieval.collections.building import add_vectors, open_source
     from retrieval.collections.opening import open_collection
 
-    with _source(sources, model, device, dtype) as source:
-        with open_collection(collection, dim=source.dim, model=source.model, durable=durable) as opened:
-            count = _store(source, kind, opened.upsert if replace else opened.add)
+    progress = sys.stderr.isatty()
+    with (
+        open_source(sources, lambda: load_model_towers(model, device, dtype), progress=progress) as vectors,
+        open_collection(collection, dim=vectors.dim, model=vectors.model, durable=durable) as opened,
+    ):
+        count = add_vectors(opened, vectors, kind, replace=replace, progress=progress)
     _tell(as_json, f"{count} items {'stored' if replace else 'added'}", collection=collection, added=count)
 
 
 @app.command()
 def delete(
     collection: Place,
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Which items.")] = None,
-    ids_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file with one id a line ('-': stdin).")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="The ids of the items to remove.")] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option(help="Read ids from a UTF-8 text file, one a line ('-' reads stdin).")
+    ] = None,
     durable: Durable = False,
     as_json: Json = False,
 ) -> None:
@@ -107,15 +107,15 @@ def delete(
         text = sys.stdin.read() if str(ids_file) == "-" else ids_file.read_text(encoding="utf-8")
         wanted += text.splitlines()
     if not wanted:
-        raise CollectionError("no id: say what to delete, or give --ids-file")
+        raise CollectionError("no id: name the items to delete, or give --ids-file")
     with open_collection(collection, durable=durable) as opened:
         count = opened.delete(wanted)
-    _tell(as_json, f"{count} of {len(set(wanted))} were there and are deleted", collection=collection, deleted=count)
+    _tell(as_json, f"{count} of {len(set(wanted))} items deleted", collection=collection, deleted=count)
 
 
 @app.command()
 def optimise(collection: Place, durable: Durable = False, as_json: Json = False) -> None:
-    """Merge small files and bring the indexes up to date. Searches go on meanwhile."""
+    """Merge small files and update the indexes. Searches go on in the meantime."""
     from retrieval.collections.opening import open_collection
 
     with open_collection(collection, durable=durable) as opened:
@@ -127,13 +127,13 @@ def optimise(collection: Place, durable: Durable = False, as_json: Json = False)
 @app.command()
 def snapshots(
     collection: Place,
-    make: Annotated[str | None, typer.Option(help="Remember the collection as it is under a new name ...")] = None,
-    restore: Annotated[str | None, typer.Option(help="... or make it what it was (snapshots stay) ...")] = None,
-    drop: Annotated[str | None, typer.Option(help="... or forget a snapshot; `optimise` then frees its space.")] = None,
+    make: Annotated[str | None, typer.Option(help="Make a snapshot of the present state under a new name.")] = None,
+    restore: Annotated[str | None, typer.Option(help="Return to the state of a snapshot, and keep all.")] = None,
+    drop: Annotated[str | None, typer.Option(help="Delete a snapshot; `optimise` then frees its space.")] = None,
     durable: Durable = False,
     as_json: Json = False,
 ) -> None:
-    """The names of a collection's snapshots; or one is made, restored or dropped first."""
+    """List the snapshots of a collection, after making, restoring or dropping one if asked."""
     from retrieval.collections.opening import CollectionError, open_collection
 
     if sum(name is not None for name in (make, restore, drop)) > 1:
@@ -152,17 +152,17 @@ def snapshots(
 @app.command()
 def check(
     collection: Place,
-    queries: Annotated[int, typer.Option(help="Stored items that are searched for.")] = 100,
-    k: Annotated[int, typer.Option("-k", help="How many neighbours of each are looked for.")] = 10,
+    queries: Annotated[int, typer.Option(help="Search for the neighbours of this many stored items.")] = 100,
+    k: Annotated[int, typer.Option("-k", help="Look for this many neighbours of each.")] = 10,
     where: Where = None,
     as_json: Json = False,
 ) -> None:
-    """How many of the true nearest a search finds, measured against a comparison with every vector."""
+    """Measure the recall of searches: the share of the true nearest items that they return."""
     from retrieval.collections.opening import open_collection
-    from retrieval.collections.recall import measure_recall
+    from retrieval.collections.recall import measure_search_recall
 
     with open_collection(collection) as opened:
-        report = measure_recall(opened, queries, k, where)
+        report = measure_search_recall(opened, queries, k, where)
         record = {"model": opened.model, "dim": opened.dim, "snapshots": opened.snapshots()}
     text = (
         f"{report.items} items of dimension {record['dim']}; {report.queries} queries: recall@{k} {report.recall:.4f}"
@@ -170,29 +170,35 @@ def check(
     _tell(as_json, f"{text} (least {report.least:.2f})", **asdict(report), **record)
 
 
-def search(
-    collection: Annotated[str, typer.Argument(help="A folder, s3://bucket/prefix, or http://host:port/name.")],
-    text: Annotated[str | None, typer.Argument(help="What to look for, in words ...")] = None,
-    image: Annotated[Path | None, typer.Option(help="... or a picture file.")] = None,
-    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+def search_command(
+    collection: Annotated[str, typer.Argument(help="The collection: a folder, s3://bucket/prefix, or http://host:port/name.")],
+    text: Annotated[str | None, typer.Argument(help="The text to search for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Search for this picture file instead of a text.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Return this many items.")] = 10,
     where: Where = None,
-    sheet: Annotated[Path | None, typer.Option(help="Write the pictures that were found side by side as PNG.")] = None,
-    shards: Annotated[str | None, typer.Option(help="Where the pictures lie; default: where they were read.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write the pictures of the results to this PNG file.")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Read the pictures from these shards; by default from where they were embedded.")
+    ] = None,
     model: TowersModel = "emoji",
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """The items most similar to a text or a picture, best first."""
-    from retrieval.collections.opening import CollectionError, open_collection
+    """Print the items most similar to a text or a picture, best first."""
+    from data.atomic import write_files
+    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.pictures import encode_png, grid
+    from retrieval.collections.opening import open_collection
+    from retrieval.collections.query import check_towers, embed_query, hit_pictures
 
-    if (text is None) == (image is None):
-        raise CollectionError("give a text or --image: one of them is what to look for")
+    query = _read_query(text, image)
     with open_collection(collection) as opened:
-        query = _embed_query(opened, text, image, model, device, dtype)
-        hits = opened.search(query, k, where)
+        towers = load_model_towers(model, device, dtype)
+        check_towers(opened, collection, towers)
+        hits = opened.search(embed_query(towers, query), k, where)
     if sheet:
-        _write_sheet(sheet, hits, shards)
+        write_files({sheet: encode_png(grid(hit_pictures(hits, SHEET_PIXELS, shards)))})
     for hit in hits:
         if as_json:
             print(json.dumps(asdict(hit), ensure_ascii=False))
@@ -200,84 +206,25 @@ def search(
             print(f"{hit.score:.4f}  {hit.id}  {_describe(hit)}")
 
 
-@contextmanager
-def _source(sources: list[str], model: str, device: str, dtype: str) -> Iterator[Vectors]:
-    """Vectors that are there, or those of shards, which lie in a temporary folder while they are needed."""
-    from data.reading import expand_shards
-    from mmwudao.loading.towers import load_model_towers
-    from retrieval.vectors.embed import embed_shards
-    from retrieval.vectors.parquet import is_vectors, open_vectors
-
-    if len(sources) == 1 and is_vectors(Path(sources[0])):
-        yield open_vectors(Path(sources[0]))
-        return
-    shards = {shard.stem: shard.resolve() for shard in expand_shards(sources)}
-    with tempfile.TemporaryDirectory(prefix="mmwudao-vectors-") as folder:
-        towers = load_model_towers(model, device, dtype)
-        embed_shards(towers, sources, folder, progress=sys.stderr.isatty())
-        yield open_vectors(Path(folder), shards)
-
-
-def _store(vectors: Vectors, kind: str, store: Callable[[pa.Table], None]) -> int:
-    """Hand all items to `store`. Returns how many there were."""
-    from tqdm import tqdm
-
-    from retrieval.vectors.parquet import read_vectors
-
-    count = 0
-    with tqdm(unit=" items", disable=not sys.stderr.isatty()) as bar:
-        for items in read_vectors(vectors, cast("Kind", kind)):
-            store(items)
-            bar.update(len(items))
-            count += len(items)
-    return count
-
-
-def _embed_query(
-    collection: Collection, text: str | None, image: Path | None, model: str, device: str, dtype: str
-) -> NDArray[Any]:
-    """The vector [D] of a text or a picture. Raises `ValueError`, also when the collection is of other towers."""
-    from mmwudao.loading.towers import load_model_towers
+def _read_query(text: str | None, image: Path | None) -> str | Image.Image:
+    """The text or the decoded picture to search for. Raises `ValueError` unless exactly one is given and usable."""
     from mmwudao.tasks import read_pictures
-    from retrieval.collections.opening import CollectionError
-    from vqvae.storage.parts import content_hash
 
-    pictures = read_pictures([image]) if image else []
+    if (text is None) == (image is None):
+        raise ValueError("give a text or --image: one of them is what to look for")
+    if image is not None:
+        return read_pictures([image])[0]
     query = as_typed(text or "")
-    if not (pictures or query.strip()):
-        raise CollectionError("an empty text: say what to look for")
-    towers = load_model_towers(model, device, dtype)
-    if collection.model and collection.model != content_hash(towers):
-        raise CollectionError(
-            f"the collection holds vectors of other towers ({collection.model[:12]}) than {model!r}: give --model"
-        )
-    return (towers.encode_image(pictures) if pictures else towers.encode_text([query]))[0].numpy()
+    if not query.strip():
+        raise ValueError("an empty text: say what to look for")
+    return query
 
 
 def _describe(hit: Hit) -> str:
-    """What a line of the result says of an item: its text or its captions, and its family."""
-    captions = [value for name, value in sorted(hit.metadata.items()) if name == "text" or name.startswith("caption_")]
+    from retrieval.collections.query import hit_captions
+
     family = hit.metadata.get("family")
-    return " / ".join(map(str, captions)) + (f"  ({family})" if family else "")
-
-
-def _write_sheet(path: Path, hits: list[Hit], shards: str | None) -> None:
-    """The pictures of `hits`, in order. Raises `ValueError` when one is not where it should lie."""
-    from data.atomic import write_files
-    from data.images import open_image, to_square
-    from mmwudao.loading.stored_pictures import stored_samples
-    from mmwudao.pictures import encode_png, grid
-    from retrieval.collections.opening import CollectionError
-
-    if not hits:
-        raise CollectionError("nothing was found: there is no sheet to write")
-    samples = stored_samples(hits, shards)
-    missing = [hit for hit in hits if hit.id not in samples]
-    if missing:
-        place = shards or missing[0].metadata.get("shard", "")
-        raise CollectionError(f"the picture of {missing[0].id} is not in {place!r}: give --shards, where it was read")
-    pictures = [to_square(open_image(samples[hit.id].require_image()), SHEET_PIXELS) for hit in hits]
-    write_files({path: encode_png(grid(pictures))})
+    return " / ".join(hit_captions(hit)) + (f"  ({family})" if family else "")
 
 
 def _tell(as_json: bool, text: str, **record: object) -> None:

@@ -1,4 +1,4 @@
-"""`embed` and `export onnx`: what the towers give to other programs. Heavy imports happen inside the commands."""
+"""`embed` and `export onnx`: vectors and towers for other programs. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -11,67 +11,64 @@ from typing import Annotated, Any
 import typer
 
 from mmwudao.cli.draw import Device, Json
+from retrieval.vectors.settings import EmbedSettings, RaySettings
 
-export_app = typer.Typer(help="Write parts of a model in the formats of other programs.", no_args_is_help=True)
+export_app = typer.Typer(help="Export parts of a model to the formats of other programs.", no_args_is_help=True)
 
-TowersModel = Annotated[str, typer.Option(help="A shipped name, a model directory, or a folder of towers.")]
-TowersDtype = Annotated[str, typer.Option(help="What the towers compute in: float32, bfloat16 or float16.")]
+TowersModel = Annotated[str, typer.Option(help="Use this shipped model, model directory, or folder of towers.")]
+TowersDtype = Annotated[str, typer.Option(help="Run the towers in float32, bfloat16 or float16.")]
+
+
+def _option(settings: type, name: str, **extra: Any) -> Any:
+    """The command line option of a settings field, with the help of the field."""
+    return typer.Option(help=settings.__dataclass_fields__[name].metadata["help"], **extra)
 
 
 @export_app.callback()
 def _group() -> None:
-    """Write parts of a model in the formats of other programs."""  # else a single command would be the group
+    """Export parts of a model to the formats of other programs."""  # else its one command would be the group
 
 
-def embed(
+def embed_command(
     shards: Annotated[list[str], typer.Argument(help="A folder of shards, tar files, or a brace pattern.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the Parquet files, one a shard.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write the Parquet files, one a shard, to this folder.")],
     model: TowersModel = "emoji",
-    images: Annotated[bool, typer.Option("--images", help="Pictures only ...")] = False,
-    texts: Annotated[bool, typer.Option("--texts", help="... or captions only; default: both.")] = False,
-    split: Annotated[str | None, typer.Option(help="Only that split; default: all.")] = None,
-    vectors: Annotated[str, typer.Option(help="How vectors are stored: float32 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Pictures in one pass of the towers.")] = 64,
-    workers: Annotated[int | None, typer.Option(help="Batches in work at a time; default: one a core.")] = None,
+    images: Annotated[bool, typer.Option("--images", help="Embed pictures only; by default both.")] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="Embed captions only; by default both.")] = False,
+    split: Annotated[str | None, _option(EmbedSettings, "split")] = EmbedSettings.split,
+    vectors: Annotated[str, _option(EmbedSettings, "dtype")] = EmbedSettings.dtype,
+    batch_size: Annotated[int, _option(EmbedSettings, "batch_size")] = EmbedSettings.batch_size,
+    workers: Annotated[int | None, _option(EmbedSettings, "workers")] = EmbedSettings.workers,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: auto, HOST:PORT, or local.")
-    ] = None,
-    replicas: Annotated[
-        int | None, typer.Option(help="With --ray: copies of the towers; default: one a GPU, or one a core.")
-    ] = None,
+    ray: Annotated[str | None, _option(RaySettings, "address", metavar="ADDRESS")] = None,
+    replicas: Annotated[int | None, _option(RaySettings, "replicas")] = None,
     as_json: Json = False,
 ) -> None:
-    """Vectors of pictures and captions, with what is known of each, as Parquet.
+    """Embed pictures and captions: write their vectors and metadata as Parquet.
 
-    A run that was stopped goes on when it is started again: whole files stay. What is skipped is named in skipped.log.
+    Run an interrupted command again to continue it: complete files are kept. skipped.log names skipped samples.
     """
     from mmwudao.loading.towers import load_model_towers
     from retrieval.vectors.embed import embed_shards
 
-    options: dict[str, Any] = {
-        "split": split,
-        "images": images or not texts,
-        "texts": texts or not images,
-        "dtype": vectors,
-        "batch_size": batch_size,
-        "workers": workers,
-        "progress": sys.stderr.isatty(),
-    }
+    settings = EmbedSettings(split, images or not texts, texts or not images, vectors, batch_size, workers)
+    progress = sys.stderr.isatty()
     if ray is None:
         if replicas is not None:
             raise ValueError("--replicas is for --ray: this process has one copy of the towers")
-        report = embed_shards(load_model_towers(model, device, dtype), shards, out, **options)
+        report = embed_shards(load_model_towers(model, device, dtype), shards, out, settings, progress=progress)
     else:
         from retrieval.vectors.embed_ray import embed_shards_on_cluster
 
+        cluster = RaySettings(ray, replicas, device)
         towers = load_model_towers(model, "cpu", dtype)  # the actors move their copies
-        report = embed_shards_on_cluster(towers, shards, out, ray, replicas=replicas, device=device, **options)
+        report = embed_shards_on_cluster(towers, shards, out, cluster, settings, progress=progress)
     if as_json:
         print(json.dumps({"out": str(out), **asdict(report)}, ensure_ascii=False))
         return
-    print(f"{report.images} pictures and {report.texts} captions in {report.parts} files ({report.found} from before)")
+    earlier = f"{report.found} from an earlier run"
+    print(f"{report.images} pictures and {report.texts} captions in {report.parts} files ({earlier})")
     print(f"skipped: {sum(report.skipped.values())}")
     print(out)
 
@@ -79,11 +76,11 @@ def embed(
 @export_app.command()
 def onnx(
     model: Annotated[str, typer.Argument(help="A shipped name, a model directory, or a folder of towers.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new folder for the ONNX files.")],
-    int8: Annotated[bool, typer.Option("--int8", help="Also with weights of 8 bits.")] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write the ONNX files to this new folder.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Also write versions with 8-bit weights.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Both towers as ONNX, with any batch size, compared with PyTorch in onnxruntime."""
+    """Export both towers to ONNX for any batch size, and compare them with PyTorch in onnxruntime."""
     from mmwudao.loading.towers import load_model_towers
     from retrieval.vectors.onnx_export import export_onnx
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.atomic import write_files
 from data.images import CorruptImage, ImageTooLarge, open_image
-from mmwudao.demo.library import Found, Library
+from mmwudao.demo.library import Library, SearchResult
 from mmwudao.demo.words import EN, Reason
 from mmwudao.pictures import encode_png, file_stem, unused_path
 from mmwudao.pipeline import MAX_PROMPT, Pipeline, Progress
@@ -272,7 +272,7 @@ def _check_count(count: int, most: int) -> None:
         raise ValueError(f"from 1 to {most} at a time, not {count}")
 
 
-def _record(found: Found) -> dict[str, Any]:
+def _record(found: SearchResult) -> dict[str, Any]:
     """What is told of a picture that was found; where it lies on this machine is not."""
     metadata = dict(found.metadata)
     if "shard" in metadata:

@@ -1,4 +1,4 @@
-"""What the demo searches: a collection, its pictures, and those that visitors add."""
+"""The collection that the demo searches, with its pictures and those that visitors add."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from typing import Any
 from PIL import Image
 
 from data.atomic import write_files
-from data.reading import expand_shards
 from data.sample import DataError
 from data.styles import guess_language
-from mmwudao.loading.stored_pictures import stored_samples
 from mmwudao.pictures import encode_png
+from retrieval.collections.building import build_collection, open_source
 from retrieval.collections.opening import Collection, Hit, Item, open_collection
+from retrieval.collections.query import embed_query, hit_samples
 from retrieval.collections.where import sql_text
 from retrieval.towers.base import Towers
-from retrieval.vectors.embed import embed_shards
-from retrieval.vectors.parquet import open_vectors, read_vectors
+from retrieval.vectors.parquet import caption_column
 from vqvae.storage.parts import content_hash
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples" / "emoji"
-OWN = "own"  # the family of added pictures
+OWN = "own"  # the family of pictures that visitors add
 ADDED_ID = re.compile(rf"{OWN}-[0-9a-f]{{16}}")
-LOOKED_AT = 2000  # items whose families are listed
-MAX_ADDED_SIDE = 1024  # px, of an added picture as it is kept
+FAMILY_SAMPLE = 2000  # items whose families are offered as filters
+MAX_ADDED_SIDE = 1024  # px, of an added picture as it is stored
 
 
 @dataclass(frozen=True)
-class Found:
-    """A hit with its encoded picture, if that is on this machine."""
+class SearchResult:
+    """A hit with its encoded picture, which is None if it is not on this machine."""
 
     id: str
     score: float
@@ -44,65 +43,57 @@ class Found:
 
 
 def sample_collection(towers: Towers, folder: Path) -> Collection:
-    """A new collection of the sample pictures, in `folder`. Raises `DataError` where they are not installed."""
+    """A new collection of the sample pictures, in `folder`. Raises `DataError` if they are not installed."""
     if not SAMPLES.is_dir():
         raise DataError("the sample pictures are not installed: give --collection")
-    shards = {shard.stem: shard for shard in expand_shards(SAMPLES)}
-    embed_shards(towers, SAMPLES, folder / "vectors", progress=False)
-    vectors = open_vectors(folder / "vectors", shards)
-    collection = open_collection(folder / "collection", create=True, dim=vectors.dim, model=vectors.model)
-    for items in read_vectors(vectors):
-        collection.add(items)
-    return collection
+    with open_source([str(SAMPLES)], lambda: towers) as vectors:
+        build_collection(vectors, folder / "collection")
+    return given_collection(towers, str(folder / "collection"))
 
 
-def given_collection(towers: Towers, place: str) -> Collection:
-    """The collection at `place`. Raises `CollectionError`, also when it holds vectors of other towers."""
-    return open_collection(place, dim=towers.embed_dim, model=content_hash(towers))
+def given_collection(towers: Towers, location: str) -> Collection:
+    """The collection at `location`. Raises `CollectionError`, also if it holds vectors of other towers."""
+    return open_collection(location, dim=towers.embed_dim, model=content_hash(towers))
 
 
 class Library:
-    """A collection and its towers. Added pictures are files in the folder `added`."""
+    """A collection and its towers. Pictures that visitors add are files in the folder `added`."""
 
     def __init__(self, collection: Collection, towers: Towers, added: Path, shards: str | None = None) -> None:
-        """`shards`: where the pictures lie, if not where they were read from."""
+        """`shards`: where the pictures are now, if not where they were embedded."""
         self._collection, self._towers, self._added, self._shards = collection, towers, added, shards
         self._writing = threading.Lock()
-        ids = list(islice(chain.from_iterable(ids for ids, _ in collection.scan()), LOOKED_AT))
+        ids = list(islice(chain.from_iterable(ids for ids, _ in collection.scan()), FAMILY_SAMPLE))
         families = {str(item.metadata["family"]) for item in collection.get(ids) if "family" in item.metadata}
         self.families = sorted(families - {OWN})
 
     def count(self) -> int:
         return self._collection.count()
 
-    def search(self, query: str | Image.Image, k: int, family: str = "", where: str = "") -> list[Found]:
-        """The `k` items nearest to a text or a picture, of that family (""; any) and for which `where` is true."""
-        if isinstance(query, str):
-            vector = self._towers.encode_text([query])[0].numpy()
-        else:
-            vector = self._towers.encode_image([query])[0].numpy()
+    def search(self, query: str | Image.Image, k: int, family: str = "", where: str = "") -> list[SearchResult]:
+        """The `k` items most similar to a text or a picture, of that family ("": of any) and allowed by `where`."""
         conditions = [f"family = {sql_text(family)}"] if family else []
         conditions += [f"({where})"] if where.strip() else []
-        hits = self._collection.search(vector, k, " AND ".join(conditions) or None)
-        stored = stored_samples(hits, self._shards)
-        found = []
+        hits = self._collection.search(embed_query(self._towers, query), k, " AND ".join(conditions) or None)
+        samples = hit_samples(hits, self._shards)
+        results = []
         for hit in hits:
-            sample = stored.get(hit.id)
+            sample = samples.get(hit.id)
             picture = sample.require_image() if sample else self._added_picture(hit)
             extension = sample.extension if sample else "png"
-            found.append(Found(hit.id, hit.score, hit.metadata, picture, extension))
-        return found
+            results.append(SearchResult(hit.id, hit.score, hit.metadata, picture, extension))
+        return results
 
     def add(self, image: Image.Image, description: str) -> int:
-        """Store a picture; the same one again replaces it. Returns how many items there are now."""
+        """Store a picture, replacing the same one if it is stored already. Returns the new number of items."""
         image = image.copy()
         image.thumbnail((MAX_ADDED_SIDE, MAX_ADDED_SIDE), Image.Resampling.LANCZOS)
         encoded = encode_png(image)
         name = f"{OWN}-{hashlib.sha256(encoded).hexdigest()[:16]}"
         metadata: dict[str, Any] = {"kind": "image", "family": OWN}
         if description.strip():
-            metadata[f"caption_{guess_language(description)}"] = description.strip()
-        vector = self._towers.encode_image([image])[0].numpy()
+            metadata[caption_column(guess_language(description))] = description.strip()
+        vector = embed_query(self._towers, image)
         self._added.mkdir(parents=True, exist_ok=True)
         with self._writing:
             write_files({self._added / f"{name}.png": encoded})

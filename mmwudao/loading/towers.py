@@ -1,4 +1,4 @@
-"""The towers of a model directory or a shipped model, or of a folder that holds towers alone."""
+"""Loads the towers of a model directory or a shipped model, or those of a folder of towers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vqvae.storage.parts import ModelError, stored_hash
 
 
 def load_model_towers(model: Path | str, device: str = "auto", dtype: str = "float32") -> Towers:
-    """Towers in eval mode. Raises `ModelError`, also for a model without towers, and `ValueError` for the device."""
+    """The towers in eval mode. Raises `ModelError`, also if the model has none, and `ValueError` for the device."""
     where = choose_device(device)
     if (Path(model) / "model.safetensors").exists():
         return load_towers(model, where, dtype)

@@ -16,7 +16,7 @@ from mmwudao.service.errors import BadInput, Conflict, NotFound
 from mmwudao.service.incoming import Incoming, Part
 from mmwudao.service.queues import Engine
 from mmwudao.service.routes_embeddings import embed
-from retrieval.collections.opening import CollectionError, IdsThere, Item
+from retrieval.collections.opening import CollectionError, ExistingIdsError, Item
 
 T = TypeVar("T")
 Queue = Batcher[Callable[[], Any], Any]
@@ -120,7 +120,7 @@ async def _store(engine: Engine, incoming: Incoming, bodies: list[schemas.NewIte
             return
         try:
             collection.add(items)
-        except IdsThere as error:
+        except ExistingIdsError as error:
             raise Conflict(str(error), param="items") from error
 
     await _ask(engine, engine.writes, write)

@@ -1,4 +1,4 @@
-"""Collections of vectors with metadata: the interface, the filter language, LanceDB and Milvus.
+"""Collections of vectors with metadata: the interface, the filter language, LanceDB, Milvus, and how they are filled.
 
 Read `base.py` first, then `lance.py`.
 """

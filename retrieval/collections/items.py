@@ -1,40 +1,40 @@
-"""What every kind of collection asks of items, ids and queries, checked before anything is written."""
+"""The checks of items, ids and queries that all stores share; they run before anything is written."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from retrieval.collections.base import MAX_ID, CollectionError, Item
+from retrieval.collections.base import MAX_ID, CollectionError, ExistingIdsError, Item
 from retrieval.collections.where import COLUMN, KEYWORDS, TYPE_NAMES
 
 RESERVED = frozenset({"id", "vector"})
 MAX_K = 10_000
-UNIT = 1e-6  # how far from 1 a length may be that counts as 1
+UNIT = 1e-6  # vectors whose length differs from 1 by less are taken as they are
 INTEGERS = range(-(2**63), 2**63)
 ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 PYTHON_TYPES = {kind: name for name, kind in ARROW_TYPES.items()}
 
 
 def to_table(items: Sequence[Item] | pa.Table, dim: int, known: Mapping[str, type]) -> pa.Table:
-    """`items`, checked, as the columns `id`, `vector` [dim] (float32 of unit length) and those of metadata.
+    """Check `items` and return them as columns: `id`, `vector` [dim] (float32 of unit length) and the metadata.
 
-    Metadata is of the types of `ARROW_TYPES`: those of `known` columns, and of others what the items say. Raises
-    `CollectionError`.
+    Metadata has the types of `ARROW_TYPES`: those of the `known` columns, and for new columns those of the values.
+    Raises `CollectionError`.
     """
     if isinstance(items, pa.Table):
         return _check_table(items, dim, known)
     ids = [item.id for item in items]
     check_ids(ids)
-    twice = [name for name, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise _given_twice(twice)
+    duplicates = [name for name, count in Counter(ids).items() if count > 1]
+    if duplicates:
+        raise _duplicates_error(duplicates)
     columns = {"id": pa.array(ids, pa.string()), "vector": _vector_column(_stack(items, dim), ids)}
     types = column_types(items, known)
     for name in dict.fromkeys(name for item in items for name in item.metadata):
@@ -51,7 +51,7 @@ def unit_vector(vector: ArrayLike, dim: int, name: str = "the query") -> NDArray
 
 
 def check_ids(ids: Sequence[str]) -> None:
-    """`CollectionError` unless they are texts of 1 to `MAX_ID` characters."""
+    """Raise `CollectionError` unless `ids` are texts of 1 to `MAX_ID` characters."""
     if isinstance(ids, str):
         raise CollectionError("ids are a list of texts, not one text")
     for name in ids:
@@ -59,16 +59,23 @@ def check_ids(ids: Sequence[str]) -> None:
             raise _bad_id(name)
 
 
+def refuse_existing(ids: Collection[str]) -> None:
+    """Raise `ExistingIdsError` if there are any; `ids` are those of new items that are stored already."""
+    if ids:
+        shown = ", ".join(sorted(ids)[:5])
+        raise ExistingIdsError(f"{len(ids)} ids are stored already: {shown}; `upsert` replaces items")
+
+
 def check_search(k: int) -> None:
-    """`CollectionError` unless so many items may be asked for."""
+    """Raise `CollectionError` unless a search may return `k` items."""
     if not 1 <= k <= MAX_K:
-        raise CollectionError(f"a search finds 1 to {MAX_K} items, not {k}")
+        raise CollectionError(f"a search returns 1 to {MAX_K} items, not {k}")
 
 
 def column_types(items: Sequence[Item], known: Mapping[str, type]) -> dict[str, type]:
-    """Name -> str, int, float or bool of `known` columns and those that `items` add. Raises `CollectionError`.
+    """Name -> str, int, float or bool for the `known` columns and those that `items` add. Raises `CollectionError`.
 
-    Integers fit into a column of numbers; a column that is new and holds both is one of numbers.
+    A float column accepts integers; a new column that holds both becomes a float column.
     """
     types = dict(known)
     for item in items:
@@ -79,20 +86,20 @@ def column_types(items: Sequence[Item], known: Mapping[str, type]) -> dict[str, 
             refused = kind not in TYPE_NAMES or (isinstance(value, str) and not _is_unicode(value))
             if refused or _out_of_range(value):
                 raise CollectionError(
-                    f"{item.id}: metadata is text, a number, true or false, not {name} = {str(value)[:40]!r}"
+                    f"{item.id}: a metadata value is text, a number, true or false, not {name} = {str(value)[:40]!r}"
                 )
-            there = types.setdefault(name, kind)
-            if there is int and kind is float and name not in known:
+            stored = types.setdefault(name, kind)
+            if stored is int and kind is float and name not in known:
                 types[name] = float
-            elif kind is not there and not (there is float and kind is int):
-                raise CollectionError(f"{item.id}: {name} is {TYPE_NAMES[there]} here, not {str(value)[:40]!r}")
+            elif kind is not stored and not (stored is float and kind is int):
+                raise CollectionError(f"{item.id}: {name} is {TYPE_NAMES[stored]} here, not {str(value)[:40]!r}")
     return types
 
 
 def _check_table(table: pa.Table, dim: int, known: Mapping[str, type]) -> pa.Table:
     names = table.column_names
     if len(set(names)) < len(names) or not set(names) >= RESERVED:
-        raise CollectionError(f"a table has one column each of id, vector and metadata, not {', '.join(names)[:200]}")
+        raise CollectionError(f"a table has one column each for id, vector and metadata, not {', '.join(names)[:200]}")
     ids = _id_column(table["id"])
     columns = {"id": ids, "vector": _vector_column(_matrix(table["vector"], ids, dim), ids)}
     for name in names:
@@ -106,17 +113,18 @@ def _check_table(table: pa.Table, dim: int, known: Mapping[str, type]) -> pa.Tab
 def _id_column(column: pa.ChunkedArray) -> pa.Array:
     try:
         ids = pa.concat_arrays(column.cast(pa.string()).chunks) if _is_text(column.type) else None
-    except pa.ArrowInvalid as error:  # more than 2 GB of ids in one table
-        raise CollectionError(f"these are too many ids for one table: {error}") from error
+    except pa.ArrowInvalid as error:  # more than 2 GB of ids
+        raise CollectionError(f"a single table cannot hold so many ids, give several: {error}") from error
     if ids is None:
         raise CollectionError(f"the column id holds {column.type}: ids are texts")
     lengths = pc.utf8_length(ids)
     wrong = pc.or_(pc.or_(pc.less(lengths, 1), pc.greater(lengths, MAX_ID)), pc.match_substring(ids, "\0"))
-    if place := _first(pc.fill_null(wrong, True)):
-        raise _bad_id(ids[place[0]].as_py())
+    row = _first_true(pc.fill_null(wrong, True))
+    if row is not None:
+        raise _bad_id(ids[row].as_py())
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
-        raise _given_twice(counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist())
+        raise _duplicates_error(counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist())
     return ids
 
 
@@ -126,10 +134,11 @@ def _matrix(column: pa.ChunkedArray, ids: pa.Array, dim: int) -> NDArray[numpy.f
     lists = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not lists or not pa.types.is_floating(kind.value_type):
         raise CollectionError(f"the column vector holds {kind}: vectors are lists of float16, float32 or float64")
-    if place := _first(pc.fill_null(pc.not_equal(pc.list_value_length(column), dim), True)):
-        raise CollectionError(f"{ids[place[0]]}: its vector has not the {dim} numbers that are stored here")
+    row = _first_true(pc.fill_null(pc.not_equal(pc.list_value_length(column), dim), True))
+    if row is not None:
+        raise CollectionError(f"{ids[row]}: its vector does not have {dim} numbers, as those of this collection do")
     numbers = pa.concat_arrays([chunk.flatten() for chunk in column.chunks] or [pa.array([], kind.value_type)])
-    # a null becomes NaN, and is refused with it
+    # a null becomes NaN, which is refused later
     with numpy.errstate(over="ignore"):
         return numpy.asarray(numbers.to_numpy(zero_copy_only=False), numpy.float32).reshape(-1, dim)
 
@@ -145,8 +154,9 @@ def _metadata_column(column: pa.ChunkedArray, name: str, known: type | None, ids
         cast = column.cast(ARROW_TYPES[kind], safe=kind is not float)
     except pa.ArrowInvalid as error:
         raise CollectionError(f"{name}: {' '.join(str(error).split())[:200]}") from error
-    if kind is float and (place := _first(pc.invert(pc.fill_null(pc.is_finite(cast), True)))):
-        raise CollectionError(f"{ids[place[0]]}: {name} is {cast[place[0]]}, and numbers of metadata are finite")
+    row = _first_true(pc.invert(pc.fill_null(pc.is_finite(cast), True))) if kind is float else None
+    if row is not None:
+        raise CollectionError(f"{ids[row]}: {name} is {cast[row]}, but numbers in metadata must be finite")
     return cast
 
 
@@ -164,10 +174,10 @@ KINDS = (
 )
 
 
-def _first(wrong: pa.Array | pa.ChunkedArray) -> list[int]:
-    """The place of the first true, in a list, or an empty list."""
-    place = pc.index(wrong, True).as_py()
-    return [] if place < 0 else [place]
+def _first_true(mask: pa.Array | pa.ChunkedArray) -> int | None:
+    """The index of the first true value, or None."""
+    index: int = pc.index(mask, True).as_py()
+    return None if index < 0 else index
 
 
 def _stack(items: Sequence[Item], dim: int) -> NDArray[numpy.float32]:
@@ -184,7 +194,7 @@ def _numbers(vector: ArrayLike, dim: int, name: str) -> NDArray[numpy.float32]:
     except (TypeError, ValueError) as error:
         raise CollectionError(f"{name}: its vector does not consist of numbers") from error
     if given.shape != (dim,):
-        raise CollectionError(f"{name}: a vector of shape {list(given.shape)}, where [{dim}] is stored")
+        raise CollectionError(f"{name}: its vector has the shape {list(given.shape)}, not [{dim}] as here")
     return given
 
 
@@ -194,15 +204,15 @@ def _vector_column(vectors: NDArray[numpy.float32], ids: Sequence[str] | pa.Arra
 
 def _unit_vectors(vectors: NDArray[numpy.float32], ids: Sequence[str] | pa.Array) -> NDArray[numpy.float32]:
     lengths = numpy.sqrt(numpy.einsum("nd,nd->n", vectors, vectors))
-    right = numpy.isfinite(lengths) & (lengths > 0)
-    if not right.all():
-        raise CollectionError(f"{ids[int(numpy.argmin(right))]}: its vector is zero, or not finite")
+    usable = numpy.isfinite(lengths) & (lengths > 0)
+    if not usable.all():
+        raise CollectionError(f"{ids[int(numpy.argmin(usable))]}: its vector is zero, or not finite")
     if numpy.abs(lengths - 1).max(initial=0) < UNIT:
-        return vectors  # as towers give them; to copy a gigabyte takes longer than to look at it
+        return vectors  # the normal case, of vectors from towers: copying a gigabyte takes longer than measuring it
     return vectors / lengths[:, None]
 
 
-def _given_twice(ids: Sequence[str]) -> CollectionError:
+def _duplicates_error(ids: Sequence[str]) -> CollectionError:
     return CollectionError(f"ids that are given twice: {', '.join(ids[:5])}")
 
 
@@ -213,7 +223,7 @@ def _bad_id(name: object) -> CollectionError:
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not COLUMN.fullmatch(name) or name.lower() in RESERVED | KEYWORDS:
         raise CollectionError(
-            f"a name of metadata is up to 64 of the letters a to z, digits and _, starts with a letter, and is not "
+            f"a metadata name is up to 64 ASCII letters, digits and _, starts with a letter, and is none of "
             f"{', '.join(sorted(RESERVED | KEYWORDS))}: {str(name)[:80]!r}"
         )
 
@@ -221,7 +231,7 @@ def _check_name(name: str) -> None:
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         return False
     return True
 

@@ -1,8 +1,8 @@
-"""A collection of a Milvus server, for more vectors than one machine serves: `http://host:19530/name`.
+"""A collection on a Milvus server, for more vectors than one machine can serve: `http://host:19530/name`.
 
-Items are rows with dynamic fields. The types of metadata are remembered in the collection's properties, so that filters
-are checked as everywhere. Milvus acknowledges what its write-ahead log holds. It has no transactions: two writers that
-add the same id at the same time do not see each other, and the later one wins.
+Items are rows with dynamic fields. The collection's properties store the types of the metadata, so that filters are
+checked as in the other stores. Milvus acknowledges a write once its write-ahead log holds it. It has no transactions:
+two writers that add the same id at the same time do not see each other, and the later one wins.
 """
 
 from __future__ import annotations
@@ -18,31 +18,38 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval.collections.base import MAX_ID, Collection, CollectionError, Hit, IdsThere, Item, Value
-from retrieval.collections.items import PYTHON_TYPES, RESERVED, check_ids, check_search, to_table, unit_vector
+from retrieval.collections.base import FORMAT, MAX_ID, Collection, CollectionError, Hit, Item, Value, check_identity
+from retrieval.collections.items import (
+    PYTHON_TYPES,
+    RESERVED,
+    check_ids,
+    check_search,
+    refuse_existing,
+    to_table,
+    unit_vector,
+)
 from retrieval.collections.where import parse_where, to_milvus
 
-FORMAT = "mmwudao-collection/1"
 PROPERTY = "mmwudao."
 COLLECTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (str, int, float, bool)}
-ROWS_AT_ONCE = 1_000  # a message of Milvus's wire format holds 64 MB
+ROWS_AT_ONCE = 1_000  # one message to Milvus holds at most 64 MB
 GRAPH = {"M": 20, "efConstruction": 300}
 EF = 200  # candidates that a search of the graph keeps (k, if that is more)
 
 
-def open_milvus(place: str, *, create: bool, dim: int, model: str, durable: bool) -> MilvusCollection:
-    """See `retrieval.collections.opening.open_collection`; `place` is `http://host:port/name`, with `user:password@` if need be."""
+def open_milvus(location: str, *, create: bool, dim: int, model: str, durable: bool) -> MilvusCollection:
+    """See `retrieval.collections.opening.open_collection`; `location` is `http://[user:password@]host:port/name`."""
     try:
         from pymilvus import MilvusClient, MilvusException
     except ImportError as error:
         raise CollectionError("a Milvus server is reached with pymilvus: pip install 'mmwudao[milvus]'") from error
     if durable:
         raise CollectionError("durable is for folders: a Milvus server keeps what it has acknowledged")
-    address = urlsplit(place)
+    address = urlsplit(location)
     name = address.path.strip("/")
     if not address.hostname or not COLLECTION_NAME.fullmatch(name):
-        raise CollectionError("this is no collection of a Milvus server: give http://host:port/name")
+        raise CollectionError("this does not name a collection of a Milvus server: give http://host:port/name")
     shown = f"{address.scheme}://{address.hostname}:{address.port or 19530}/{name}"  # without a password
     token = f"{address.username}:{address.password or ''}" if address.username else ""
     with _milvus_errors(shown):
@@ -56,12 +63,9 @@ def open_milvus(place: str, *, create: bool, dim: int, model: str, durable: bool
             if dim < 1:
                 raise CollectionError(f"a new collection needs the dimension of its vectors, not {dim}")
             _create(client, name, dim, model)
-        client.load_collection(name)  # a server that was restarted may hold it on disk only
+        client.load_collection(name)  # after a restart the server may have it on disk only
         collection = MilvusCollection(shown, name, client)
-    if dim and dim != collection.dim:
-        raise CollectionError(f"{shown} holds vectors of dimension {collection.dim}, not {dim}")
-    if model and collection.model and model != collection.model:
-        raise CollectionError(f"{shown} holds vectors of other towers ({collection.model[:12]}, not {model[:12]})")
+    check_identity(collection, shown, dim, model)
     return collection
 
 
@@ -79,15 +83,15 @@ def _create(client: Any, name: str, dim: int, model: str) -> None:
 
 
 class MilvusCollection(Collection):
-    """See `Collection`. Snapshots are the server's own affair (Milvus Backup), and refused here."""
+    """See `Collection`. Snapshots raise `CollectionError`: Milvus has its own tool for them, Milvus Backup."""
 
-    def __init__(self, place: str, name: str, client: Any) -> None:
-        self.place = place
+    def __init__(self, location: str, name: str, client: Any) -> None:
+        self.location = location
         self._name = name
         self._client = client
         properties = self._properties()
         if properties.get("format") != FORMAT:
-            raise CollectionError(f"{place} is a collection of another program: choose another name")
+            raise CollectionError(f"{location} is a collection of another program: choose another name")
         self.dim = int(properties["dim"])
         self.model = properties["model"]
 
@@ -95,41 +99,38 @@ class MilvusCollection(Collection):
         self._client.close()
 
     def add(self, items: Sequence[Item] | pa.Table) -> None:
-        with _milvus_errors(self.place):
+        with _milvus_errors(self.location):
             known = self._columns()
             rows = to_table(items, self.dim, known)
-            there = sorted(self._stored(rows["id"].to_pylist(), ["id"]))
-            if there:
-                shown = ", ".join(there[:5])
-                raise IdsThere(f"{len(there)} ids are there already: {shown}; `upsert` replaces items")
+            refuse_existing(self._stored(rows["id"].to_pylist(), ["id"]))
             self._store(rows, known)
 
     def upsert(self, items: Sequence[Item] | pa.Table) -> None:
-        with _milvus_errors(self.place):
+        with _milvus_errors(self.location):
             known = self._columns()
             self._store(to_table(items, self.dim, known), known)
 
     def delete(self, ids: Sequence[str]) -> int:
         check_ids(ids)
-        with _milvus_errors(self.place):
-            there = list(self._stored(ids, ["id"]))
-            for start in range(0, len(there), ROWS_AT_ONCE):
-                self._client.delete(self._name, ids=there[start : start + ROWS_AT_ONCE])
-        return len(there)
+        with _milvus_errors(self.location):
+            existing = list(self._stored(ids, ["id"]))
+            for start in range(0, len(existing), ROWS_AT_ONCE):
+                self._client.delete(self._name, ids=existing[start : start + ROWS_AT_ONCE])
+        return len(existing)
 
     def get(self, ids: Sequence[str]) -> list[Item]:
         check_ids(ids)
-        with _milvus_errors(self.place):
-            found = self._stored(ids, ["*"])
-        rows = [found[name] for name in ids if name in found]
-        return [Item(row["id"], numpy.asarray(row["vector"], numpy.float32), _metadata(row)) for row in rows]
+        with _milvus_errors(self.location):
+            rows = self._stored(ids, ["*"])
+        stored = [rows[name] for name in ids if name in rows]
+        return [Item(row["id"], numpy.asarray(row["vector"], numpy.float32), _metadata(row)) for row in stored]
 
     def search(self, vector: NDArray[numpy.floating], k: int = 10, where: str | None = None) -> list[Hit]:
         query = unit_vector(vector, self.dim)
         check_search(k)
-        with _milvus_errors(self.place):
+        with _milvus_errors(self.location):
             columns = self._columns()
-            found = self._client.search(
+            rows = self._client.search(
                 self._name,
                 data=[query.tolist()],
                 limit=k,
@@ -137,22 +138,22 @@ class MilvusCollection(Collection):
                 output_fields=["id", *columns],
                 search_params={"params": {"ef": max(EF, k)}},
             )[0]
-        hits = [Hit(row["id"], float(row["distance"]), _metadata(row["entity"])) for row in found]
+        hits = [Hit(row["id"], float(row["distance"]), _metadata(row["entity"])) for row in rows]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
     def count(self, where: str | None = None) -> int:
-        with _milvus_errors(self.place):
+        with _milvus_errors(self.location):
             condition = self._condition(where, self._columns())
             return int(self._client.query(self._name, filter=condition, output_fields=["count(*)"])[0]["count(*)"])
 
     def scan(self, where: str | None = None) -> Iterator[tuple[list[str], NDArray[numpy.float32]]]:
-        with _milvus_errors(self.place):
+        with _milvus_errors(self.location):
             condition = self._condition(where, self._columns())
             rows = self._client.query_iterator(
                 self._name, batch_size=ROWS_AT_ONCE, filter=condition, output_fields=["id", "vector"]
             )
-            while part := rows.next():
-                yield [row["id"] for row in part], numpy.array([row["vector"] for row in part], numpy.float32)
+            while batch := rows.next():
+                yield [row["id"] for row in batch], numpy.array([row["vector"] for row in batch], numpy.float32)
             rows.close()
 
     def snapshot(self, name: str) -> None:
@@ -168,7 +169,7 @@ class MilvusCollection(Collection):
         return []
 
     def optimise(self) -> None:
-        with _milvus_errors(self.place):
+        with _milvus_errors(self.location):
             self._client.flush(self._name)
             self._client.compact(self._name)
 
@@ -200,14 +201,14 @@ class MilvusCollection(Collection):
 
 
 @contextmanager
-def _milvus_errors(place: str) -> Iterator[None]:
+def _milvus_errors(location: str) -> Iterator[None]:
     import grpc
     from pymilvus import MilvusException
 
     try:
         yield
     except (MilvusException, grpc.RpcError) as error:
-        raise CollectionError(f"{place}: {' '.join(str(error).split())[:300]}") from error
+        raise CollectionError(f"{location}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _metadata(row: dict[str, Any]) -> dict[str, Value]:

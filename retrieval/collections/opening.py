@@ -1,12 +1,12 @@
-"""Where collections are: a folder or a bucket (`s3://...`) as a LanceDB table, or a Milvus server (`http://...`)."""
+"""Opens a collection: a LanceDB table in a folder or bucket (`s3://...`), or one on a Milvus server (`http://...`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from retrieval.collections.base import MAX_ID, Collection, CollectionError, Hit, IdsThere, Item, Value
+from retrieval.collections.base import MAX_ID, Collection, CollectionError, ExistingIdsError, Hit, Item, Value
 
-__all__ = ["MAX_ID", "Collection", "CollectionError", "Hit", "IdsThere", "Item", "Value", "open_collection"]
+__all__ = ["MAX_ID", "Collection", "CollectionError", "ExistingIdsError", "Hit", "Item", "Value", "open_collection"]
 
 
 def open_collection(
@@ -14,16 +14,18 @@ def open_collection(
 ) -> Collection:
     """The collection at `location`: a folder, `s3://bucket/prefix`, or `http://host:port/name` of a Milvus server.
 
-    With `create`, one that is not there is made, for vectors of `dim`; one that is there is opened. A `dim` or `model`
-    that is given must be the collection's own. `durable` calls fsync on what was written before a method returns: it
-    survives a loss of power, not only of the process (local folders; buckets and servers have ways of their own).
-    Raises `CollectionError`.
+    `create` makes a collection for vectors of `dim` if there is none, and opens an existing one. A given `dim` or
+    `model` must be the collection's own. `durable` calls fsync on everything a method wrote before it returns, so
+    that it survives a power failure as well as the end of the process. It applies to local folders; buckets and
+    servers provide durability themselves.
+
+    Raises `CollectionError` if there is no such collection, or if it does not fit `dim` or `model`.
     """
-    place = str(location)
-    if place.startswith(("http://", "https://")):
+    text = str(location)
+    if text.startswith(("http://", "https://")):
         from retrieval.collections.milvus import open_milvus
 
-        return open_milvus(place, create=create, dim=dim, model=model, durable=durable)
+        return open_milvus(text, create=create, dim=dim, model=model, durable=durable)
     from retrieval.collections.lance import open_lance
 
-    return open_lance(place, create=create, dim=dim, model=model, durable=durable)
+    return open_lance(text, create=create, dim=dim, model=model, durable=durable)

@@ -1,10 +1,10 @@
-"""The filter of a search: a small part of SQL's expressions over metadata, parsed and checked before any store sees it.
+"""The filter of a search: a subset of SQL's boolean expressions over metadata, parsed and checked for every store.
 
     family = 'noto' AND (year > 2016 OR NOT language IN ('zh', 'ja'))
 
-A comparison is a column, one of `= != <> < <= > >=` (or `IN`, `NOT IN` and values in parentheses) and a text in single
-quotes (`''` is one quote), a number, or true or false. As in SQL, an item without a column fails every comparison with
-it and the comparison's NOT.
+A comparison is a column, an operator (`= != <> < <= > >=`, or `IN` and `NOT IN` with values in parentheses) and a
+value: a text in single quotes (`''` stands for one quote), a number, or true or false. As in SQL, an item that lacks a
+column fails every comparison with it as well as the negated comparison.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from typing import Any, TypeVar
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 from lark.exceptions import VisitError
 
-from retrieval.collections.base import CollectionError
+from retrieval.collections.base import CollectionError, Value
 
 MAX_LENGTH = 10_000  # characters of an expression
 MAX_DEPTH = 20  # of nested AND, OR and NOT
 COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 KEYWORDS = frozenset({"and", "or", "not", "in", "true", "false"})
 TYPE_NAMES: Mapping[type, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
-
-Value = str | int | float | bool
 
 GRAMMAR = r"""
 ?either: both ("OR"i both)*
@@ -49,12 +47,12 @@ NUMBER: /[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?/
 
 
 class WhereError(CollectionError):
-    """An expression that cannot be read, or does not fit the columns; the message is one line."""
+    """An expression that cannot be parsed or does not fit the columns; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A column against a value; `in` against several. Operators are those of SQL, `!=` for both ways to write it."""
+    """A column compared with a value, or with several by `in`. Operators are those of SQL; `<>` becomes `!=`."""
 
     column: str
     operator: str
@@ -139,17 +137,19 @@ def _parser() -> Lark:
 
 
 def parse_where(text: str, columns: Mapping[str, type]) -> Expression:
-    """Read an expression and see that it fits `columns` (name -> str, int, float or bool). Raises `WhereError`."""
+    """Parse an expression and check it against `columns` (name -> str, int, float or bool). Raises `WhereError`."""
     if len(text) > MAX_LENGTH:
-        raise WhereError(f"where: {len(text)} characters, at most {MAX_LENGTH} are read")
+        raise WhereError(f"where: the expression has {len(text)} characters; at most {MAX_LENGTH} are allowed")
     try:
         expression: Expression = _parser().parse(text)  # type: ignore[assignment]  # what `_Builder` returns
     except UnexpectedInput as error:
         ended = isinstance(error, UnexpectedToken) and error.token.type == "$END"
-        place = len(text) if ended or error.pos_in_stream is None else error.pos_in_stream
-        found = f"{text[place : place + 20]!r} at character {place + 1}" if place < len(text) else "its end"
+        position = len(text) if ended or error.pos_in_stream is None else error.pos_in_stream
+        excerpt = "its end"
+        if position < len(text):
+            excerpt = f"{text[position : position + 20]!r} at character {position + 1}"
         raise WhereError(
-            f"where: cannot read {found}; write comparisons such as family = 'noto', joined by AND, OR, NOT, IN"
+            f"where: cannot read {excerpt}; write comparisons such as family = 'noto', joined by AND, OR, NOT, IN"
         ) from error
     except (WhereError, VisitError) as error:
         raise WhereError(f"where: {error.orig_exc if isinstance(error, VisitError) else error}") from error
@@ -180,7 +180,7 @@ def to_sql(expression: Expression) -> str:
 
 
 def to_milvus(expression: Expression, name: Callable[[str], str] = str) -> str:
-    """The expression as Milvus reads it; `name` says what a column is called there."""
+    """The expression as Milvus reads it; `name` turns a column into its name there."""
     return _render(expression, "==", name, _milvus_value, "[{}]")
 
 

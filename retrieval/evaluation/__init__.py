@@ -1,1 +1,1 @@
-"""How well towers find and name: recall both ways, zero-shot classification, tables and plots."""
+"""Evaluation of towers: recall in both directions, zero-shot classification, tables and plots."""

@@ -1,11 +1,12 @@
-"""How well towers find and name: recall both ways and zero-shot classification, in each language and split.
+"""Evaluates towers: recall in both directions and zero-shot classification, for each language and split.
 
-A picture and a text belong together when they share a concept, so a query may have many right answers.
+A picture and a text match if they share a concept, so a query may have several right answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from retrieval.towers.base import Towers, unit
 if TYPE_CHECKING:
     from rich.table import Table
 
-# prompts around a class name, averaged as in CLIP (Radford et al. 2021, section 3.1.4)
+# prompts around a class name, whose features are averaged as in CLIP (Radford et al. 2021, section 3.1.4)
 CONCEPT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "zh": ("{}", "{}的表情符号", "一张{}的图片"),
     "en": ("{}", "an emoji of {}", "a picture of {}"),
@@ -44,41 +45,44 @@ FAMILY_TEMPLATES: dict[str, tuple[str, ...]] = {
 TOP_AT = (1, 5)
 
 
+@dataclass(frozen=True)
+class RetrievalEvalConfig:
+    """What `evaluate` measures on, besides the shards."""
+
+    splits: tuple[str, ...]
+    limit: int | None = None  # use only the first pictures of each split
+    batch_size: int = 64
+    seed: int = 0  # of the shuffled concepts
+
+
 def held_out_splits(shards: Path | str) -> list[str]:
-    """The splits of a folder that are not for training; all of them where there is no other. Raises `DataError`."""
+    """The splits of a folder other than "train", or all if there is no other. Raises `DataError` without shards."""
     splits = sorted({split_name(shard) for shard in expand_shards(shards)})
     return [split for split in splits if split != "train"] or splits
 
 
 def evaluate(
-    towers: Towers,
-    shards: Path | str,
-    splits: Sequence[str],
-    *,
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = False,
+    towers: Towers, shards: Path | str, config: RetrievalEvalConfig, *, progress: bool = False
 ) -> dict[str, Any]:
-    """Figures of each split, ready for JSON; see `evaluate_split`. `limit` takes the first pictures of each.
+    """Figures of each split, ready for JSON (see `evaluate_split`).
 
-    Raises `DataError` when a split is missing or holds no readable picture.
+    Raises `DataError` if a split is missing or holds no readable picture.
     """
     from tqdm import tqdm
 
     measured = {}
-    for split in splits:
+    for split in config.splits:
         log = SkipLog()
-        examples = islice(open_shards(shards, split, log=log), limit)
-        samples, features = encode_samples(towers, tqdm(examples, desc=split, disable=not progress), batch_size)
+        examples = islice(open_shards(shards, split, log=log), config.limit)
+        samples, features = encode_samples(towers, tqdm(examples, desc=split, disable=not progress), config.batch_size)
         if not samples:
             raise DataError(f"{shards} holds no readable picture in the split {split}")
-        measured[split] = evaluate_split(towers, samples, features, seed=seed) | {"skipped": log.counts}
+        measured[split] = evaluate_split(towers, samples, features, seed=config.seed) | {"skipped": log.counts}
     return {"kind": towers.kind, "embed_dim": towers.embed_dim, "splits": measured}
 
 
 def encode_samples(towers: Towers, examples: Iterable[Any], batch_size: int = 64) -> tuple[list[Sample], Tensor]:
-    """The samples of `Example`s and their pictures' features [N, D]."""
+    """The samples of `Example`s, and the features of their pictures [N, D]."""
     samples: list[Sample] = []
     features = [torch.zeros(0, towers.embed_dim)]
     examples = iter(examples)
@@ -89,16 +93,16 @@ def encode_samples(towers: Towers, examples: Iterable[Any], batch_size: int = 64
 
 
 def concept_of(sample: Sample) -> str:
-    """What makes two samples each other's right answer; a sample without a concept is one of its own."""
+    """The concept by which samples match each other; a sample without one is a concept of its own."""
     return sample.concept or f"id:{sample.id}"
 
 
 def evaluate_split(towers: Towers, samples: Sequence[Sample], images: Tensor, *, seed: int = 0) -> dict[str, Any]:
-    """Figures of the pictures' features `images` [N, D] against captions, by language, and their mean over languages.
+    """Figures for picture features `images` [N, D] against captions, for each language and as means over languages.
 
-    `text_to_image`: the caption of each sample among all N pictures. `image_to_text`: each picture among all distinct
-    (concept, caption) of the language. `shuffled`: both again with the queries' concepts permuted, which is chance.
-    `zero_shot`: the class of each picture among the concepts, and among the families if there are several.
+    `text_to_image` ranks all N pictures for the caption of each sample, `image_to_text` all distinct (concept, caption)
+    of the language for each picture. `shuffled` repeats both with permuted concepts of the queries, which gives the
+    level of chance. `zero_shot` classifies each picture by concept, and by family if there are several.
     """
     concepts = [concept_of(sample) for sample in samples]
     labels = concept_labels(concepts)
@@ -106,12 +110,12 @@ def evaluate_split(towers: Towers, samples: Sequence[Sample], images: Tensor, *,
     spoken = {language for sample in samples for language in sample.captions}
     languages: dict[str, Any] = {}
     for language in sorted(spoken, key=lambda name: (name not in LANGUAGES, (*LANGUAGES, name).index(name))):
-        own = torch.tensor([place for place, sample in enumerate(samples) if language in sample.captions])
-        pairs = [(concepts[place], samples[place].captions[language].name) for place in own.tolist()]
+        own = torch.tensor([row for row, sample in enumerate(samples) if language in sample.captions])
+        pairs = [(concepts[row], samples[row].captions[language].name) for row in own.tolist()]
         distinct = list(dict.fromkeys(pairs))
         features = towers.encode_text([name for _, name in distinct])
-        place_of = {pair: place for place, pair in enumerate(distinct)}
-        texts = features[[place_of[pair] for pair in pairs]]
+        row_of = {pair: row for row, pair in enumerate(distinct)}
+        texts = features[[row_of[pair] for pair in pairs]]
         text_labels = concept_labels(concept for concept, _ in distinct)
         shuffled = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))]
         ways = [
@@ -123,7 +127,7 @@ def evaluate_split(towers: Towers, samples: Sequence[Sample], images: Tensor, *,
         ]
         classes = {"concept": (pairs, CONCEPT_TEMPLATES)}
         if len(set(families)) > 1:
-            classes["family"] = [(families[place], families[place]) for place in own.tolist()], FAMILY_TEMPLATES
+            classes["family"] = [(families[row], families[row]) for row in own.tolist()], FAMILY_TEMPLATES
         zero_shot = {
             kind: classify(towers, images[own], named, templates.get(language, ("{}",)))
             for kind, (named, templates) in classes.items()
@@ -140,17 +144,17 @@ def evaluate_split(towers: Towers, samples: Sequence[Sample], images: Tensor, *,
 def classify(
     towers: Towers, images: Tensor, classes: Sequence[tuple[str, str]], templates: Sequence[str]
 ) -> dict[str, float]:
-    """Zero-shot accuracy: `classes` gives each picture's class and a name of it; a class has its first name.
+    """Zero-shot accuracy of picture features [N, D]; `classes` are the class of each picture and a name for it.
 
-    A class is the mean of its name in all templates. Returns `top@k` and how many `classes` there are.
+    A class is represented by the mean over `templates` of its first name. Returns `top@k` and the number of `classes`.
     """
     names: dict[str, str] = {}
     for key, name in classes:
         names.setdefault(key, name)
     prompts = [template.format(name) for name in names.values() for template in templates]
     features = unit(towers.encode_text(prompts).unflatten(0, (len(names), len(templates))).mean(dim=1))
-    places = ranks(images, features, concept_labels(key for key, _ in classes), concept_labels(names))
-    return {f"top@{k}": float((places <= k).double().mean()) for k in TOP_AT} | {"classes": float(len(names))}
+    positions = ranks(images, features, concept_labels(key for key, _ in classes), concept_labels(names))
+    return {f"top@{k}": float((positions <= k).double().mean()) for k in TOP_AT} | {"classes": float(len(names))}
 
 
 def _mean(figures: Sequence[Any]) -> Any:
@@ -160,8 +164,8 @@ def _mean(figures: Sequence[Any]) -> Any:
     return sum(figures) / len(figures)
 
 
-def format_table(record: dict[str, Any]) -> Table:
-    """What `evaluate` returned as a table: a row a language, recall in per cent."""
+def format_retrieval_table(record: dict[str, Any]) -> Table:
+    """The figures of `evaluate` as a table with a row for each language, in per cent."""
     from rich.table import Table
 
     table = Table(title="recall at 1, 5, 10 and zero-shot accuracy in %; chance: recall at 10 with shuffled concepts")
@@ -181,8 +185,8 @@ def format_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Recall at 10 of what `evaluate` returned, a panel a split, as a PNG."""
+def plot_recall(record: dict[str, Any], path: Path) -> None:
+    """Plot recall at 10 from the figures of `evaluate` as a PNG, with a panel for each split."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

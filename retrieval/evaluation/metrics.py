@@ -1,4 +1,4 @@
-"""How well one side finds the other: ranks, recall at k, median rank; any candidate of the query's concept is right."""
+"""Retrieval metrics: ranks, recall at k and median rank; every candidate of the query's concept is right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECALL_AT = (1, 5, 10)
 
 
 def concept_label(name: str) -> int:
-    """A number for a concept, the same in every process: 63 bits of its SHA-256."""
+    """A label for a concept that is the same in every process: 63 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -24,28 +24,28 @@ def concept_labels(names: Iterable[str]) -> Tensor:
 def ranks(
     queries: Tensor, candidates: Tensor, query_labels: Tensor, candidate_labels: Tensor, chunk: int = 1024
 ) -> Tensor:
-    """The place, from 1, of the best candidate with the query's label: int64 [Q], 0 where no candidate has it.
+    """The rank, from 1, of the best candidate with the query's label: int64 [Q], 0 if no candidate has it.
 
-    `queries` [Q, D] and `candidates` [C, D] are compared by dot product, the labels are integers [Q] and [C]. Wrong
-    candidates with the same score stand before the right one, so that equal features for everything find nothing.
+    `queries` [Q, D] and `candidates` [C, D] are compared by dot product; the labels are integers [Q] and [C]. Wrong
+    candidates with the same score rank before the right one, so that constant features score no recall.
     """
-    found = []
+    parts = []
     for part, labels in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
         scores = part.float() @ candidates.float().T
         right = labels[:, None] == candidate_labels[None, :]
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        place = 1 + ((scores >= best) & ~right).sum(dim=1)
-        found.append(torch.where(right.any(dim=1), place, 0))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+        position = 1 + ((scores >= best) & ~right).sum(dim=1)
+        parts.append(torch.where(right.any(dim=1), position, 0))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def recall_figures(places: Tensor, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """`recall@k` for each k, `median_rank` and `queries`, over the queries that have a right candidate.
+def recall_figures(positions: Tensor, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """`recall@k` for each k, `median_rank` and the number of `queries`, from the ranks [Q] of `ranks`.
 
-    Raises `ValueError` when none has.
+    Only queries that have a right candidate count. Raises `ValueError` if none has.
     """
-    places = places[places > 0]
-    if not len(places):
+    positions = positions[positions > 0]
+    if not len(positions):
         raise ValueError("no query has a candidate of its concept: nothing to measure")
-    figures = {f"recall@{k}": float((places <= k).double().mean()) for k in recall_at}
-    return figures | {"median_rank": float(places.double().quantile(0.5)), "queries": float(len(places))}
+    figures = {f"recall@{k}": float((positions <= k).double().mean()) for k in recall_at}
+    return figures | {"median_rank": float(positions.double().quantile(0.5)), "queries": float(len(positions))}

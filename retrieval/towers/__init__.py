@@ -1,4 +1,4 @@
-"""The two towers: their common interface, our own, BriVL, Chinese-CLIP and OpenCLIP, and the import of published weights.
+"""The two towers: their interface, our own, BriVL, Chinese-CLIP, OpenCLIP, and the import of published weights.
 
-Read `base.py` first, then `ours.py`.
+Read `base.py` first, then `multiscale.py`.
 """

@@ -1,6 +1,6 @@
-"""One interface for every pair of towers: ours, BriVL, Chinese-CLIP and OpenCLIP.
+"""The interface of all pairs of towers: ours, BriVL, Chinese-CLIP and OpenCLIP.
 
-A folder of towers holds `config.json` ({"format": "mmwudao-towers/1", "kind": ...} and what the kind needs),
+A folder of towers holds `config.json` ({"format": "mmwudao-towers/1", "kind": ...} and the settings of that kind),
 `model.safetensors` and the files of its text tokenizer.
 """
 
@@ -22,9 +22,10 @@ from data.images import to_rgb, to_square, to_tensor
 from vqvae.storage.parts import ModelError
 
 FORMAT = "mmwudao-towers/1"
-# kind -> the module and the class, imported when such towers are loaded
+TEXT_MODEL = "text.model"  # the SentencePiece model of towers that were trained here
+# kind -> module and class, which are imported when such towers are loaded
 KINDS = {
-    "ours": ("retrieval.towers.ours", "EmojiTowers"),
+    "ours": ("retrieval.towers.multiscale", "MultiScaleTowers"),
     "brivl": ("retrieval.towers.brivl", "BrivlTowers"),
     "chinese-clip": ("retrieval.towers.chinese_clip", "ChineseClipTowers"),
     "open-clip": ("retrieval.towers.open_clip", "OpenClipTowers"),
@@ -35,43 +36,43 @@ Tokens = Tensor | dict[str, Tensor]
 
 
 class Towers(nn.Module):
-    """An image tower and a text tower that meet in a space of `embed_dim`. Subclasses fill in what raises here."""
+    """An image tower and a text tower with a common space of `embed_dim`. Subclasses implement what raises here."""
 
     kind: ClassVar[str]
     embed_dim: int
-    image_size: int  # px, a side of the square that `preprocess` makes
+    image_size: int  # px, the side of the squares that `preprocess` makes
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     @property
     def scale(self) -> Tensor:
-        """The multiplier of similarities that training uses, a scalar (1 / temperature)."""
+        """The factor of similarities in training, a scalar (1 / temperature)."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, record: dict[str, Any], folder: Path) -> Self:
-        """The towers with random weights, of config.json without `format` and `kind`; text files lie in `folder`."""
+        """Towers with random weights from config.json (without `format` and `kind`) and the text files in `folder`."""
         raise NotImplementedError
 
     def to_config(self) -> dict[str, Any]:
-        """What `from_config` reads, ready for JSON."""
+        """The record that `from_config` reads, ready for JSON."""
         raise NotImplementedError
 
     def text_files(self) -> dict[str, bytes]:
-        """Name -> content of the files that the text tokenizer needs."""
+        """Name -> content of the files of the text tokenizer."""
         raise NotImplementedError
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """[..., 3, H, W] in [0, 1] -> what `encode_pixels` takes."""
+        """Standardise [..., 3, H, W] in [0, 1] for `encode_pixels`."""
         mean, std = (torch.tensor(values)[:, None, None].to(pixels) for values in (self.pixel_mean, self.pixel_std))
         return (pixels - mean) / std
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture of any mode as `encode_pixels` takes it, float32 [3, H, W]."""
+        """A picture of any mode as input of `encode_pixels`, float32 [3, H, W]."""
         return self.normalise(to_tensor(to_square(to_rgb(image), self.image_size)))
 
     def tokenize(self, texts: list[str]) -> Tokens:
-        """Texts as `encode_tokens` takes them; a text that is too long is cut, with a warning in `logging`."""
+        """Texts as input of `encode_tokens`; a text that is too long is cut, with a warning in `logging`."""
         raise NotImplementedError
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def checkpoint_gradients(self) -> None:
-        """Keep less for the backward pass and compute it again: less memory, a third more time."""
+        """Recompute activations in the backward pass: less memory, a third more time. `ValueError` if unsupported."""
         raise ValueError(f"towers of the kind {self.kind!r} cannot train with checkpoint_gradients")
 
     @property
@@ -96,7 +97,7 @@ class Towers(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image.Image] | Tensor, batch_size: int = 64) -> Tensor:
-        """Pictures, or what `preprocess` made of them [N, 3, H, W] -> float32 [N, embed_dim] on the CPU, no grad."""
+        """Pictures, or preprocessed pixels [N, 3, H, W] -> float32 [N, embed_dim] on the CPU, without gradients."""
         features = [torch.zeros(0, self.embed_dim)]
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
@@ -106,7 +107,7 @@ class Towers(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Texts -> float32 [N, embed_dim] on the CPU, no grad."""
+        """Texts -> float32 [N, embed_dim] on the CPU, without gradients."""
         features = [torch.zeros(0, self.embed_dim)]
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(list(texts[start : start + batch_size]))
@@ -120,22 +121,23 @@ def unit(features: Tensor) -> Tensor:
 
 
 def to_device(tokens: Tokens, device: torch.device) -> Tokens:
+    """The tokens on `device`."""
     if isinstance(tokens, Tensor):
         return tokens.to(device)
     return {name: tensor.to(device) for name, tensor in tokens.items()}
 
 
 def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: str = "float32") -> Towers:
-    """The towers in a folder, in eval mode, computing in `dtype` (see `DTYPES`) whatever they are stored in.
+    """Load the towers in a folder, in eval mode and in `dtype` (see `DTYPES`), whatever dtype they are stored in.
 
-    Raises `ModelError` when the folder is missing, incomplete, damaged, or of a kind that is not known.
+    Raises `ModelError` if the folder is missing, incomplete, damaged, or of an unknown kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(source)
     if dtype not in DTYPES:
-        raise ModelError(f"towers compute in {', '.join(DTYPES)}, not in {dtype!r}")
+        raise ModelError(f"towers run in {', '.join(DTYPES)}, not in {dtype!r}")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} holds no towers: {name} is missing")
@@ -147,7 +149,7 @@ def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: s
         raise ModelError(f'{folder / "config.json"} does not describe towers: its "format" must be {FORMAT!r}')
     kind = record.pop("kind", None)
     if kind not in KINDS:
-        raise ModelError(f"{folder} holds towers of the kind {kind!r}; known here: {', '.join(KINDS)}")
+        raise ModelError(f"{folder} holds towers of the kind {kind!r}; known kinds: {', '.join(KINDS)}")
     module, name = KINDS[kind]
     try:
         towers: Towers = getattr(import_module(module), name).from_config(record, folder)
@@ -155,13 +157,13 @@ def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: s
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder} is incomplete, truncated or damaged ({error})") from error
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())  # PyTorch puts each tensor that does not fit on a line of its own
+        reason = " ".join(str(error).split())  # PyTorch lists each tensor that does not fit on its own line
         raise ModelError(f"{folder} does not hold towers of the kind {kind!r}: {reason[:300]}") from error
     return towers.to(device, DTYPES[dtype]).eval()
 
 
 def save_towers(towers: Towers, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a folder of towers, floating tensors in `dtype`; it appears only when it is whole. Returns `folder`."""
+    """Write a folder of towers atomically, floating-point tensors in `dtype`. Returns `folder`."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -175,5 +177,5 @@ def save_towers(towers: Towers, folder: Path, dtype: torch.dtype = torch.bfloat1
         (building / "config.json").write_text(text, encoding="utf-8")
         for name, content in towers.text_files().items():
             (building / name).write_bytes(content)
-        (building / "model.safetensors").chmod(0o644)  # safetensors' files are private
+        (building / "model.safetensors").chmod(0o644)  # safetensors writes private files
     return folder

@@ -42,31 +42,31 @@ class BertSizes:
 
 @dataclass(frozen=True)
 class BrivlConfig:
-    """Sizes, as in the published cfg/test_xyb.yml. `cnn` is a timm name, `cnn_options` what its builder is told."""
+    """Sizes, by default those of the published cfg/test_xyb.yml. `cnn` and `cnn_options` go to `timm.create_model`."""
 
     cnn: str = "tf_efficientnet_b5"
     cnn_options: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 380  # px, a side
+    image_size: int = 380  # px, the side of the square input
     image_width: int = 2048
     image_heads: int = 4
     image_layers: int = 4
-    box_slots: int = 37  # the whole picture takes one
-    grid_size: int = 4  # samples a side of a box
+    box_slots: int = 37  # including one for the whole picture
+    grid_size: int = 4  # samples along each side of a box
     bert: BertSizes = field(default_factory=BertSizes)
     text_heads: int = 4
     text_layers: int = 4
-    text_tokens: int = 80  # always padded to
+    text_tokens: int = 80  # all texts are padded to this length
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
         if self.text_tokens > self.bert.max_position_embeddings:
             raise ValueError(f"text_tokens={self.text_tokens} is above BERT's {self.bert.max_position_embeddings}")
         if self.box_slots < 1:
-            raise ValueError(f"box_slots={self.box_slots}: the whole picture takes one")
+            raise ValueError(f"box_slots={self.box_slots} must be 1 or more: the whole picture takes one")
 
 
 class Head(nn.Module):
-    """Two linear layers."""
+    """Two linear layers with a ReLU between them."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -79,11 +79,11 @@ class Head(nn.Module):
 
 
 class MaskedPool(nn.Module):
-    """Vectors of unit length -> post-norm transformer without places -> mean over the slots with mask 1."""
+    """Unit vectors -> a post-norm transformer without positions -> the mean over the slots with mask 1."""
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, heads, batch_first=True)  # feed-forward 2048 whatever the width
+        layer = nn.TransformerEncoderLayer(width, heads, batch_first=True)  # feed-forward width 2048 at any width
         # nested tensors would drop slots that no row uses
         self.attention = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
@@ -94,8 +94,8 @@ class MaskedPool(nn.Module):
         return (x * weights).sum(1) / weights.sum(1)
 
 
-class ImageTower(nn.Module):
-    """A picture and its boxes to a vector."""
+class BrivlImageTower(nn.Module):
+    """Encodes a picture with its boxes as a vector."""
 
     def __init__(self, config: BrivlConfig) -> None:
         super().__init__()
@@ -115,8 +115,8 @@ class ImageTower(nn.Module):
         return vector
 
 
-class TextTower(nn.Module):
-    """Tokens to a vector. BERT gets no attention mask: it attends to the padding, as in the original."""
+class BrivlTextTower(nn.Module):
+    """Encodes tokens as a vector. As in the original, BERT gets no attention mask and attends to the padding."""
 
     def __init__(self, config: BrivlConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class TextTower(nn.Module):
 
 
 class BrivlTowers(Towers):
-    """BriVL behind our interface. Without boxes a picture is one box: itself."""
+    """BriVL behind our interface. Without boxes, the whole picture is the only box."""
 
     kind = "brivl"
     pixel_mean = (0.485, 0.456, 0.406)
@@ -143,8 +143,8 @@ class BrivlTowers(Towers):
         self.config = config
         self.embed_dim = config.image_width
         self.image_size = config.image_size
-        self.image = ImageTower(config)
-        self.text = TextTower(config)
+        self.image = BrivlImageTower(config)
+        self.text = BrivlTextTower(config)
         self._vocab = vocab
         self._pieces = WordPieces(vocab, google=False)
         if self._pieces.size > config.bert.vocab_size:
@@ -171,15 +171,15 @@ class BrivlTowers(Towers):
         return self.normalise(F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0])
 
     def place_boxes(self, boxes: Sequence[Sequence[Box]], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Boxes of N pictures of `sizes` (width, height) as `encode_pixels` takes them: [N, B, 4] and mask [N, B].
+        """Scale and pad the boxes of N pictures of `sizes` (width, height) for `encode_pixels`: [N, B, 4], mask [N, B].
 
         Boxes beyond `box_slots` - 1 are dropped; the whole picture comes after the last. Raises `ValueError` for a
-        box that has no four numbers.
+        box that does not have four numbers.
         """
         placed = torch.zeros(len(boxes), self.config.box_slots, 4)
         mask = torch.zeros(placed.shape[:2])
-        for row, slots, found, (width, height) in zip(placed, mask, boxes, sizes, strict=True):
-            kept = [*found][: self.config.box_slots - 1]
+        for row, slots, given, (width, height) in zip(placed, mask, boxes, sizes, strict=True):
+            kept = [*given][: self.config.box_slots - 1]
             if wrong := [box for box in kept if len(box) != 4]:
                 raise ValueError(f"a box is x1, y1, x2, y2, not {wrong[0]}")
             ratios = [self.image_size / width, self.image_size / height] * 2
@@ -194,7 +194,7 @@ class BrivlTowers(Towers):
         return {"ids": ids, "mask": (ids != 0).float()}
 
     def encode_pixels(self, pixels: Tensor, boxes: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[N, 3, S, S] and, if there are boxes, what `place_boxes` made of them -> [N, D] of unit length."""
+        """[N, 3, S, S], and the output of `place_boxes` if there are boxes -> [N, D] of unit length."""
         if boxes is None:
             boxes = pixels.new_tensor([0.0, 0.0, self.image_size, self.image_size]).expand(len(pixels), 1, 4)
         if mask is None:
@@ -209,11 +209,12 @@ class BrivlTowers(Towers):
 def pool_boxes(features: Tensor, boxes: Tensor, image_size: int, grid_size: int) -> Tensor:
     """The mean of `grid_size` x `grid_size` bilinear samples of each box: [N, C, h, w], [N, B, 4] -> [N, C, B].
 
-    The boxes' maps are those for corners that are pixel centres, the sampling is that for pixel areas, with zeros
-    outside: a mix that enlarges and shifts every box a little, which the published weights have learnt.
+    As in the original, the affine maps assume corners at pixel centres (align_corners=True), but sampling assumes them
+    at pixel edges (False), with zeros outside. This enlarges and shifts every box a little, and the published weights
+    were trained with it.
     """
     height, width = features.shape[2:]
-    x1, y1, x2, y2 = (boxes * (height / image_size)).unbind(-1)  # [N, B]; one ratio for both directions
+    x1, y1, x2, y2 = (boxes * (height / image_size)).unbind(-1)  # [N, B]; one ratio for both axes
     zeros = torch.zeros_like(x1)
     rows = [
         torch.stack([(x2 - x1) / (width - 1), zeros, (x1 + x2 - width + 1) / (width - 1)], -1),
@@ -222,15 +223,15 @@ def pool_boxes(features: Tensor, boxes: Tensor, image_size: int, grid_size: int)
     count = boxes.shape[1]
     maps = torch.stack(rows, -2).flatten(0, 1).to(features)  # [N * B, 2, 3]
     grid = F.affine_grid(maps, [len(maps), 1, grid_size, grid_size], align_corners=False)
-    # the boxes of one picture one above the other: one picture is sampled once
+    # stack the boxes of a picture along the height, so that each picture is sampled in one call
     grid = grid.view(len(boxes), count * grid_size, grid_size, 2)
     samples = F.grid_sample(features, grid, align_corners=False)  # [N, C, B * grid_size, grid_size]
     return samples.unflatten(2, (count, grid_size)).mean((3, 4))
 
 
 def trainable_names(towers: BrivlTowers) -> set[str]:
-    """What the original trains: blocks 3 to 6 of the backbone, BERT's layers 8 to 11, and all that it added."""
-    first = 20 if towers.config.bert.num_hidden_layers == 24 else 8  # 24: RoBERTa-large, its other text backbone
+    """The parameters that the original trains: backbone blocks 3 to 6, BERT layers 8 to 11, the added parts."""
+    first = 20 if towers.config.bert.num_hidden_layers == 24 else 8  # 24: RoBERTa-large, also published
     parts = [f"image.backbone.blocks.{block}." for block in range(3, 7)]
     parts += [f"text.backbone.encoder.layer.{layer}." for layer in range(first, first + 4)]
     parts += [f"{tower}.{part}." for tower in ("image", "text") for part in ("project", "pool", "head")]

@@ -1,6 +1,7 @@
 """Chinese-CLIP (Yang et al. 2022, arXiv:2211.01335): a ViT or a ResNet and a Chinese RoBERTa, as published.
 
-The parts are open_clip's and transformers', under the published names. docs/retrieval-imports.md lists the quirks.
+The modules are those of open_clip and transformers, with the published names. docs/retrieval-imports.md lists the
+quirks of the original that are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vqvae.storage.parts import ModelError
 
 @dataclass(frozen=True)
 class ChineseClipConfig:
-    """Sizes of both towers. `vision_layers` is a number for a ViT, four for a ResNet, which has no `patch_size`."""
+    """Sizes of both towers. `vision_layers` is one number for a ViT and four for a ResNet, without `patch_size`."""
 
     embed_dim: int = 512
     image_size: int = 224
@@ -71,13 +72,13 @@ PUBLISHED = {
 
 
 def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
-    """The configuration in the two JSON files of the original. Raises `ModelError` that says what is wrong."""
+    """Read the configuration from the two JSON files of the original. Raises `ModelError`."""
     records: dict[str, Any] = {}
     for path in (vision, text):
         try:
             records |= json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{path} is missing or no JSON object ({error})") from error
+            raise ModelError(f"{path} is missing or not a JSON object ({error})") from error
     try:
         layers = records["vision_layers"]
         return from_dict(
@@ -104,7 +105,7 @@ def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
 
 
 class ChineseClipTowers(Towers):
-    """Chinese-CLIP behind our interface. `tokenize` is the published `tokenize`, `preprocess` its transform."""
+    """Chinese-CLIP behind our interface, with the published `tokenize` and image transform."""
 
     kind = "chinese-clip"
     pixel_mean = (0.48145466, 0.4578275, 0.40821073)
@@ -159,7 +160,7 @@ class ChineseClipTowers(Towers):
         return {"vocab.txt": self._vocab}
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Resized to a square in the picture's own mode, then RGB: what the original does with palettes and alpha."""
+        """Resize to a square in the picture's own mode, then convert to RGB, as the original does (palettes, alpha)."""
         resized = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return self.normalise(to_tensor(resized.convert("RGB")))
 
@@ -187,7 +188,7 @@ class ChineseClipTowers(Towers):
 
 
 def normalise_caption(text: str) -> str:
-    """What the published data sets, but not `tokenize`, do to a caption: lower case, straight double quotes."""
+    """Lower case and straight double quotes: the published data sets apply this to captions, `tokenize` does not."""
     return text.lower().replace("“", '"').replace("”", '"')
 
 

@@ -1,4 +1,4 @@
-"""Published weights of retrieval models to folders of towers: read without running them, checked key by key."""
+"""Converts published retrieval models to folders of towers, without executing their files and key by key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from vqvae.storage.published import check_shapes, read_checkpoint
 
 T = TypeVar("T", bound=Towers)
 
-# our names of BriVL's parts, and the published ones
+# our names of BriVL's parts -> the published ones
 BRIVL_PARTS = {
     "image.backbone.": "imgencoder.backbone.",
     "image.project.": "imgencoder.learnable.max_pool.0.",
@@ -43,7 +43,7 @@ BRIVL_PARTS = {
     "text.pool.attention.": "textencoder.learnable.textAtt.",
     "text.head.": "textencoder.learnable.textFC.",
 }
-# in the published file, but not needed: what no feature depends on, and the momentum copies of training
+# parts of the published file that no feature depends on, and the momentum copies of training
 BRIVL_UNUSED = re.compile(
     r"(img|text)encoder_mom\.|imgencoder\.backbone\.classifier\.|textencoder\.backbone\.bert\.pooler\.|.*\.position_ids$"
 )
@@ -71,36 +71,36 @@ OPEN_CLIP_WEIGHTS = (
 )  # fmt: skip
 
 
-def import_chinese_clip(
-    source: Path,
-    out: Path,
-    *,
-    model: str = "ViT-B-16",
-    configs: tuple[Path, Path] | None = None,
-    vocab: Path | None = None,
-    image_size: int | None = None,
-    rounded: bool = False,
-) -> Path:
+@dataclass(frozen=True)
+class ChineseClipImport:
+    """How a Chinese-CLIP checkpoint is read."""
+
+    model: str = "ViT-B-16"  # one of `PUBLISHED`, whose sizes are used
+    configs: tuple[Path, Path] | None = None  # the original's JSON files (vision, text), for sizes of one's own
+    vocab: Path | None = None  # vocab.txt of the text tower; by default the one beside the checkpoint
+    image_size: int | None = None  # resizes a ViT's position embedding, as the original's `load` does
+    rounded: bool = False  # rounds most weights to half precision, as the original's `load_from_name` does
+
+
+def import_chinese_clip(source: Path, out: Path, settings: ChineseClipImport) -> Path:
     """Convert a Chinese-CLIP checkpoint to the new folder of towers `out`.
 
-    `model` names one of `PUBLISHED`, or `configs` are the original's two JSON files (vision, text). `vocab`: vocab.txt
-    of the text tower, beside `source` if not given. `image_size` resizes a ViT's position embedding as the original's
-    `load`. `rounded` gives the weights as the original's `load_from_name` has them, most of them rounded to half
-    precision. Raises `ModelError` that says what is missing, damaged, unsafe or does not fit; `out` is then not made.
+    Raises `ModelError` that says what is missing, damaged, unsafe or does not fit; `out` is then not created.
     """
-    if configs is None and model not in PUBLISHED:
-        raise ModelError(f"no published Chinese-CLIP is called {model!r}; known: {', '.join(PUBLISHED)}")
-    config = PUBLISHED[model] if configs is None else read_published_config(*configs)
-    found = _weights(read_checkpoint(source))
-    pieces = _vocab(vocab or source.parent / "vocab.txt")
+    configs, image_size = settings.configs, settings.image_size
+    if configs is None and settings.model not in PUBLISHED:
+        raise ModelError(f"no published Chinese-CLIP is called {settings.model!r}; known: {', '.join(PUBLISHED)}")
+    config = PUBLISHED[settings.model] if configs is None else read_published_config(*configs)
+    weights = _weights(read_checkpoint(source))
+    pieces = _vocab(settings.vocab or source.parent / "vocab.txt")
     towers = _built(lambda: ChineseClipTowers(config, pieces))
-    tensors = _checked(found, {name: name for name in towers.state_dict()}, towers, source)
+    tensors = _checked(weights, {name: name for name in towers.state_dict()}, towers, source)
     if image_size is not None:
         if config.patch_size is None or image_size < 1 or image_size % config.patch_size:
             raise ModelError(f"only a ViT takes another image size, a multiple of its patch size, not {image_size}")
         tensors[POSITIONS] = resize_positions(tensors[POSITIONS].float(), image_size // config.patch_size)
         towers = _built(lambda: ChineseClipTowers(replace(config, image_size=image_size), pieces))
-    if rounded:
+    if settings.rounded:
         tensors |= {name: tensors[name].half().float() for name in halved_names(towers)}
     return _save(towers, tensors, out)
 
@@ -108,21 +108,21 @@ def import_chinese_clip(
 def import_brivl(source: Path, out: Path, *, text_model: Path, config: Path | None = None) -> Path:
     """Convert BriVL 1.0's checkpoint to the new folder of towers `out`.
 
-    `text_model`: a folder with the vocab.txt, and the config.json if the sizes are others, of
-    hfl/chinese-roberta-wwm-ext. `config`: a YAML file in the layout of the original's cfg/test_xyb.yml, which is the
-    default; a key CNN_OPTIONS under MODEL goes to timm. Raises `ModelError` as `import_chinese_clip`.
+    `text_model` is a folder with the vocab.txt of hfl/chinese-roberta-wwm-ext, and its config.json if the sizes differ.
+    `config` is a YAML file in the layout of the original's cfg/test_xyb.yml, which is the default; a key CNN_OPTIONS
+    under MODEL goes to timm. Raises `ModelError` as `import_chinese_clip` does.
     """
     sizes = _brivl_config(config, text_model / "config.json")
-    found = read_checkpoint(source).get("learnable")
-    if not isinstance(found, dict):
+    weights = read_checkpoint(source).get("learnable")
+    if not isinstance(weights, dict):
         raise ModelError(f"{source} has no weights under the key 'learnable'")
-    found = {key: value for key, value in found.items() if not BRIVL_UNUSED.match(str(key))}
+    weights = {key: value for key, value in weights.items() if not BRIVL_UNUSED.match(str(key))}
     towers = _built(lambda: BrivlTowers(sizes, _vocab(text_model / "vocab.txt")))
-    return _save(towers, _checked(found, brivl_keys(towers), towers, source), out)
+    return _save(towers, _checked(weights, brivl_keys(towers), towers, source), out)
 
 
 def brivl_keys(towers: BrivlTowers) -> dict[str, str]:
-    """Our name of each tensor -> its published one (without "_mom")."""
+    """Our name of each tensor -> its published name (without "_mom")."""
     return {
         name: theirs + name.removeprefix(ours)
         for name in towers.state_dict()
@@ -136,27 +136,28 @@ def import_open_clip(
 ) -> Path:
     """Convert open_clip weights to the new folder of towers `out`.
 
-    `source` is a folder with open_clip_config.json and weights, or a file of weights of the open_clip model `model`;
-    the published `tag`, if given, says how its pictures are prepared. `text_model`: the folder with config.json and
-    tokenizer files of a Hugging Face text tower, `source` if not given. Raises `ModelError` as `import_chinese_clip`.
+    `source` is a folder with open_clip_config.json and weights, or a file of weights of the open_clip model `model`,
+    whose pictures are prepared as for the published `tag`, if one is given. `text_model` is the folder with config.json
+    and tokenizer files of a Hugging Face text tower, by default `source`. Raises `ModelError` as `import_chinese_clip`
+    does.
     """
     model_cfg, preprocess_cfg = _open_clip_config(source, model, tag)
-    weights = source
+    file = source
     if source.is_dir():
-        weights = next((source / name for name in OPEN_CLIP_WEIGHTS if (source / name).is_file()), source)
-        if weights == source:
+        file = next((source / name for name in OPEN_CLIP_WEIGHTS if (source / name).is_file()), source)
+        if file == source:
             raise ModelError(f"{source} has no weights: none of {', '.join(OPEN_CLIP_WEIGHTS)}")
     with tempfile.TemporaryDirectory() as name:
         text = Path(name)
         _copy_text_files(text_model or (source if source.is_dir() else source.parent), text)
         towers = _built(lambda: OpenClipTowers(model_cfg, preprocess_cfg, text))
-    found = _weights(_tensors(weights))
+    weights = _weights(_tensors(file))
     keys = {name: name.removeprefix("model.") for name in towers.state_dict()}
-    return _save(towers, _checked(found, keys, towers, weights), out)
+    return _save(towers, _checked(weights, keys, towers, file), out)
 
 
 def _built(build: Callable[[], T]) -> T:
-    """Towers without memory: names and shapes, for weights that are put in afterwards. Raises `ModelError`."""
+    """Build towers on the meta device (names and shapes, no memory), to be given weights. Raises `ModelError`."""
     try:
         with torch.device("meta"):
             return build()
@@ -164,24 +165,24 @@ def _built(build: Callable[[], T]) -> T:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"no towers can be built of this configuration ({reason[:300]})") from error
+        raise ModelError(f"no towers can be built from this configuration ({reason[:300]})") from error
 
 
 def _weights(content: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint or a file of tensors alone, without DDP's prefix and what no feature depends on."""
+    """The tensors of a checkpoint or weights file, without DDP's prefix and without unused ones."""
     weights = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     return {
         str(key).removeprefix("module."): value
         for key, value in weights.items()
-        if not re.search(r"\bbert\.pooler\.|\.position_ids$", str(key))  # buffers of older transformers
+        if not re.search(r"\bbert\.pooler\.|\.position_ids$", str(key))  # buffers of older versions of transformers
     }
 
 
-def _checked(found: Mapping[str, Any], keys: Mapping[str, str], towers: Towers, path: Path) -> dict[str, Tensor]:
-    """Our names with the tensors found. Raises `ModelError` that names all that does not fit."""
+def _checked(weights: Mapping[str, Any], keys: Mapping[str, str], towers: Towers, path: Path) -> dict[str, Tensor]:
+    """Our name -> tensor. Raises `ModelError` that lists every tensor that is missing or does not fit."""
     shapes = {keys[name]: tuple(tensor.shape) for name, tensor in towers.state_dict().items()}
-    check_shapes(found, shapes, path)
-    return {name: found[key] for name, key in keys.items()}
+    check_shapes(weights, shapes, path)
+    return {name: weights[key] for name, key in keys.items()}
 
 
 def _save(towers: Towers, tensors: Mapping[str, Tensor], out: Path) -> Path:
@@ -191,7 +192,7 @@ def _save(towers: Towers, tensors: Mapping[str, Tensor], out: Path) -> Path:
 
 
 def _brivl_config(path: Path | None, bert: Path) -> BrivlConfig:
-    """The published sizes, changed by the original's YAML file and by BERT's config.json."""
+    """The published sizes, overridden by the original's YAML file and by BERT's config.json."""
     sizes: dict[str, Any] = {}
     if bert.is_file():
         record = _json(bert)
@@ -202,8 +203,8 @@ def _brivl_config(path: Path | None, bert: Path) -> BrivlConfig:
             sizes |= {ours: model[theirs] for ours, theirs in BRIVL_SIZES.items() if theirs in model}
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise ModelError(f"{path} is missing or no YAML with a section MODEL ({reason})") from error
-    if "cnn" in sizes:  # timm's present name; "_ns" was the way of training
+            raise ModelError(f"{path} is missing or not YAML with a section MODEL ({reason})") from error
+    if "cnn" in sizes:  # timm's present name: "_ns" meant the training method
         sizes["cnn"] = str(sizes["cnn"]).removesuffix("_ns")
     try:
         return from_dict(BrivlConfig, sizes)
@@ -218,7 +219,7 @@ def _open_clip_config(source: Path, model: str | None, tag: str | None) -> tuple
             raise ModelError(f"{source / 'open_clip_config.json'} has no section model_cfg")
         return record["model_cfg"], record.get("preprocess_cfg", {})
     if model is None:
-        raise ModelError(f"{source} is no folder with open_clip_config.json: say which model it is (--model)")
+        raise ModelError(f"{source} is not a folder with open_clip_config.json: name its model (--model)")
     model_cfg = open_clip.get_model_config(model)
     if model_cfg is None:
         raise ModelError(f"open_clip knows no model {model!r}; open_clip.list_models() lists them")

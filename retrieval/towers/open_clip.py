@@ -1,4 +1,4 @@
-"""Any model of open_clip behind our interface: built from a local configuration, nothing is fetched."""
+"""Models of open_clip behind our interface, built from a local configuration without any download."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ from torch import Tensor, nn
 from data.characters import whole_characters
 from data.config import ConfigError
 from data.text import TextTokenizer
-from retrieval.towers.base import Tokens, Towers, unit
+from retrieval.towers.base import TEXT_MODEL, Tokens, Towers, unit
 from retrieval.towers.word_pieces import warn_cut
 from vqvae.storage.parts import ModelError
 
-# ours, under names that begin with "mmwudao-"; open_clip.create_model builds them by name from then on
+# our configurations, whose names begin with "mmwudao-"; open_clip.create_model can now build them by name
 add_model_config(Path(__file__).parent / "model_configs")
 
-TEXT_MODEL = "text.model"  # SentencePiece: the tokenizer of models trained here from scratch
-TEXT_CONFIG = "text_config.json"  # of a Hugging Face text tower
-# what Hugging Face's tokenizers read
+TEXT_CONFIG = "text_config.json"  # the config of a Hugging Face text tower
+# the files that Hugging Face's tokenizers read
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
@@ -43,7 +42,7 @@ TOKENIZER_FILES = (
 
 
 class OpenClipTowers(Towers):
-    """`model_cfg` and `preprocess_cfg` as in an open_clip_config.json; `folder` holds the files of the text side."""
+    """A model of open_clip, with the sections of its open_clip_config.json; `folder` holds the text tokenizer."""
 
     kind = "open-clip"
 
@@ -75,18 +74,18 @@ class OpenClipTowers(Towers):
 
     @classmethod
     def from_scratch(cls, name: str, text_model: Path) -> OpenClipTowers:
-        """Random weights in the shape that open_clip knows by `name`, over the pieces of a SentencePiece model.
+        """The architecture that open_clip knows as `name`, with random weights and a SentencePiece vocabulary.
 
-        Raises `ConfigError` for an unknown name, and for one whose text tower is Hugging Face's or that describes.
+        Raises `ConfigError` for an unknown name, a Hugging Face text tower, or a model that also writes captions.
         """
         model_cfg = get_model_config(name) if name in list_models() else None
         if model_cfg is None:
             ours = ", ".join(known for known in list_models() if known.startswith("mmwudao-"))
             raise ConfigError(f"open_clip knows no model {name!r}; it knows {ours} and open_clip.list_models()")
         if "hf_model_name" in model_cfg["text_cfg"] or "multimodal_cfg" in model_cfg:
-            raise ConfigError(f"{name} cannot start here: its text tower must be open_clip's own, without a decoder")
+            raise ConfigError(f"{name} cannot be trained: its text tower must be open_clip's own, without a decoder")
         text_cfg = {key: value for key, value in model_cfg["text_cfg"].items() if "tokenizer" not in key}
-        text_cfg["vocab_size"] = TextTokenizer(text_model).vocab_size + PieceTokenizer.marks
+        text_cfg["vocab_size"] = TextTokenizer(text_model).vocab_size + PieceTokenizer.special_tokens
         with tempfile.TemporaryDirectory() as folder:
             shutil.copyfile(text_model, Path(folder) / TEXT_MODEL)
             return cls({**model_cfg, "text_cfg": text_cfg}, {}, Path(folder))
@@ -104,7 +103,7 @@ class OpenClipTowers(Towers):
     def tokenize(self, texts: list[str]) -> Tensor:
         """Ids [N, context_length]."""
         texts = [whole_characters(text) for text in texts]
-        # one token more shows which texts are cut
+        # one more token reveals which texts are cut
         longer = self._tokenizer(texts, context_length=self._context_length + 1)
         ids: Tensor = self._tokenizer(texts, context_length=self._context_length)
         pad = self._tokenizer.tokenizer.pad_token_id if isinstance(self._tokenizer, HFTokenizer) else 0
@@ -119,18 +118,18 @@ class OpenClipTowers(Towers):
 
 
 class PieceTokenizer:
-    """SentencePiece as open_clip's tokenizers work: a start mark, the pieces, an end mark, zeros.
+    """SentencePiece with the interface of open_clip's tokenizers: start token, pieces, end token, zeros.
 
-    The end mark is the largest id: there open_clip's text towers read off the text (`pool_type` argmax).
+    The end token has the largest id, since open_clip's text towers pool at the largest one (`pool_type` argmax).
     """
 
-    marks = 2  # start and end
+    special_tokens = 2  # start and end
 
     def __init__(self, text: TextTokenizer) -> None:
         self.text = text
 
     def __call__(self, texts: list[str], context_length: int) -> Tensor:
-        """Ids [N, context_length]; a text that is too long is cut before the end mark."""
+        """Ids [N, context_length]; a text that is too long is cut before the end token."""
         start, end = self.text.vocab_size, self.text.vocab_size + 1
         ids = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
@@ -140,7 +139,7 @@ class PieceTokenizer:
 
 
 def _build(model_cfg: dict[str, Any], folder: Path) -> Any:
-    """The model as `open_clip.create_model` makes it of this configuration, without weights."""
+    """The model that `open_clip.create_model` would make from this configuration, with random weights."""
     options = copy.deepcopy(model_cfg)
     custom = options.pop("custom_text", False) or "hf_model_name" in options["text_cfg"]
     if "timm_model_name" in options["vision_cfg"]:

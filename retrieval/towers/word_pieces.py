@@ -1,4 +1,4 @@
-"""BERT's word pieces, in the two variants that published towers were trained with."""
+"""BERT's word pieces, in the two variants of the published towers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class WordPieces:
-    """Texts to ids: lower case, accents stripped, CJK characters apart, then the longest pieces from the left.
+    """Tokenizes texts: lower case, no accents, CJK characters as words, then the longest pieces from the left.
 
-    `google` is the original code, which Chinese-CLIP ships: a word above 200 characters is unknown, names of special
-    tokens in a text are ordinary text, and only control and format characters are dropped. Otherwise it is Hugging
-    Face's, which BriVL uses: 100 characters, names of special tokens are those tokens, unassigned and private
-    characters are dropped too.
+    `google` selects the original code, which Chinese-CLIP ships: words above 200 characters are unknown, names of
+    special tokens in a text are ordinary text, and only control and format characters are dropped. Otherwise the rules
+    are those of Hugging Face, which BriVL uses: the limit is 100 characters, names of special tokens become those
+    tokens, and unassigned and private-use characters are dropped too. Raises `ModelError` for a damaged vocabulary.
     """
 
     def __init__(self, vocab: bytes, google: bool) -> None:
@@ -37,7 +37,7 @@ class WordPieces:
             raise ModelError("vocab.txt is damaged: it is not UTF-8") from error
         pieces = {line.strip(): index for index, line in enumerate(lines)}
         if missing := [name for name in SPECIAL[:4] if name not in pieces]:
-            raise ModelError(f"vocab.txt is no BERT vocabulary: {', '.join(missing)} is missing")
+            raise ModelError(f"vocab.txt is not a BERT vocabulary: {', '.join(missing)} is missing")
         self.size = len(lines)
         self._google = google
         self._pad, self._start, self._end = pieces[PAD], pieces[START], pieces[END]
@@ -62,8 +62,8 @@ class WordPieces:
         encodings = self._tokenizer.encode_batch([self._clean(text) for text in texts])
         for row, encoding in zip(ids, encodings, strict=True):
             cut += len(encoding.ids) > length - 2
-            found = [self._start, *encoding.ids[: length - 2], self._end]
-            row[: len(found)] = torch.tensor(found)
+            sequence = [self._start, *encoding.ids[: length - 2], self._end]
+            row[: len(sequence)] = torch.tensor(sequence)
         warn_cut(cut, len(texts), length)
         return ids
 
@@ -76,6 +76,7 @@ class WordPieces:
 
 
 def warn_cut(cut: int, total: int, length: int) -> None:
+    """Log a warning if any of `total` texts was cut to `length` tokens."""
     if cut:
         log.warning("%d of %d texts are longer than %d tokens and were cut", cut, total, length)
 

@@ -1,4 +1,4 @@
-"""Training of towers: pairs, objectives, the training command.
+"""Training of towers: picture-caption pairs, objectives, and the training run.
 
 Read `objectives.py` first, then `train_towers.py`.
 """

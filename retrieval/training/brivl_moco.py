@@ -1,7 +1,8 @@
 """BriVL 1.0's training step as published (Huo et al. 2021, section 3.3), quirks included, on one device.
 
-For comparisons and for going on from published weights; `retrieval.training.objectives.Moco` is the one for new towers, and
-docs/retrieval-imports.md lists how they differ. N pairs, D width of the common space, K slots of a queue.
+Use it for comparisons and to continue training published weights. New towers are trained by
+`retrieval.training.objectives.Moco`; docs/retrieval-imports.md lists the differences. N pairs, D width of the common
+space, K slots of a queue.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from retrieval.towers.brivl import BrivlTowers, trainable_names
 
 @dataclass(frozen=True)
 class BrivlMocoConfig:
-    """`top_k` slots near both keys of a pair are positives too; 0, as published, is off."""
+    """Slots among the `top_k` nearest to both keys of a pair are positives too; 0, as published, disables this."""
 
     queue: int = 9600
     momentum: float = 0.99
@@ -37,10 +38,10 @@ class BrivlBatch:
 
 
 class BrivlMoco(nn.Module):
-    """Towers, their momentum copies and two queues of keys; `forward` is one step's loss and moves all of them.
+    """Towers, their momentum copies and two queues of keys; `forward` returns the loss of a step and updates all.
 
-    Freezes what the original does not train (`trainable_names`). A new one has the towers' own weights as momentum
-    copies and random unit columns as queues.
+    Freezes what the original does not train (`trainable_names`). The momentum copies start with the towers' weights,
+    and the queues with random unit columns.
     """
 
     def __init__(self, towers: BrivlTowers, config: BrivlMocoConfig) -> None:
@@ -62,11 +63,11 @@ class BrivlMoco(nn.Module):
     def forward(self, batch: BrivlBatch, image_order: Tensor | None = None, text_order: Tensor | None = None) -> Tensor:
         """The sum of both directions' losses, a scalar. The orders [N] are random permutations unless given.
 
-        Raises `ValueError` when K is no multiple of N.
+        Raises `ValueError` if K is not a multiple of N.
         """
         count = len(batch.pixels)
         if self.config.queue % count:
-            raise ValueError(f"a queue of {self.config.queue} is no multiple of the batch of {count}: change one")
+            raise ValueError(f"the queue of {self.config.queue} is not a multiple of the batch of {count}: change one")
         images = self.towers.encode_pixels(batch.pixels, batch.boxes, batch.box_mask)
         texts = self.towers.encode_tokens({"ids": batch.ids, "mask": batch.text_mask})
         image_keys, text_keys = self.encode_keys(
@@ -83,9 +84,9 @@ class BrivlMoco(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, batch: BrivlBatch, image_order: Tensor, text_order: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the momentum towers, then encode the batch with them in other orders: [N, D] twice, in its own order.
+        """Update the momentum towers, encode the batch with them in the given orders, and return both in batch order.
 
-        The mask of the boxes is not shuffled with the pictures: a picture meets another one's mask.
+        Returns [N, D] twice. As in the original, the box mask is not shuffled: a picture gets the mask of another.
         """
         keys: list[Tensor] = list(self.keys.parameters())
         torch._foreach_mul_(keys, self.config.momentum)
@@ -104,7 +105,7 @@ class BrivlMoco(nn.Module):
         return near[0] & near[1]
 
     def logits(self, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-        """[N, 1 + K]: each query's own key, then the queue (a copy: `push` writes into it before the backward pass)."""
+        """[N, 1 + K]: each query's own key, then the queue (cloned: `push` changes it before the backward pass)."""
         own = (queries * keys).sum(1, keepdim=True)
         return torch.cat([own, queries @ queue.clone()], dim=1) * self.towers.scale
 

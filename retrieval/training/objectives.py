@@ -1,9 +1,8 @@
-"""What the towers learn from: BriVL's cross-modal MoCo, CLIP's symmetric loss, SigLIP's pairwise loss.
+"""The objectives of training: BriVL's cross-modal MoCo, CLIP's symmetric loss, SigLIP's pairwise loss.
 
 Shapes: N pictures, M = V N texts (V captions of each picture: the first of every picture, then the second, ...), D the
-width of the shared space, K slots of a queue. `ids` [n, 2] tell of each feature which pair of the whole batch it
-belongs to, and the number of its concept: where several pictures of one batch show the same thing, a text of one
-describes the others too.
+width of the shared space, K slots of a queue. `ids` [n, 2] hold, for each feature, its pair in the whole batch and the
+label of its concept: if several pictures of a batch show the same concept, a text of one describes the others too.
 """
 
 from __future__ import annotations
@@ -26,38 +25,39 @@ from retrieval.towers.base import Tokens, Towers
 from vqvae.training.loop import distributed, rank, world_size
 
 Keys = tuple[Tensor, Tensor] | None
-NO_PAIR = -1  # what is in a queue belongs to no pair of the batch
+Labelled = tuple[Tensor, Tensor]  # features [n, D] and their ids [n, 2]
+NO_PAIR = -1  # the pair of a queue's entry, which belongs to none in the batch
 
 
 @dataclass
 class ObjectiveConfig:
-    """Which loss, and its knobs; those from `queue` on are for `moco` alone."""
+    """The loss and its parameters; those from `queue` on apply to `moco` only."""
 
     name: Literal["moco", "clip", "siglip"] = "clip"
-    # other pictures of the same concept: positives as good as one's own, left out of the loss, or negatives
+    # other pictures of the same concept are positives like a text's own, left out of the loss, or negatives
     same_concept: Literal["positive", "left-out", "negative"] = "positive"
-    temperature: float | None = None  # at the start; left out, it is the towers' own
+    temperature: float | None = None  # initial value; by default that of the towers
     learn_temperature: bool = True
-    # of siglip, at the start: near -log(batch), the odds of a positive; the paper's batches hold tens of thousands
+    # initial bias of siglip: about -log(batch), the log odds of a positive
     bias: float = -10.0
-    queue: int = 4096  # keys kept of each side; any number, whatever the batch
+    queue: int = 4096  # keys kept of each tower; need not be a multiple of the batch
     momentum: float = 0.99
-    top_k: int = 0  # queue slots this near to both keys of a pair are positives too (BriVL's multi-label); 0 = none
+    top_k: int = 0  # slots among the top k of both keys of a pair are positives too (BriVL's multi-label); 0: none
 
     def __post_init__(self) -> None:
         if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"the temperature is above 0, not {self.temperature}")
+            raise ValueError(f"the temperature must be above 0, not {self.temperature}")
         if self.queue < 1 or self.top_k < 0 or not 0 <= self.momentum < 1:
-            raise ValueError("queue is 1 or more, top_k 0 or more, momentum from 0 to below 1")
+            raise ValueError("queue must be 1 or more, top_k 0 or more, and momentum from 0 to below 1")
 
 
 def build_objective(towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> Objective:
-    """The objective that `config` names; `frozen`: names or patterns of the towers' parts that are not trained."""
+    """The objective that `config` names; `frozen` are names or patterns of parts to freeze (see `freeze`)."""
     return {"moco": Moco, "clip": Clip, "siglip": SigLip}[config.name](towers, config, frozen)
 
 
 class Objective(nn.Module):
-    """Towers with a loss as `forward`, which is what DDP wraps."""
+    """Towers with the loss as `forward`, so that DDP can wrap them. Raises `ConfigError` for a fixed temperature."""
 
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Objective(nn.Module):
                 nn.init.constant_(log_scale, -math.log(config.temperature))
 
     def train(self, mode: bool = True) -> Self:
-        """As in PyTorch, but frozen parts keep their batch statistics and drop nothing out."""
+        """As in PyTorch, but frozen parts stay in eval mode: no updates of batch statistics and no dropout."""
         super().train(mode)
         for towers in self.children():
             if isinstance(towers, Towers):
@@ -81,7 +81,7 @@ class Objective(nn.Module):
         return self
 
     def forward(self, pixels: Tensor, tokens: Tokens, labels: Tensor) -> dict[str, Tensor]:
-        """The "loss" of N pictures [N, 3, H, W], the tokens of their M texts and their concepts [N]."""
+        """The "loss" and the "temperature" of pictures [N, 3, H, W], the tokens of their M texts and concepts [N]."""
         images = self.towers.encode_pixels(pixels)
         texts = self.towers.encode_tokens(tokens)
         pair = torch.arange(len(images), device=images.device) + rank() * len(images)
@@ -93,11 +93,11 @@ class Objective(nn.Module):
         return {"loss": loss, "temperature": 1 / self.towers.scale.detach()}
 
     def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
-        """Features of the same pictures and texts by towers of the past, for objectives that have them."""
+        """Features of the same pictures and texts by momentum towers; None for objectives without them."""
         return None
 
     def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
-        """A scalar, from features [N, D] and [M, D]; its mean over all processes is the loss of the whole batch."""
+        """The loss of features [N, D] and [M, D], a scalar; its mean over processes is that of the whole batch."""
         raise NotImplementedError
 
 
@@ -112,7 +112,7 @@ class Clip(Objective):
 
 
 class SigLip(Objective):
-    """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343, section 3.2): each pair of a picture and a text by itself."""
+    """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343, section 3.2): a binary one for each picture and text."""
 
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
         super().__init__(towers, config, frozen)
@@ -130,9 +130,9 @@ class SigLip(Objective):
 class Moco(Objective):
     """BriVL's cross-modal contrast (Huo et al. 2021, section 3.3): queries against momentum keys and queues of them.
 
-    Unlike the original, the keys of the whole batch are candidates beside the queue, the queue starts empty instead
-    of random, positives are averaged instead of added, and batches are not shuffled for the keys: the statistics of
-    a batch of pictures tell nothing about a text. Of several captions the first goes into the queue.
+    Unlike the original, the keys of the whole batch are candidates as well as the queue, the queue starts empty instead
+    of random, positives are averaged instead of summed, and batches are not shuffled for the keys, since the batch
+    statistics of pictures reveal nothing about a text. If a picture has several captions, the first is queued.
     """
 
     def __init__(self, towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> None:
@@ -141,7 +141,7 @@ class Moco(Objective):
         self.register_buffer("image_queue", torch.zeros(config.queue, towers.embed_dim))
         self.register_buffer("text_queue", torch.zeros(config.queue, towers.embed_dim))
         self.register_buffer("queue_ids", torch.full((config.queue, 2), NO_PAIR))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))  # pairs, since the start
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))  # number of pairs since the start
         self.image_queue: Tensor
         self.text_queue: Tensor
         self.queue_ids: Tensor
@@ -164,23 +164,19 @@ class Moco(Objective):
             queue_ids = self.queue_ids[:filled].clone()
             if self.training:
                 self.push(gather(image_keys), gather(first), gather(ids))
-        to_texts = self._contrast(images, gather(text_keys), text_queue, ids, gather(text_ids), queue_ids, near)
-        to_images = self._contrast(texts, gather(image_keys), image_queue, text_ids, gather(ids), queue_ids, near)
+        all_text_ids, all_ids = gather(text_ids), gather(ids)
+        text_candidates = torch.cat([gather(text_keys), text_queue]), torch.cat([all_text_ids, queue_ids])
+        image_candidates = torch.cat([gather(image_keys), image_queue]), torch.cat([all_ids, queue_ids])
+        to_texts = self._contrast((images, ids), text_candidates, near)
+        to_images = self._contrast((texts, text_ids), image_candidates, near)
         return (to_texts + to_images) / 2
 
-    def _contrast(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        queue: Tensor,
-        ids: Tensor,
-        key_ids: Tensor,
-        queue_ids: Tensor,
-        near: Tensor,
-    ) -> Tensor:
-        logits = self.towers.scale * queries @ torch.cat([keys, queue]).T
-        positive, counted = pairs(ids, torch.cat([key_ids, queue_ids]), self.config)
-        extra = F.pad(near.repeat(len(queries) // len(near), 1), (len(keys), 0))
+    def _contrast(self, queries: Labelled, candidates: Labelled, near: Tensor) -> Tensor:
+        """The loss of queries against candidates, the last of which are the queue; `near` [N, K]: extra positives."""
+        (features, ids), (keys, key_ids) = queries, candidates
+        logits = self.towers.scale * features @ keys.T
+        positive, counted = pairs(ids, key_ids, self.config)
+        extra = F.pad(near.repeat(len(features) // len(near), 1), (len(keys) - near.shape[1], 0))
         return cross_entropy(logits, positive | extra, counted | extra)
 
     @torch.no_grad()
@@ -191,7 +187,7 @@ class Moco(Objective):
 
     @torch.no_grad()
     def push(self, image_keys: Tensor, text_keys: Tensor, ids: Tensor) -> None:
-        """Put pairs of keys [n, D] into the queues, over the oldest; of more than K the last K."""
+        """Write pairs of keys [n, D] over the oldest in the queues; of more than K pairs, the last K."""
         size, count = self.config.queue, len(ids)
         kept = slice(max(0, count - size), count)
         slots = torch.arange(count, device=ids.device)[kept].add(self.pushed) % size
@@ -201,7 +197,7 @@ class Moco(Objective):
 
 
 def pairs(ids: Tensor, candidate_ids: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """Of queries [n, 2] and candidates [c, 2]: who is right for whom, and who counts at all; bool [n, c] both."""
+    """Which candidates [c, 2] are positives of queries [n, 2], and which count at all; both bool [n, c]."""
     own = ids[:, None, 0] == candidate_ids[None, :, 0]
     same = ids[:, None, 1] == candidate_ids[None, :, 1]
     positive = own | same if config.same_concept == "positive" else own
@@ -210,7 +206,7 @@ def pairs(ids: Tensor, candidate_ids: Tensor, config: ObjectiveConfig) -> tuple[
 
 
 def cross_entropy(logits: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
-    """The mean over queries of the mean over positives of -log softmax, among the candidates that count [n, c].
+    """The mean over queries of the mean over positives of -log softmax, over the candidates that count [n, c].
 
     With several positives, L_out of Khosla et al. 2020 (arXiv:2004.11362, eq. 2).
     """
@@ -219,7 +215,7 @@ def cross_entropy(logits: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
 
 
 def near_both(image_scores: Tensor, text_scores: Tensor, k: int) -> Tensor:
-    """Slots among the k best by image and by text, bool [N, K]: BriVL's additional positives."""
+    """Slots among the k best by image and by text, bool [N, K]: BriVL's additional positives (multi-label MoCo)."""
     k = min(k, image_scores.shape[1])
     by_image, by_text = (
         torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k).indices, True)
@@ -229,7 +225,7 @@ def near_both(image_scores: Tensor, text_scores: Tensor, k: int) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks; carries no gradient."""
+    """The rows of all processes in the order of their ranks, without gradients."""
     if not distributed():
         return tensor
     rows = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -238,9 +234,9 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def freeze(towers: Towers, patterns: Sequence[str]) -> list[str]:
-    """Stop the training of the parts whose names fit `patterns` (shell's wildcards); returns their names.
+    """Freeze the parts whose names match `patterns` (shell wildcards); returns their names.
 
-    Raises `ConfigError` for a pattern that fits no part, and when nothing is left to train.
+    Raises `ConfigError` for a pattern that matches no part, and if nothing is left to train.
     """
     modules = {name: module for name, module in towers.named_modules() if name}
     frozen = []
@@ -248,7 +244,7 @@ def freeze(towers: Towers, patterns: Sequence[str]) -> list[str]:
         names = [name for name in modules if fnmatch(name, pattern)]
         if not names:
             parts = ", ".join(name for name, _ in towers.named_children())
-            raise ConfigError(f"freeze: the towers have no part {pattern!r}; the parts of the first level are {parts}")
+            raise ConfigError(f"freeze: the towers have no part {pattern!r}; the top-level parts are {parts}")
         frozen += names
     for name in frozen:
         modules[name].requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Training pairs: pictures held as uint8 or streamed, and captions drawn anew each time a picture is used."""
+"""Training pairs: pictures in memory (uint8) or streamed, and captions drawn afresh whenever a picture is used."""
 
 from __future__ import annotations
 
@@ -23,52 +23,52 @@ from retrieval.evaluation.metrics import concept_label
 
 @dataclass
 class PairsConfig:
-    """Which pictures: a folder of shards (or a pattern) and the splits to train and test on."""
+    """The pictures: a folder of shards (or a brace pattern), and the splits to train and test on."""
 
     shards: str = "shards"
     train: str = "train"
     test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
     exclude_families: list[str] = field(default_factory=list)
-    balance: float = 0.0  # draw a picture by (pictures of its base concept and family) ** -balance
-    test_pictures: int = 2000  # of each test split, at most
-    # decode every training picture once and keep it as uint8; else shards are streamed (any number of pictures)
+    balance: float = 0.0  # weight of a picture: (pictures of its base concept and family) ** -balance
+    test_pictures: int = 2000  # at most, of each test split
+    # decode every training picture once and keep it as uint8; otherwise stream shards with any number of pictures
     in_memory: bool = True
     shuffle: int = 2000  # pictures in the shuffle buffer when streaming
 
     def __post_init__(self) -> None:
         if self.balance < 0 or self.test_pictures < 1:
-            raise ValueError("balance is 0 or more, test_pictures 1 or more")
+            raise ValueError("balance must be 0 or more, and test_pictures 1 or more")
 
 
 @dataclass
-class CaptionConfig:
-    """How a caption is drawn: a language, then name, keywords (in random order) or both, then perhaps the style."""
+class RetrievalCaptionConfig:
+    """How a caption is drawn: a language, then the name, keywords in random order or both, then perhaps the style."""
 
     name: float = 0.7  # probability of the name alone
-    keywords: float = 0.15  # of a random part of the keywords alone; the rest is the name and some keywords
-    style: float = 0.2  # of naming the family, where there is one
-    per_picture: int = 1  # captions of a picture in one batch, in other languages where there are others
+    keywords: float = 0.15  # of some keywords alone; otherwise the name and some keywords
+    style: float = 0.2  # probability of naming the family, if the sample has one
+    per_picture: int = 1  # captions of a picture in one batch, in different languages as far as possible
 
     def __post_init__(self) -> None:
         if not all(0 <= p <= 1 for p in (self.name, self.keywords, self.style)) or self.name + self.keywords > 1:
-            raise ValueError("caption probabilities lie in 0..1, name + keywords too")
+            raise ValueError("name, keywords, style and name + keywords are probabilities from 0 to 1")
         if self.per_picture < 1:
-            raise ValueError("per_picture is at least 1")
+            raise ValueError("per_picture must be at least 1")
 
 
 @dataclass
 class AugmentConfig:
-    """Changes to a training picture, each drawn evenly up to the value given; 0 switches one off."""
+    """Augmentation of training pictures: each change is uniform up to its value in both directions; 0 disables it."""
 
     shift: float = 0.08  # of the side
-    scale: float = 0.15  # larger or smaller by that factor
+    scale: float = 0.15  # logarithm of the factor
     rotation: float = 8.0  # degrees
     brightness: float = 0.15
     contrast: float = 0.2
 
 
-def draw_captions(sample: Sample, config: CaptionConfig, rng: random.Random) -> list[str]:
-    """`per_picture` captions of `sample`."""
+def draw_captions(sample: Sample, config: RetrievalCaptionConfig, rng: random.Random) -> list[str]:
+    """Draw `per_picture` captions of `sample`."""
     known = sorted(sample.captions)
     languages = rng.sample(known, min(config.per_picture, len(known)))
     languages += rng.choices(known, k=config.per_picture - len(languages))
@@ -82,19 +82,19 @@ def draw_captions(sample: Sample, config: CaptionConfig, rng: random.Random) -> 
 
 
 def label_of(sample: Sample) -> int:
-    """The number of the sample's concept; a picture without one shows a thing of its own."""
+    """The label of the sample's concept; a picture without one is a concept of its own."""
     return concept_label(sample.concept if sample.concept else f"picture {sample.id}")
 
 
 def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Move, scale, turn and recolour pictures [N, 3, S, S] in [0, 1], each its own way; borders are repeated."""
+    """Shift, scale, rotate and recolour pictures [N, 3, S, S] in [0, 1], each independently; edges are repeated."""
     count = len(pixels)
 
     def spread(width: float) -> Tensor:
         return ((torch.rand(count, generator=generator) * 2 - 1) * width).to(pixels)
 
     angle = spread(config.rotation) * torch.pi / 180
-    # the transform maps places of the result to places of the picture, whose side is 2 here
+    # the transform maps positions in the result to positions in the picture, whose side has length 2
     size = torch.exp(spread(config.scale))
     rows = [
         torch.stack([angle.cos() * size, -angle.sin() * size, 2 * spread(config.shift)], dim=1),
@@ -107,28 +107,28 @@ def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -
 
 
 class Pictures:
-    """The samples of a split, without their encoded bytes, and their pictures: uint8 [N, 3, S, S]."""
+    """The samples of a split without their encoded bytes, and their pictures as uint8 [N, 3, S, S]."""
 
     def __init__(self, config: PairsConfig, split: str, size: int, limit: int | None = None) -> None:
-        """Every picture, or `limit` of them spread over the split. Raises `DataError` when there is none."""
-        found = list(read_pairs(config, split, size, by_node=False))
-        if not found:
+        """Read all pictures, or `limit` of them spread over the split. Raises `DataError` if there is none."""
+        pairs = list(stream_pairs(config, split, size, by_node=False))
+        if not pairs:
             raise DataError(f"{config.shards} holds no readable {split} pictures of the chosen families")
-        if limit is not None and limit < len(found):
-            found = [found[k * len(found) // limit] for k in range(limit)]
-        self.samples = [sample for sample, _ in found]
-        self.pixels = torch.stack([pixels for _, pixels in found])
+        if limit is not None and limit < len(pairs):
+            pairs = [pairs[k * len(pairs) // limit] for k in range(limit)]
+        self.samples = [sample for sample, _ in pairs]
+        self.pixels = torch.stack([pixels for _, pixels in pairs])
         self.labels = torch.tensor([label_of(sample) for sample in self.samples])
 
     def weights(self, balance: float) -> Tensor:
-        """How often to draw each picture, float64 [N], not normalised; see `PairsConfig.balance`."""
+        """Sampling weights of the pictures, float64 [N], not normalised; see `PairsConfig.balance`."""
         keys = [(sample.base_concept or sample.id, sample.family) for sample in self.samples]
         counts = Counter(keys)
         return torch.tensor([counts[key] ** -balance for key in keys], dtype=torch.float64)
 
 
-def read_pairs(config: PairsConfig, split: str, size: int, **options: Any) -> Iterator[tuple[Sample, Tensor]]:
-    """Samples, their encoded bytes dropped, with their pictures as uint8 [3, S, S]."""
+def stream_pairs(config: PairsConfig, split: str, size: int, **options: Any) -> Iterator[tuple[Sample, Tensor]]:
+    """Samples without their encoded bytes, and their pictures as uint8 [3, S, S]; `options` go to `open_shards`."""
     for sample, image in open_shards(config.shards, split, **options):
         if sample.family not in config.exclude_families:
             sample.image = None
@@ -137,12 +137,12 @@ def read_pairs(config: PairsConfig, split: str, size: int, **options: Any) -> It
 
 def take(stream: Iterator[tuple[Sample, Tensor]], count: int) -> tuple[list[Sample], Tensor]:
     """The next `count` samples and their pictures, uint8 [count, 3, S, S]."""
-    found = list(islice(stream, count))
-    return [sample for sample, _ in found], torch.stack([pixels for _, pixels in found])
+    pairs = list(islice(stream, count))
+    return [sample for sample, _ in pairs], torch.stack([pixels for _, pixels in pairs])
 
 
 def queries_by_language(samples: Sequence[Sample]) -> dict[str, tuple[list[str], Tensor]]:
-    """Of each language the names of the concepts, every concept once, and their labels."""
+    """Language -> the names of the concepts, each concept once, and their labels."""
     queries: dict[str, dict[int, str]] = {}
     for sample in samples:
         for language, caption in sample.captions.items():

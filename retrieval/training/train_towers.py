@@ -1,7 +1,7 @@
 """Train retrieval towers: `mmwudao train retrieval CONFIG`.
 
-Reads shards, trains the two towers with the shared loop, and logs recall on held-out splits. Under torchrun, every
-process takes its part of each batch, and pictures are compared with the texts of all processes.
+Reads shards, trains the two towers with the shared loop, and logs recall on held-out splits. Under torchrun, each
+process takes its share of every batch, and pictures are compared with the texts of all processes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from data.sample import Sample
 from data.text import TextTokenizer
 from retrieval.evaluation.metrics import ranks, recall_figures
 from retrieval.towers.base import Tokens, Towers, load_towers, save_towers, to_device
-from retrieval.towers.ours import EmojiTowers, TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.training.objectives import Objective, ObjectiveConfig, build_objective
 from retrieval.training.pairs import (
     AugmentConfig,
-    CaptionConfig,
     PairsConfig,
     Pictures,
+    RetrievalCaptionConfig,
     augment,
     draw_captions,
     label_of,
     queries_by_language,
-    read_pairs,
+    stream_pairs,
     take,
 )
 from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
@@ -45,21 +45,21 @@ class RetrievalTrainConfig:
     """Everything that `mmwudao train retrieval` reads from its YAML file."""
 
     data: PairsConfig = field(default_factory=PairsConfig)
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    captions: RetrievalCaptionConfig = field(default_factory=RetrievalCaptionConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    model: TowersConfig = field(default_factory=TowersConfig)
+    model: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     text_model: str = "text.model"  # SentencePiece
-    open_clip: str = ""  # an architecture that open_clip knows by this name takes the place of `model`
-    start_from: str = ""  # folder of trained towers of any kind: they go on as they are, with their own text model
-    # parts that stay as they are, by name or pattern: [trunk, image_head] locks the image tower
+    open_clip: str = ""  # the name of an open_clip architecture, which replaces `model`
+    start_from: str = ""  # a folder of trained towers of any kind to continue from, with their own text model
+    # names or patterns of parts that are not trained: [trunk, image_head] freezes the image tower
     freeze: list[str] = field(default_factory=list)
-    checkpoint_gradients: bool = False  # less memory, a third more time
+    checkpoint_gradients: bool = False  # less memory for a third more time
 
 
-class Batch(NamedTuple):
-    """uint8 pictures [N, 3, S, S], the tokens of their texts (see `retrieval.training.objectives`), concepts [N], a seed."""
+class TowerBatch(NamedTuple):
+    """uint8 pictures [N, 3, S, S], the tokens of M texts (see `objectives.py`), concepts [N], a seed."""
 
     pixels: Tensor
     tokens: Tokens
@@ -85,12 +85,12 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
     objective = build_objective(towers, config.objective, config.freeze)
     if config.checkpoint_gradients:
         towers.checkpoint_gradients()
-    batches = (InMemoryBatches if config.data.in_memory else StreamedBatches)(config, towers)
+    batches = (InMemoryTowerBatches if config.data.in_memory else StreamedTowerBatches)(config, towers)
     tests = {
         split: Pictures(config.data, split, towers.image_size, config.data.test_pictures) for split in config.data.test
     }
 
-    def loss_of(wrapped: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss_of(wrapped: nn.Module, batch: TowerBatch) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(batch.seed)
         pixels = augment(batch.pixels.to(device).float() / 255, config.augment, generator)
         return wrapped(towers.normalise(pixels), to_device(batch.tokens, device), batch.labels.to(device))
@@ -99,7 +99,7 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
         assert isinstance(averaged, Objective)
         figures: dict[str, float] = {}
         for split, pictures in tests.items():
-            found = measure_recall(averaged.towers, pictures)
+            found = measure_split_recall(averaged.towers, pictures)
             figures |= {f"{split}/{name}": value for name, value in found.items()}
         return figures
 
@@ -113,11 +113,11 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
     return out
 
 
-def measure_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
-    """Recall at 1 and 10 and the median rank of text to image in each language, their means, and image to text.
+def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
+    """Recall at 1 and 10 and the median rank of both directions, as means over languages; text recall of each language.
 
-    A query is the name of a concept in one language; any picture of the concept is right. The other way, the
-    candidates of a picture are the names in one language, and the figures are means over languages.
+    For text to image, a query is the name of a concept in one language, and any picture of the concept is right. For
+    image to text, the candidates are the names of all concepts in one language.
     """
     images = torch.cat(
         [towers.encode_image(towers.normalise(part.float() / 255)) for part in pictures.pixels.split(batch_size)]
@@ -127,43 +127,44 @@ def measure_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> 
     for language, (names, labels) in queries_by_language(pictures.samples).items():
         with quiet():
             texts = towers.encode_text(names)
-        found = recall_figures(ranks(texts, images, labels, pictures.labels))
-        back = recall_figures(ranks(images, texts, pictures.labels, labels))
-        figures[f"text_recall@10/{language}"] = found["recall@10"]
-        for way, measured in (("text", found), ("image", back)):
+        text_to_image = recall_figures(ranks(texts, images, labels, pictures.labels))
+        image_to_text = recall_figures(ranks(images, texts, pictures.labels, labels))
+        figures[f"text_recall@10/{language}"] = text_to_image["recall@10"]
+        for way, measured in (("text", text_to_image), ("image", image_to_text)):
             for name in ("recall@1", "recall@10", "median_rank"):
                 sums.setdefault(f"{way}_{name}", []).append(measured[name])
     return figures | {name: sum(values) / len(values) for name, values in sums.items()}
 
 
-class PairBatches:
-    """What both kinds of batches share: captions and tokens of drawn samples."""
+class TowerBatches:
+    """Batches of pictures and their captions: the part that does not depend on where the pictures come from."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
         self.config, self.towers = config, towers
         self.size = config.loop.batch_size // (config.loop.accumulate * world_size())
 
-    def batch(self, samples: list[Sample], pixels: Tensor, seed: str) -> tuple[Batch, list[str]]:
+    def batch(self, samples: list[Sample], pixels: Tensor, seed: str) -> tuple[TowerBatch, list[str]]:
+        """The batch of `samples` and `pixels` with captions drawn by `seed`, and the ids of the samples."""
         rng = random.Random(seed)
         captions = [draw_captions(sample, self.config.captions, rng) for sample in samples]
         texts = [captions[k][view] for view in range(self.config.captions.per_picture) for k in range(len(samples))]
         labels = torch.tensor([label_of(sample) for sample in samples])
         with quiet():
             tokens = self.towers.tokenize(texts)
-        return Batch(pixels, tokens, labels, rng.getrandbits(62)), [sample.id for sample in samples]
+        return TowerBatch(pixels, tokens, labels, rng.getrandbits(62)), [sample.id for sample in samples]
 
 
-class InMemoryBatches(PairBatches):
-    """Random batches of pictures held as uint8; (seed, step) decides the draw."""
+class InMemoryTowerBatches(TowerBatches):
+    """Random batches of pictures in memory; the seed and the step determine the draw."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
         super().__init__(config, towers)
         self.pictures = Pictures(config.data, config.data.train, towers.image_size)
         self.weights = self.pictures.weights(config.data.balance)
         if config.loop.batch_size > len(self.weights):
-            raise ConfigError(f"loop.batch_size={config.loop.batch_size}, but there are {len(self.weights)} pictures")
+            raise ConfigError(f"loop.batch_size={config.loop.batch_size} exceeds the {len(self.weights)} pictures")
 
-    def __call__(self, step: int) -> Iterator[tuple[Batch, list[str]]]:
+    def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
         loop = self.config.loop
         seed = loop.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed)
@@ -173,19 +174,19 @@ class InMemoryBatches(PairBatches):
             yield self.batch(samples, self.pictures.pixels[part], f"{seed} {rank()} {micro}")
 
 
-class StreamedBatches(PairBatches):
-    """Batches from shards read with replacement, for data of any size.
+class StreamedTowerBatches(TowerBatches):
+    """Batches from shards drawn with replacement, for data of any size.
 
-    After a resume the stream starts anew at the seed of that step: another order, never the same start again.
+    After a resume, the stream starts with the seed of that step: in another order, so that no start is repeated.
     """
 
     stream: Iterator[tuple[Sample, Tensor]] | None = None
 
-    def __call__(self, step: int) -> Iterator[tuple[Batch, list[str]]]:
+    def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
         data = self.config.data
         seed = self.config.loop.seed * 1_000_003 + step
         if self.stream is None:
-            self.stream = read_pairs(
+            self.stream = stream_pairs(
                 data, data.train, self.towers.image_size, shuffle=data.shuffle, seed=seed, resampled=True
             )
         for micro in range(self.config.loop.accumulate):
@@ -194,7 +195,7 @@ class StreamedBatches(PairBatches):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings in `logging`: that the longest captions are cut is known, and said of each would be every step."""
+    """Suppress warnings in `logging`: every step would report the captions that are cut, which is expected."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -204,11 +205,12 @@ def quiet() -> Iterator[None]:
 
 
 def _start(config: RetrievalTrainConfig) -> Towers:
+    """The towers to train: trained ones, an open_clip architecture, or our own with random weights."""
     if config.start_from:
         return load_towers(config.start_from)
     if config.open_clip:
-        from retrieval.towers.open_clip import OpenClipTowers  # imports all of open_clip
+        from retrieval.towers.open_clip import OpenClipTowers  # this imports all of open_clip
 
         return OpenClipTowers.from_scratch(config.open_clip, Path(config.text_model))
     text = TextTokenizer(Path(config.text_model))
-    return EmojiTowers(replace(config.model, num_text_pieces=text.vocab_size, text_hash=text.content_hash), text)
+    return MultiScaleTowers(replace(config.model, num_text_pieces=text.vocab_size, text_hash=text.content_hash), text)

@@ -1,4 +1,4 @@
-"""Vectors of shards: embedding, on one machine or a Ray cluster, Parquet files, ONNX export.
+"""Vectors of shards: embedding them on one machine or a Ray cluster, Parquet files, and the export to ONNX.
 
 Read `embed.py` first.
 """

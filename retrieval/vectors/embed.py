@@ -1,4 +1,4 @@
-"""Shards to vectors: one Parquet file a shard, which appears when it is whole, so that a stopped run goes on."""
+"""Embeds shards: writes one Parquet file a shard, atomically, so that an interrupted run can be continued."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from data.batches import Batch, encode_shards
 from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, split_name
 from data.sample import DataError, Sample
 from retrieval.towers.base import Towers
+from retrieval.vectors.settings import EmbedSettings
 from vqvae.storage.parts import content_hash
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 FORMAT = "mmwudao-vectors/1"
 SETTINGS = "settings.json"
-VECTOR_DTYPES = ("float32", "float16")
+DEFAULTS = EmbedSettings()
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class EmbedReport:
-    """Rows by kind in all parts, skips by reason, and how many parts were there before this run."""
+    """Rows of each kind in all parts, skipped samples by reason, and how many parts an earlier run left (`found`)."""
 
     images: int = 0
     texts: int = 0
@@ -45,51 +46,31 @@ def embed_shards(
     towers: Towers,
     spec: ShardSpec,
     out: Path | str,
+    settings: EmbedSettings = DEFAULTS,
     *,
-    split: str | None = None,
-    images: bool = True,
-    texts: bool = True,
-    dtype: str = "float32",
-    batch_size: int = 64,
-    workers: int | None = None,
     progress: bool = False,
 ) -> EmbedReport:
-    """Write `out/{shard}.parquet` for every shard of `spec` (see `expand_shards`) that has none there yet.
+    """Write `out/{shard}.parquet` for every shard of `spec` (see `expand_shards`) that has no part there yet.
 
-    A row is a vector: of a picture (`kind` "image", with all captions of the sample) or of one caption (`kind` "text",
-    with its `language`); `vector` is a list of `towers.embed_dim` float32 or float16 of unit length. A picture that
-    does not decode leaves out its whole sample, which is named in the log, in the part's metadata and, in the end,
-    in `out/skipped.log`. `workers` threads each decode and encode a batch; default: one a core.
+    A row is the vector of a picture (`kind` "image", with all captions of the sample) or of one caption (`kind`
+    "text", with its `language`). `vector` is a list of `towers.embed_dim` floats of unit length. If a picture cannot
+    be decoded, its whole sample is skipped, and named in the log, in the part's metadata and finally in
+    `out/skipped.log`.
 
-    Raises `DataError` when `out` holds something else, or vectors of other towers, shards or settings.
+    Raises `DataError` if `out` holds other files, or vectors of other towers, shards or settings.
     """
     from tqdm import tqdm
 
-    parts = claim_parts(towers, spec, out, split, images, texts, dtype, batch_size)
+    parts = claim_parts(towers, spec, out, settings)
     pending = {shard: part for shard, part in parts.items() if not part.exists()}
     with tqdm(unit=" samples", disable=not progress) as bar:
-        write_parts(towers, pending, images, texts, dtype, batch_size, workers, bar.update)
+        write_parts(towers, pending, settings, bar.update)
     return report_parts(Path(out), list(parts.values()), len(parts) - len(pending))
 
 
-def claim_parts(
-    towers: Towers,
-    spec: ShardSpec,
-    out: Path | str,
-    split: str | None,
-    images: bool,
-    texts: bool,
-    dtype: str,
-    batch_size: int,
-) -> dict[Path, Path]:
-    """The part of each shard, in a folder that is from now on of these towers and settings. Raises `DataError`."""
-    if dtype not in VECTOR_DTYPES:
-        raise DataError(f"vectors are stored as {' or '.join(VECTOR_DTYPES)}, not {dtype!r}")
-    if not (images or texts):
-        raise DataError("nothing to embed: ask for images, texts or both")
-    if batch_size < 1:
-        raise DataError(f"a batch holds at least one picture, not {batch_size}")
-    shards, out = expand_shards(spec, split), Path(out)
+def claim_parts(towers: Towers, spec: ShardSpec, out: Path | str, settings: EmbedSettings) -> dict[Path, Path]:
+    """Reserve the folder `out` for these towers, shards and settings; returns shard -> part. Raises `DataError`."""
+    shards, out = expand_shards(spec, settings.split), Path(out)
     parts = {shard: out / f"{shard.stem}.parquet" for shard in shards}
     if len(set(parts.values())) < len(shards):
         raise DataError("two shards have the same name: embed their folders one by one")
@@ -99,9 +80,9 @@ def claim_parts(
             "format": FORMAT,
             "towers": content_hash(towers),
             "compute": str(towers.dtype).removeprefix("torch."),
-            "images": images,
-            "texts": texts,
-            "dtype": dtype,
+            "images": settings.images,
+            "texts": settings.texts,
+            "dtype": settings.dtype,
             "embed_dim": towers.embed_dim,
             "shards": {shard.name: shard.stat().st_size for shard in shards},
         },
@@ -112,19 +93,15 @@ def claim_parts(
 def write_parts(
     towers: Towers,
     parts: dict[Path, Path],
-    images: bool,
-    texts: bool,
-    dtype: str,
-    batch_size: int,
-    workers: int | None,
+    settings: EmbedSettings,
     on_sample: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write the part of each shard, atomically; in it is the same whichever shards are written together."""
+    """Write the part of each shard atomically; its content does not depend on which other shards are written."""
     log = SkipLog()
     samples: list[Sample] = []
     vectors: list[Tensor] = []
     skips: list[tuple[str, str, str]] = []
-    with closing(_batches(towers, list(parts), images, batch_size, workers)) as batches:
+    with closing(_batches(towers, list(parts), settings)) as batches:
         for batch in batches:
             for entry in batch.entries:
                 if isinstance(entry, Skip):
@@ -136,25 +113,28 @@ def write_parts(
                 vectors.append(vector)
                 on_sample()
             if batch.last:
-                tables = [_text_rows(towers, samples)] if texts else []
-                if images:
+                tables = [_text_rows(towers, samples)] if settings.texts else []
+                if settings.images:
                     rows = torch.stack(vectors) if vectors else torch.zeros(0, towers.embed_dim)
                     tables.insert(0, _image_rows(samples) | {"vector": rows})
-                _write(parts[batch.shard], tables, towers.embed_dim, dtype, skips)
+                _write(parts[batch.shard], tables, towers.embed_dim, settings.dtype, skips)
                 samples, vectors, skips = [], [], []
 
 
-def _batches(
-    towers: Towers, shards: Sequence[Path], images: bool, batch_size: int, workers: int | None
-) -> Generator[Batch[Tensor]]:
-    """All samples of `shards` with the vectors of their pictures; without `images`, with empty ones, unopened."""
+def _batches(towers: Towers, shards: Sequence[Path], settings: EmbedSettings) -> Generator[Batch[Tensor]]:
+    """All samples of `shards` with the vectors of their pictures; without `images` no picture is opened."""
 
     def encode(pixels: list[Tensor]) -> Tensor:
-        return towers.encode_image(torch.stack(pixels), batch_size)
+        return towers.encode_image(torch.stack(pixels), settings.batch_size)
 
-    if images:
+    if settings.images:
         yield from encode_shards(
-            shards, towers.preprocess, encode, batch_size=batch_size, workers=workers, device=towers.device
+            shards,
+            towers.preprocess,
+            encode,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            device=towers.device,
         )
         return
     for shard in shards:
@@ -163,11 +143,11 @@ def _batches(
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make `out` the folder of these settings, or see that it is. Raises `DataError`."""
+    """Create `out` with these settings, or check that it has them. Raises `DataError`."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
     if not path.exists():
-        # a run that was killed at once leaves nothing but a hidden file
+        # a run that was killed at its start leaves only a hidden file
         if any(not file.name.startswith(".") for file in out.iterdir()):
             raise DataError(f"{out} holds other files and no {SETTINGS}: choose another folder")
         write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
@@ -195,8 +175,8 @@ def _image_rows(samples: Sequence[Sample]) -> dict[str, Any]:
 def _text_rows(towers: Towers, samples: Sequence[Sample]) -> dict[str, Any]:
     rows = [(sample, language) for sample in samples for language in sorted(sample.captions)]
     texts = [sample.captions[language].name for sample, language in rows]
-    # the families of a concept share its captions
-    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    # the pictures of one concept in several families share its captions
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     vectors = towers.encode_text(list(distinct))
     return _columns([sample for sample, _ in rows]) | {
         "kind": ["text"] * len(rows),
@@ -213,7 +193,7 @@ def _columns(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipped: list[tuple[str, str, str]]) -> None:
-    """One Parquet file of the rows of `tables`, atomically."""
+    """Write the rows of `tables` as one Parquet file, atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -236,14 +216,14 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
 
 
 def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
-    """Count the rows of all parts, write the log of what they skipped, and remove what kills left of them."""
+    """Count the rows of all parts, write skipped.log, and remove the temporary files of killed runs."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     report = EmbedReport(parts=len(parts), found=found)
     lines = []
-    for left in out.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    for stale in out.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
     for part in parts:
         table = pq.read_table(part, columns=["kind"])
         images = pc.sum(pc.equal(table["kind"], "image")).as_py() or 0

@@ -1,13 +1,14 @@
 """`embed_shards` on a Ray cluster, through Ray Data: a row is a shard, and an actor with the towers writes its part.
 
-What a part holds, how it appears and what a second run finds is `retrieval.vectors.embed`'s, which does the work; Ray gives
-shards to actors, starts a killed actor again and gives it its shard again. Ray Data's own checkpoints are not used:
-whole parts are the record of what is done.
+`retrieval.vectors.embed` does the work: it decides what a part holds, writes it atomically and finds the parts of an
+earlier run. Ray assigns shards to actors, restarts an actor that was killed and gives it its shard again. Ray Data's
+own checkpoints are not used, since the complete parts record what is done.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,21 @@ from data.reading import ShardSpec
 from data.sample import DataError
 from retrieval.cluster import connected
 from retrieval.towers.base import Towers
-from retrieval.vectors.embed import SETTINGS, EmbedReport, claim_parts, report_parts, write_parts
+from retrieval.vectors.embed import DEFAULTS, SETTINGS, EmbedReport, claim_parts, report_parts, write_parts
+from retrieval.vectors.settings import EmbedSettings, RaySettings
 
 
 class ShardWorker:
-    """An actor: the towers, and what `write_parts` is told besides them."""
+    """An actor that holds the towers and writes the part of one shard at a time."""
 
-    def __init__(self, towers: Any, device: str, options: dict[str, Any]) -> None:
+    def __init__(self, towers: Any, device: str, settings: EmbedSettings) -> None:
         import ray
 
         self._towers: Towers = ray.get(towers).to(device)
-        self._options = options
+        self._settings = settings
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """How many samples there were, or what the user should know: a cause does not travel with Ray's errors."""
+        """The number of samples, and a message for the user, since Ray's errors do not carry the original one."""
         samples = 0
 
         def count() -> None:
@@ -40,7 +42,7 @@ class ShardWorker:
             for path in (part.parent / SETTINGS, shard):
                 if not path.exists():
                     raise DataError(f"not every machine sees {path}: give folders that they share")
-            write_parts(self._towers, {shard: part}, on_sample=count, **self._options)
+            write_parts(self._towers, {shard: part}, self._settings, count)
         except (DataError, OSError) as error:
             return {"samples": samples, "problem": str(error)}
         return {"samples": samples, "problem": ""}
@@ -50,70 +52,51 @@ def embed_shards_on_cluster(
     towers: Towers,
     spec: ShardSpec,
     out: Path | str,
-    address: str,
+    cluster: RaySettings,
+    settings: EmbedSettings = DEFAULTS,
     *,
-    replicas: int | None = None,
-    device: str = "auto",
-    split: str | None = None,
-    images: bool = True,
-    texts: bool = True,
-    dtype: str = "float32",
-    batch_size: int = 64,
-    workers: int | None = None,
     progress: bool = False,
 ) -> EmbedReport:
-    """`embed_shards` by `replicas` actors of the Ray cluster at `address` (see `retrieval.cluster.connected`).
+    """`embed_shards` with the actors of a Ray cluster (see `retrieval.cluster.connected`).
 
-    `towers` are on the CPU; each actor gets a copy of them. Shards and `out` are on a file system that all machines
-    share. `device` is "cpu", "cuda" (a GPU an actor) or "auto": GPUs if the cluster has any. Without `replicas` there
-    is an actor a GPU, or a core. The rows are the local command's; vectors differ in the last bits where an actor
-    computes with other devices or another number of threads.
+    `towers` are on the CPU; each actor gets a copy of them. Shards and `out` lie on a file system that all machines
+    share. The rows are those of `embed_shards`; vectors differ in their last bits where an actor computes on another
+    device or with another number of threads.
 
     Raises `DataError` as `embed_shards` does, and `ValueError` without Ray or without a cluster.
     """
-    if replicas is not None and replicas < 1:
-        raise DataError(f"towers need at least one replica, not {replicas}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise DataError(f"on a cluster the device is auto, cpu or cuda, not {device!r}")
-    with connected(address):
-        parts = claim_parts(towers, spec, Path(out).absolute(), split, images, texts, dtype, batch_size)
+    with connected(cluster.address):
+        parts = claim_parts(towers, spec, Path(out).absolute(), settings)
         pending = {shard.absolute(): part for shard, part in parts.items() if not part.exists()}
-        options = {"images": images, "texts": texts, "dtype": dtype, "batch_size": batch_size}
         if pending:
-            _write(towers, pending, replicas, device, workers, options, progress)
+            _write(towers, pending, cluster, settings, progress)
     return report_parts(Path(out), list(parts.values()), len(parts) - len(pending))
 
 
 def _write(
-    towers: Towers,
-    parts: dict[Path, Path],
-    replicas: int | None,
-    device: str,
-    workers: int | None,
-    options: dict[str, Any],
-    progress: bool,
+    towers: Towers, parts: dict[Path, Path], cluster: RaySettings, settings: EmbedSettings, progress: bool
 ) -> None:
     import ray
     import ray.data
     from tqdm import tqdm
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # its plans are not our users' business
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # users need not see its execution plans
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    if device == "cuda" and not gpus:
+    if cluster.device == "cuda" and not gpus:
         raise DataError("the cluster has no GPU: give --device cpu")
-    use_gpus = device == "cuda" or (device == "auto" and gpus > 0)
-    replicas = min(replicas or (gpus if use_gpus else cpus), len(parts))
+    use_gpus = cluster.device == "cuda" or (cluster.device == "auto" and gpus > 0)
+    replicas = min(cluster.replicas or (gpus if use_gpus else cpus), len(parts))
     cores = max(1, cpus // max(replicas, gpus if use_gpus else cpus))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     rows = [{"shard": str(shard), "part": str(part)} for shard, part in parts.items()]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ShardWorker,  # type: ignore[arg-type]  # it makes an object of the class and calls that
+        ShardWorker,  # type: ignore[arg-type]  # Ray makes an instance of the class and calls it
         fn_constructor_args=(
             ray.put(towers),
             "cuda" if use_gpus else "cpu",
-            {**options, "workers": workers or cores},
+            replace(settings, workers=settings.workers or cores),
         ),
         compute=ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=1),
         num_cpus=cores,

@@ -1,4 +1,4 @@
-"""Both towers to ONNX with any batch size, compared with PyTorch in onnxruntime, and with 8-bit weights."""
+"""Exports both towers to ONNX for any batch size, checks them against PyTorch, and quantises them to 8 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vqvae.storage.parts import ModelError, content_hash
 OPSET = 18
 TOLERANCE = 1e-4
 BATCHES = (1, 7)
-# what the comparison reads: every language, short and long
+# the texts of the comparison: every language, short and long
 TEXTS = [
     "红苹果",
     "a smiling face with sunglasses, noto style",
@@ -33,7 +33,7 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """An ONNX file: the largest difference of a feature from PyTorch's, the mean and the least cosine with them."""
+    """An ONNX file: the largest difference of a feature from PyTorch's, and the mean and least cosine similarity."""
 
     file: str
     bytes: int
@@ -42,7 +42,7 @@ class ExportedFile:
     least_cosine: float
 
 
-class ImageTower(nn.Module):
+class ImageEncoder(nn.Module):
     """`pixels` [N, 3, H, W] -> `features` [N, D]."""
 
     def __init__(self, towers: Towers) -> None:
@@ -53,8 +53,8 @@ class ImageTower(nn.Module):
         return self.towers.encode_pixels(pixels)
 
 
-class TextTower(nn.Module):
-    """The tensors of `tokenize`, in the order of `names` (None: a single one) -> `features` [N, D]."""
+class TextEncoder(nn.Module):
+    """The tensors of `tokenize`, in the order of `names` (None: a single tensor) -> `features` [N, D]."""
 
     def __init__(self, towers: Towers, names: list[str] | None) -> None:
         super().__init__()
@@ -70,33 +70,16 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
 
     `image.onnx` takes what `towers.preprocess` makes, stacked; `text.onnx` what `towers.tokenize` makes; both give
     `features` [N, D] of unit length. The towers must compute in float32 on the CPU. `int8` adds `image.int8.onnx` and
-    `text.int8.onnx`, quantised when they run (weights of 8 bits, activations by their range).
+    `text.int8.onnx` with dynamic quantisation (weights in 8 bits, activations by their range at run time).
 
-    Raises `ModelError` when features differ from PyTorch's by more than `TOLERANCE`, `DataError` when `out` is in use.
+    Raises `ModelError` if features differ from PyTorch's by more than `TOLERANCE`, `DataError` if `out` is not empty.
     """
     out = Path(out)
     check_unused(out)
     assert (towers.device.type, towers.dtype) == ("cpu", torch.float32), "compared in float32 on the CPU"
     towers.eval()
-    side = towers.image_size
-    pixels = torch.randn(max(BATCHES), 3, side, side, generator=torch.Generator().manual_seed(0))
-    tokens = towers.tokenize(TEXTS)
-    names = list(tokens) if isinstance(tokens, dict) else None
-    text = dict(tokens) if isinstance(tokens, dict) else {"tokens": tokens}
     with new_folder(out) as building:
-        files = []
-        for name, module, inputs in (
-            ("image", ImageTower(towers), {"pixels": pixels}),
-            ("text", TextTower(towers, names), text),
-        ):
-            path = building / f"{name}.onnx"
-            _export(module, inputs, path)
-            exported = compare(module, inputs, path)
-            if not exported.difference <= TOLERANCE:
-                raise ModelError(f"the {name} tower differs by {exported.difference:.1e} in onnxruntime: not exported")
-            files.append(exported)
-            if int8:
-                files.append(compare(module, inputs, _quantise(path)))
+        files = _export_both(towers, building, int8)
         for name, content in towers.text_files().items():
             (building / name).write_bytes(content)
         record = {
@@ -105,7 +88,7 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
             "hash": content_hash(towers),
             "embed_dim": towers.embed_dim,
             "scale": towers.scale.item(),
-            "image_size": side,
+            "image_size": towers.image_size,
             "config": towers.to_config(),
             "files": [asdict(entry) for entry in files],
         }
@@ -113,33 +96,55 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
     return files
 
 
+def _export_both(towers: Towers, folder: Path, int8: bool) -> list[ExportedFile]:
+    """Write the ONNX files of both towers, and compare each of them with PyTorch. Raises `ModelError`."""
+    side = towers.image_size
+    pixels = torch.randn(max(BATCHES), 3, side, side, generator=torch.Generator().manual_seed(0))
+    tokens = towers.tokenize(TEXTS)
+    names = list(tokens) if isinstance(tokens, dict) else None
+    text = dict(tokens) if isinstance(tokens, dict) else {"tokens": tokens}
+    files = []
+    for name, module, inputs in (
+        ("image", ImageEncoder(towers), {"pixels": pixels}),
+        ("text", TextEncoder(towers, names), text),
+    ):
+        path = folder / f"{name}.onnx"
+        _export(module, inputs, path)
+        exported = compare(module, inputs, path)
+        if not exported.difference <= TOLERANCE:
+            raise ModelError(f"the {name} tower differs by {exported.difference:.1e} in onnxruntime: not exported")
+        files.append(exported)
+        if int8:
+            files.append(compare(module, inputs, _quantise(path)))
+    return files
+
+
 def compare(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> ExportedFile:
-    """Run an ONNX file in onnxruntime at each of `BATCHES`, against `module`."""
+    """Run an ONNX file in onnxruntime with each of `BATCHES`, and compare its features with those of `module`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    expected, found = [], []
+    expected, actual = [], []
     for batch in BATCHES:
         part = {name: tensor[:batch] for name, tensor in inputs.items()}
         with torch.no_grad():
             expected.append(module(*part.values()))
-        found.append(torch.from_numpy(session.run(["features"], {k: v.numpy() for k, v in part.items()})[0]))
-    right, ours = torch.cat(expected), torch.cat(found)
-    cosines = torch.cosine_similarity(right, ours)
-    return ExportedFile(
-        path.name, path.stat().st_size, float((right - ours).abs().max()), float(cosines.mean()), float(cosines.min())
-    )
+        actual.append(torch.from_numpy(session.run(["features"], {k: v.numpy() for k, v in part.items()})[0]))
+    reference, features = torch.cat(expected), torch.cat(actual)
+    cosines = torch.cosine_similarity(reference, features)
+    difference = float((reference - features).abs().max())
+    return ExportedFile(path.name, path.stat().st_size, difference, float(cosines.mean()), float(cosines.min()))
 
 
 def _export(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
-    """The first dimension of every input is the batch; the second of a text's, its length, varies too."""
+    """Export with a dynamic batch dimension of every input, and a dynamic length of tokens."""
     free = torch.export.Dim.DYNAMIC
     shapes: tuple[Any, ...] = tuple({0: free, 1: free} if x.dim() == 2 else {0: free} for x in inputs.values())
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, which ONNX does not know
+    torch.backends.mha.set_fastpath_enabled(False)  # it fuses a layer into one operator that ONNX lacks
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+            warnings.simplefilter("ignore")  # the exporter's remarks on its internals
             torch.onnx.export(
                 module.eval(),
                 tuple(inputs.values()),
@@ -150,7 +155,7 @@ def _export(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=["features"],
-                dynamic_shapes=(shapes,) if isinstance(module, TextTower) else shapes,
+                dynamic_shapes=(shapes,) if isinstance(module, TextEncoder) else shapes,
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -162,11 +167,11 @@ def _quantise(path: Path) -> Path:
 
     target = path.with_suffix(".int8.onnx")
     model = onnx.load(path)
-    del model.graph.value_info[:]  # the exporter's shapes, which do not hold for weights that are turned over
+    del model.graph.value_info[:]  # the exporter's shapes do not hold for weights that get transposed
     level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it advises its own preprocessing through the root logger
+    logging.root.setLevel(logging.ERROR)  # it recommends its preprocessing through the root logger
     try:
-        # onnxruntime's integer convolution has unsigned weights only
+        # onnxruntime's integer convolution supports unsigned weights only
         quantize_dynamic(model, target, weight_type=QuantType.QUInt8)
     finally:
         logging.root.setLevel(level)

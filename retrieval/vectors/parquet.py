@@ -1,4 +1,4 @@
-"""The Parquet parts that `retrieval.vectors.embed` writes, read back as tables that a collection stores."""
+"""Reads the Parquet parts that `retrieval.vectors.embed` writes, as tables that a collection can store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from data.sample import DataError
 from retrieval.vectors.embed import FORMAT, SETTINGS
@@ -14,29 +14,30 @@ from retrieval.vectors.embed import FORMAT, SETTINGS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Kind = Literal["image", "text", "all"]
-ROWS_AT_ONCE = 100_000  # handed to a collection
+KINDS = ("image", "text", "all")
+ROWS_AT_ONCE = 100_000  # handed to a collection in one table
 READ_AT_ONCE = 8192
+CAPTION_PREFIX = "caption_"  # of metadata names
 TEXT_COLUMNS = ("kind", "language", "text", "family", "concept", "base_concept", "licence", "source")
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """A folder of parts: the content hash of the towers that made them, the dimension, the shards they were made of."""
+    """A folder of parts, with the content hash of the towers, the dimension and the shards they were made from."""
 
     folder: Path
     model: str
     dim: int
-    shards: dict[str, Path]  # a part's stem -> the shard, by name alone where its folder is not known
+    shards: dict[str, Path]  # a part's stem -> the shard, which is a bare file name if its folder is unknown
 
 
 def is_vectors(folder: Path) -> bool:
-    """Whether `embed` has written here."""
+    """Whether `embed` has written to this folder."""
     return (folder / SETTINGS).is_file()
 
 
 def open_vectors(folder: Path, shards: dict[str, Path] | None = None) -> Vectors:
-    """A folder that `embed` has finished. Raises `DataError` when it is another, or parts are missing."""
+    """Open a folder that `embed` has finished. Raises `DataError` for any other folder, or if parts are missing."""
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -46,31 +47,34 @@ def open_vectors(folder: Path, shards: dict[str, Path] | None = None) -> Vectors
     missing = [name for name in settings["shards"] if not _part(folder, name).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {len(missing)} parts ({missing[0]}, ...): run `mmwudao embed` to its end")
-    places = {Path(name).stem: Path(name) for name in settings["shards"]}
-    return Vectors(folder, settings["towers"], settings["embed_dim"], shards or places)
+    names = {Path(name).stem: Path(name) for name in settings["shards"]}
+    return Vectors(folder, settings["towers"], settings["embed_dim"], shards or names)
 
 
-def read_vectors(vectors: Vectors, kind: Kind = "image", rows: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
-    """The rows of that kind as tables that a collection stores, of about `rows` rows, the last of fewer.
+def read_vectors(vectors: Vectors, kind: str = "image", rows: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
+    """The rows of that kind as tables that a collection can store, of about `rows` rows each.
 
-    A picture has the id of its sample and its captions as `caption_LANGUAGE`; a caption has the id
-    `SAMPLE:LANGUAGE`. Both have what else the part tells, and `shard`: where the picture lies.
+    `kind` is "image" (pictures), "text" (captions) or "all".
+
+    A picture has the id of its sample, and its captions as `caption_LANGUAGE`; a caption has the id
+    `SAMPLE:LANGUAGE`. Both have the other columns of the part, and `shard`, the tar file that holds the picture.
+    Raises `DataError` for an unknown kind or a damaged part.
     """
     import pyarrow as pa
 
-    if kind not in get_args(Kind):
-        raise DataError(f"the kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
-    waiting: list[pa.Table] = []
+    if kind not in KINDS:
+        raise DataError(f"the kind is one of {', '.join(KINDS)}, not {kind!r}")
+    buffer: list[pa.Table] = []
     for table in _read_parts(vectors, kind):
-        waiting.append(table)
-        if sum(map(len, waiting)) >= rows:
-            yield pa.concat_tables(waiting, promote_options="default")
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting, promote_options="default")
+        buffer.append(table)
+        if sum(map(len, buffer)) >= rows:
+            yield pa.concat_tables(buffer, promote_options="default")
+            buffer = []
+    if buffer:
+        yield pa.concat_tables(buffer, promote_options="default")
 
 
-def _read_parts(vectors: Vectors, kind: Kind) -> Iterator[pa.Table]:
+def _read_parts(vectors: Vectors, kind: str) -> Iterator[pa.Table]:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -87,12 +91,17 @@ def _read_parts(vectors: Vectors, kind: Kind) -> Iterator[pa.Table]:
             raise DataError(f"{part} is damaged: delete it and run `mmwudao embed` again ({error})") from error
 
 
+def caption_column(language: str) -> str:
+    """The metadata name of a picture's caption in `language`."""
+    return CAPTION_PREFIX + "".join(c if c.isascii() and c.isalnum() else "_" for c in language)
+
+
 def _part(folder: Path, shard: str) -> Path:
     return folder / f"{Path(shard).stem}.parquet"
 
 
 def _items(rows: pa.RecordBatch, shard: Path) -> pa.Table:
-    """Rows of a part as items of a collection."""
+    """Rows of a part as the items of a collection."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -101,6 +110,5 @@ def _items(rows: pa.RecordBatch, shard: Path) -> pa.Table:
     columns |= {name: rows[name] for name in TEXT_COLUMNS}
     captions = rows["captions"]
     for language in captions.keys.unique().to_pylist():
-        name = f"caption_{''.join(c if c.isascii() and c.isalnum() else '_' for c in language)}"
-        columns[name] = pc.map_lookup(captions, language, "first")
+        columns[caption_column(language)] = pc.map_lookup(captions, language, "first")
     return pa.table(columns | {"shard": pa.repeat(str(shard), len(rows))})

@@ -55,7 +55,7 @@ def test_from_vectors_with_captions_too(shards, tmp_path, capsys):
     assert run(["index", "build", *command, "--kind", "text"]) == 0
     assert json.loads(capsys.readouterr().out)["added"] == 32
     assert run(["index", "add", *command, "--kind", "all"]) == 2
-    assert "32 ids are there already" in capsys.readouterr().err
+    assert "32 ids are stored already" in capsys.readouterr().err
     assert run(["index", "add", *command, "--kind", "all", "--replace"]) == 0
     capsys.readouterr()
     with open_collection(tmp_path / "c") as collection:
@@ -111,10 +111,10 @@ def test_one_line_for_whatever_is_wrong(place, shards, tmp_path, capsys, monkeyp
         (["index", "snapshots", "--collection", str(place), "--make", "a", "--drop", "b"], "give one of --make"),
         (["search", str(place)], "give a text or --image"),
         (["search", str(place), "  "], "an empty text"),
-        (["search", str(place), "red", "-k", "0"], "finds 1 to 10000"),
+        (["search", str(place), "red", "-k", "0"], "returns 1 to 10000"),
         (["search", str(place), "red", "--where", "colour = 1"], "no column 'colour'"),
         (["search", str(place), "--image", str(tmp_path / "none.png")], "no picture at"),
-        (["search", str(place), "red", "--where", "family = 'x'", "--sheet", str(tmp_path / "s.png")], "nothing was"),
+        (["search", str(place), "red", "--where", "family = 'x'", "--sheet", str(tmp_path / "s")], "returned nothing"),
     ]
     for command, problem in cases:
         assert run(command) == 2, command

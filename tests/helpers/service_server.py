@@ -19,7 +19,7 @@ from mmwudao.pipeline import Pipeline, load
 from mmwudao.service.queues import Served
 from mmwudao.service.server import make_server
 from mmwudao.service.settings import ServiceConfig
-from retrieval.collections.opening import Collection, CollectionError, Hit, IdsThere, Item
+from retrieval.collections.opening import Collection, CollectionError, ExistingIdsError, Hit, Item
 from tests.helpers.tiny_towers import ColourTowers
 
 
@@ -36,7 +36,7 @@ class MemoryCollection(Collection):
     def add(self, items: Sequence[Item]) -> None:
         there = [item.id for item in items if item.id in self.items]
         if there:
-            raise IdsThere(f"ids that are there already: {', '.join(there)}")
+            raise ExistingIdsError(f"ids that are there already: {', '.join(there)}")
         self.upsert(items)
 
     def upsert(self, items: Sequence[Item]) -> None:

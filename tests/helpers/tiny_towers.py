@@ -1,12 +1,20 @@
-"""Towers without training: a picture is its mean colour, a text the colour that it names first."""
+"""Small towers for tests, and shards of plain colours that they can tell apart."""
 
 from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 from data.sample import Caption, Sample
+from data.shards import ShardWriter
+from data.text import TextTokenizer
 from retrieval.towers.base import Tokens, Towers, unit
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
+from tests.conftest import CAPTIONS
 
 COLOURS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "cyan": (0, 255, 255),
@@ -16,7 +24,7 @@ GERMAN = dict(zip(COLOURS, ("rot", "grün", "blau", "gelb", "türkis", "purpur",
 
 
 class ColourTowers(Towers):
-    """Right about every plain colour; `noise` adds that much to all texts' features."""
+    """Untrained towers: a picture is its mean colour, a text the colour that it names first, plus `noise`."""
 
     kind = "colour"
     embed_dim, image_size = 8, 8
@@ -64,3 +72,37 @@ def colour_sample(name: str, family: str, shade: int = 0) -> Sample:
         concept=name,
         base_concept=name,
     )
+
+
+def write_shards(folder, families=("a", "b", "c", "d"), corrupt=False):
+    """Write one shard a family, each with one picture of every colour (and `corrupt`: one broken picture)."""
+    with ShardWriter(folder, "train", len(COLOURS) + corrupt) as writer:
+        for k, family in enumerate(families):
+            for name in COLOURS:
+                writer.write(colour_sample(name, family, shade=k))
+            if corrupt:
+                writer.write(Sample(f"{family}-broken", b"no picture", "png", colour_sample("red", family).captions))
+    return folder
+
+
+@cache
+def tiny_towers():
+    """The architecture of the shipped towers, small, with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = TextTokenizer.train(CAPTIONS, Path(folder) / "text.model", vocab_size=400)
+    torch.manual_seed(0)
+    config = MultiScaleConfig(
+        embed_dim=32,
+        image_size=32,
+        grids=[1, 2],
+        head_width=16,
+        head_heads=2,
+        text_encoder={
+            "model_type": "bert", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+        max_text=16,
+        num_text_pieces=text.vocab_size,
+        text_hash=text.content_hash,
+    )  # fmt: skip
+    return MultiScaleTowers(config, text).eval()

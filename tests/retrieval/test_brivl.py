@@ -299,7 +299,7 @@ def test_a_step_with_its_own_keys_and_random_orders(towers):
     close(moco.image_queue[:, :4].T, images)
     moco(data)
     assert int(moco.pointer) == 0
-    with pytest.raises(ValueError, match="no multiple of the batch of 4"):
+    with pytest.raises(ValueError, match="not a multiple of the batch of 4"):
         BrivlMoco(towers, BrivlMocoConfig(queue=6))(data)
 
 
@@ -370,7 +370,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, kind, messag
         ("OTHER: 1", "no YAML with a section MODEL"),
         ("MODEL: {IMG_SIZE: big}", "does not describe BriVL: image_size"),
         ("MODEL: {MAX_TEXT_LEN: 24, CNN: no_such_net}", "no towers can be built .*Unknown model"),
-        ("MODEL: {MAX_TEXT_LEN: 24, IMG_TRANSFORMER_HEAD: 5}", "no towers can be built of this configuration"),
+        ("MODEL: {MAX_TEXT_LEN: 24, IMG_TRANSFORMER_HEAD: 5}", "no towers can be built from this configuration"),
         ("MODEL: {MAX_TEXT_LEN: 24, CNN: test_efficientnet}", "test_efficientnet gives 256 features, not 2048"),
         ("MODEL: {MAX_TEXT_LEN: 65}", "text_tokens=65 is above BERT's 64"),
     ],

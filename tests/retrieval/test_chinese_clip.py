@@ -26,7 +26,7 @@ from retrieval.towers.chinese_clip import (
     read_published_config,
     resize_positions,
 )
-from retrieval.towers.importing import import_chinese_clip
+from retrieval.towers.importing import ChineseClipImport, import_chinese_clip
 from retrieval.towers.word_pieces import WordPieces
 from vqvae.storage.parts import ModelError
 
@@ -84,7 +84,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(name: str, published: Path) -> Path:
-    return import_chinese_clip(published / f"{name}.pt", published / f"{name}-towers", configs=configs(name))
+    settings = ChineseClipImport(configs=configs(name))
+    return import_chinese_clip(published / f"{name}.pt", published / f"{name}-towers", settings)
 
 
 def pictures() -> list[Image.Image]:
@@ -112,7 +113,8 @@ def test_features_with_exact_weights(name, folder):
 
 
 def test_features_with_weights_as_the_public_loader_rounds_them(name, published, tmp_path):
-    out = import_chinese_clip(published / f"{name}.pt", tmp_path / "out", configs=configs(name), rounded=True)
+    settings = ChineseClipImport(configs=configs(name), rounded=True)
+    out = import_chinese_clip(published / f"{name}.pt", tmp_path / "out", settings)
     towers = load_towers(out)
     assert isinstance(towers, ChineseClipTowers)
     assert sorted(halved_names(towers)) == json.loads((GOLDEN / name / "halved.json").read_text())
@@ -160,14 +162,16 @@ def test_positions_are_resized_with_aligned_corners():
 
 
 def test_another_image_size(published, tmp_path):
-    out = import_chinese_clip(published / "vit.pt", tmp_path / "out", configs=configs("vit"), image_size=56)
+    settings = ChineseClipImport(configs=configs("vit"), image_size=56)
+    out = import_chinese_clip(published / "vit.pt", tmp_path / "out", settings)
     towers = load_towers(out)
     positions = checkpoint("vit")["state_dict"]["module.visual.positional_embedding"]
     assert torch.equal(towers.state_dict()["visual.positional_embedding"], resize_positions(positions, 7))
     assert towers.encode_image(pictures()).shape == (6, 48)
     for source, size in (("vit", 60), ("rn", 96)):
         with pytest.raises(ModelError, match="multiple of its patch size"):
-            import_chinese_clip(published / f"{source}.pt", tmp_path / "no", configs=configs(source), image_size=size)
+            settings = ChineseClipImport(configs=configs(source), image_size=size)
+            import_chinese_clip(published / f"{source}.pt", tmp_path / "no", settings)
 
 
 def test_patch_dropout_keeps_some_patches_in_training():
@@ -292,7 +296,7 @@ def test_what_does_not_fit_is_refused_in_one_line(published, tmp_path, capsys, k
         (["absent.pt", "--out", "out"], "no checkpoint at absent.pt"),
         (["absent.pt", "--out", "out", "--model", "ViT-Z"], "no published Chinese-CLIP is called 'ViT-Z'"),
         (["absent.pt", "--out", "out", "--vision-config", "a.json"], "go together"),
-        (["absent.pt", "--out", "out", "--vision-config", "a", "--text-config", "b"], "a is missing or no JSON"),
+        (["absent.pt", "--out", "out", "--vision-config", "a", "--text-config", "b"], "a is missing or not a JSON"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -303,14 +307,14 @@ def test_wrong_arguments(arguments, message, capsys):
 def test_a_vocabulary_is_needed(published, tmp_path):
     shutil.copy(published / "vit.pt", tmp_path)
     with pytest.raises(ModelError, match="no vocabulary at .*vocab.txt"):
-        import_chinese_clip(tmp_path / "vit.pt", tmp_path / "out", configs=configs("vit"))
+        import_chinese_clip(tmp_path / "vit.pt", tmp_path / "out", ChineseClipImport(configs=configs("vit")))
 
 
 def test_damaged_folders(folder, tmp_path):
     copied = tmp_path / "copy"
     shutil.copytree(folder, copied)
     (copied / "vocab.txt").write_bytes(b"a\nb\n")
-    with pytest.raises(ModelError, match="no BERT vocabulary"):
+    with pytest.raises(ModelError, match="not a BERT vocabulary"):
         load_towers(copied)
     (copied / "vocab.txt").write_bytes(b"\xff\xfe\n")
     with pytest.raises(ModelError, match="not UTF-8"):

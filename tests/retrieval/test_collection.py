@@ -14,7 +14,7 @@ from filelock import FileLock
 from retrieval.collections import lance as lance_collection
 from retrieval.collections.distributed import build_index
 from retrieval.collections.opening import CollectionError, Item, open_collection
-from retrieval.collections.recall import measure_recall
+from retrieval.collections.recall import measure_search_recall
 
 DIM = 16
 
@@ -79,7 +79,7 @@ def test_filters_come_before_ranking(collection):
 
 def test_add_is_all_or_nothing_and_upsert_replaces(collection):
     collection.add(make_items(10))
-    with pytest.raises(CollectionError, match="2 ids are there already: item-00008, item-00009"):
+    with pytest.raises(CollectionError, match="2 ids are stored already: item-00008, item-00009"):
         collection.add(make_items(4, seed=1, start=8))
     assert collection.count() == 10
     changed = make_items(4, seed=1, start=8)
@@ -105,15 +105,15 @@ def test_columns_keep_their_types(collection):
         ({"year": 2016.5}, "year is an integer here, not '2016.5'"),
         ({"year": True}, "year is an integer"),
         ({"size": "big"}, "size is a number here"),
-        ({"size": float("nan")}, "metadata is text, a number, true or false"),
+        ({"size": float("nan")}, "a metadata value is text, a number, true or false"),
         ({"year": 2**63}, "year = "),
         ({"tags": ["a"]}, "not tags ="),
         ({"tags": None}, "not tags ="),
         ({"tag": "\ud800"}, "not tag ="),
-        ({"vector": 1}, "a name of metadata"),
-        ({"_distance": 1}, "a name of metadata"),
-        ({"a b": 1}, "a name of metadata"),
-        ({"In": 1}, "a name of metadata"),
+        ({"vector": 1}, "a metadata name"),
+        ({"_distance": 1}, "a metadata name"),
+        ({"a b": 1}, "a metadata name"),
+        ({"In": 1}, "a metadata name"),
     ):
         with pytest.raises(CollectionError, match=problem) as caught:
             collection.add([Item("e", vector, metadata)])  # type: ignore[arg-type]  # that is the point
@@ -136,14 +136,14 @@ def test_names_of_any_script_and_with_quotes(collection):
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda c: c.search(numpy.ones(3)), r"the query: a vector of shape \[3\], where \[16\] is stored"),
+        (lambda c: c.search(numpy.ones(3)), r"the query: its vector has the shape \[3\], not \[16\]"),
         (lambda c: c.search(numpy.zeros(DIM)), "zero, or not finite"),
         (lambda c: c.search(numpy.full(DIM, numpy.nan)), "zero, or not finite"),
         (lambda c: c.search(["x"] * DIM), "does not consist of numbers"),
-        (lambda c: c.search(numpy.ones(DIM), 0), "finds 1 to 10000 items, not 0"),
+        (lambda c: c.search(numpy.ones(DIM), 0), "returns 1 to 10000 items, not 0"),
         (lambda c: c.search(numpy.ones(DIM), where="colour = 1"), "no column 'colour'"),
         (lambda c: c.count("vector = 1"), "no column 'vector'"),
-        (lambda c: c.add([Item("a", numpy.ones(DIM + 1))]), "a: a vector of shape"),
+        (lambda c: c.add([Item("a", numpy.ones(DIM + 1))]), "a: its vector has the shape"),
         (lambda c: c.add([Item("a", numpy.ones(DIM))] * 2), "given twice: a"),
         (lambda c: c.upsert([Item("a", numpy.ones(DIM))] * 2), "given twice: a"),
         (lambda c: c.upsert([Item("", numpy.ones(DIM))]), "an id is a text of 1 to 512"),
@@ -194,7 +194,7 @@ def test_snapshots_survive_changes_and_optimise(collection, monkeypatch):
     items = make_items(50)
     collection.add(items)
     collection.snapshot("before")
-    with pytest.raises(CollectionError, match="there is a snapshot 'before' already"):
+    with pytest.raises(CollectionError, match="the snapshot .before. exists already"):
         collection.snapshot("before")
     collection.delete([item.id for item in items[:40]])
     collection.upsert([Item("new", numpy.ones(DIM), {"colour": "red"})])
@@ -220,16 +220,16 @@ def test_an_index_is_built_past_a_size_and_found_good(collection, monkeypatch):
     collection.add(more)
     collection.optimise()
     assert {tuple(index.columns) for index in collection._table.list_indices()} >= {("vector",), ("id",), ("family",)}
-    assert measure_recall(collection, queries=50).recall >= 0.95
-    assert measure_recall(collection, queries=20, where="family = 'noto'").recall >= 0.95
+    assert measure_search_recall(collection, queries=50).recall >= 0.95
+    assert measure_search_recall(collection, queries=20, where="family = 'noto'").recall >= 0.95
     # what comes later is found before and after it is indexed; when it is the larger part, the index is made anew
     collection.add(make_items(1500, seed=2, start=1000))
-    assert measure_recall(collection, queries=20).recall >= 0.95
+    assert measure_search_recall(collection, queries=20).recall >= 0.95
     collection.delete([item.id for item in items[:100]])
     collection.optimise()
     index = next(index for index in collection._table.list_indices() if index.columns == ["vector"])
     assert (index.num_indexed_rows, index.num_unindexed_rows, index.num_segments) == (2400, 0, 1)
-    assert measure_recall(collection, queries=50).recall >= 0.95
+    assert measure_search_recall(collection, queries=50).recall >= 0.95
     assert collection.get(["item-00000"]) == []
 
 
@@ -249,7 +249,7 @@ def test_an_index_by_many_machines(collection, tmp_path):
         (index,) = collection._table.list_indices()
         assert index.columns == ["vector"]
         assert collection._table.index_stats(index.name).num_unindexed_rows == 0
-        assert measure_recall(collection, queries=20).recall >= 0.95
+        assert measure_search_recall(collection, queries=20).recall >= 0.95
 
 
 def test_threads_write_and_search_at_once(collection):

@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 from retrieval.collections.opening import CollectionError, Item, open_collection
-from retrieval.collections.recall import measure_recall
+from retrieval.collections.recall import measure_search_recall
 from tests.retrieval.test_collection import DIM, exact, make_items
 
 
@@ -80,7 +80,7 @@ def exercise(place):
     items = make_items(200)
     collection = open_collection(place, create=True, dim=DIM, model="m" * 64)
     collection.add(items)
-    with pytest.raises(CollectionError, match="1 ids are there already: item-00199"):
+    with pytest.raises(CollectionError, match="1 ids are stored already: item-00199"):
         collection.add(make_items(2, start=199))
     query = numpy.random.default_rng(9).standard_normal(DIM)
     with open_collection(place, dim=DIM, model="m" * 64) as searcher:  # a second one, of another process as it were
@@ -102,7 +102,7 @@ def exercise(place):
             "item-00007", "item-00001"
         ]  # fmt: skip
     collection.optimise()
-    assert measure_recall(collection, queries=10).recall == 1
+    assert measure_search_recall(collection, queries=10).recall == 1
     for call, problem in (
         (lambda: collection.count("nothing = 1"), "no column 'nothing'"),
         (lambda: collection.upsert([Item("a", numpy.ones(DIM), {"number": "x"})]), "number is an integer here"),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from retrieval.collections import lance as lance_collection
-from retrieval.collections.opening import CollectionError, IdsThere, Item, open_collection
+from retrieval.collections.opening import CollectionError, ExistingIdsError, Item, open_collection
 from tests.retrieval.test_collection import DIM, exact, make_items
 
 
@@ -108,8 +108,8 @@ ONES = numpy.ones((3, DIM))
         (BAD.append_column("half", pa.array([0.5, numpy.inf, None])), "item-00001: half is inf"),
         (BAD.append_column("tags", pa.array([["a"], [], []])), "tags holds list<item: string>: metadata is text"),
         (BAD.append_column("day", pa.array([1, 2, 3], pa.date32())), "day holds date32"),
-        (BAD.append_column("a b", BAD["number"]), "a name of metadata"),
-        (BAD.append_column("In", BAD["number"]), "a name of metadata"),
+        (BAD.append_column("a b", BAD["number"]), "a metadata name"),
+        (BAD.append_column("In", BAD["number"]), "a metadata name"),
     ],
 )
 def test_bad_tables_are_one_line_and_store_nothing(collection, table, problem):
@@ -128,7 +128,7 @@ def test_no_id_is_stored_twice(collection, monkeypatch):
         monkeypatch.setattr(lance_collection, "ROWS_AN_ID", rows_an_id)
         start = collection.count()
         collection.add(make_table(100, start=start))
-        with pytest.raises(IdsThere, match=f"30 ids are there already: item-{start + 70:05}, item-"):
+        with pytest.raises(ExistingIdsError, match=f"30 ids are stored already: item-{start + 70:05}, item-"):
             collection.add(make_table(50, seed=1, start=start + 70))
         assert collection.count() == start + 100
         collection.upsert(make_table(50, seed=1, start=start + 70, colour=["red"] * 50))

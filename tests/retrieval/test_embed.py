@@ -19,18 +19,8 @@ from data.sample import DataError, Sample
 from data.shards import ShardWriter
 from mmwudao.cli.app import run
 from retrieval.vectors.embed import embed_shards
-from tests.helpers.tiny_towers import COLOURS, ColourTowers, colour_sample
-
-
-def write_shards(folder, families=("a", "b", "c", "d"), corrupt=False):
-    """A shard a family, in it a picture a colour."""
-    with ShardWriter(folder, "train", len(COLOURS) + corrupt) as writer:
-        for k, family in enumerate(families):
-            for name in COLOURS:
-                writer.write(colour_sample(name, family, shade=k))
-            if corrupt:
-                writer.write(Sample(f"{family}-broken", b"no picture", "png", colour_sample("red", family).captions))
-    return folder
+from retrieval.vectors.settings import EmbedSettings
+from tests.helpers.tiny_towers import ColourTowers, colour_sample, write_shards
 
 
 def rows(out):
@@ -41,7 +31,7 @@ def rows(out):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_are_what_the_towers_say(tmp_path, dtype):
     shards, towers = write_shards(tmp_path / "shards"), ColourTowers()
-    report = embed_shards(towers, shards, tmp_path / "out", dtype=dtype, batch_size=3)
+    report = embed_shards(towers, shards, tmp_path / "out", EmbedSettings(dtype=dtype, batch_size=3))
     assert (report.images, report.texts, report.parts, report.found, report.skipped) == (32, 64, 4, 0, {})
     table = pq.read_table(tmp_path / "out" / "train-00001.parquet")
     assert table.schema.field("vector").type == pa.list_(pa.float32() if dtype == "float32" else pa.float16(), 8)
@@ -66,7 +56,8 @@ def test_rows_are_what_the_towers_say(tmp_path, dtype):
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_one_kind_alone(tmp_path, kind):
     shards = write_shards(tmp_path / "shards", ["a"], corrupt=True)
-    report = embed_shards(ColourTowers(), shards, tmp_path / "out", images=kind == "image", texts=kind == "text")
+    settings = EmbedSettings(images=kind == "image", texts=kind == "text")
+    report = embed_shards(ColourTowers(), shards, tmp_path / "out", settings)
     assert {row["kind"] for row in rows(tmp_path / "out")} == {kind}
     # without pictures, none is opened
     assert (report.images, report.texts) == ((8, 0) if kind == "image" else (0, 18))
@@ -109,7 +100,7 @@ def test_pictures_are_decoded_while_the_towers_work(tmp_path):
 
     shards = write_shards(tmp_path / "shards")
     started = time.perf_counter()
-    embed_shards(Slow(), shards, tmp_path / "out", texts=False, batch_size=4, workers=2)
+    embed_shards(Slow(), shards, tmp_path / "out", EmbedSettings(texts=False, batch_size=4, workers=2))
     assert time.perf_counter() - started < 32 * (0.01 + 0.01) + 2.0  # a busy machine may add
     # the order of events does not depend on the machine: a batch is encoded while later ones are already decoded
     events = []
@@ -123,7 +114,7 @@ def test_pictures_are_decoded_while_the_towers_work(tmp_path):
             events.append("encode")
             return super().encode_pixels(pixels)
 
-    embed_shards(Noting(), shards, tmp_path / "noted", texts=False, batch_size=4, workers=1)
+    embed_shards(Noting(), shards, tmp_path / "noted", EmbedSettings(texts=False, batch_size=4, workers=1))
     assert events.index("encode") >= 4
     assert events.count("decode") == 32
 
@@ -135,7 +126,7 @@ class SlowTowers(ColourTowers):
 
 
 def embed_slowly(shards, out):
-    embed_shards(SlowTowers(), shards, out, batch_size=2, workers=2)
+    embed_shards(SlowTowers(), shards, out, EmbedSettings(batch_size=2, workers=2))
 
 
 def test_kill_at_any_moment_loses_and_doubles_nothing(tmp_path):
@@ -159,7 +150,7 @@ def test_kill_at_any_moment_loses_and_doubles_nothing(tmp_path):
         seen.append(len(list(out.glob("*.parquet"))))
     assert seen == sorted(seen)
     assert len({count for count in seen if 0 < count < 12}) >= 2, "killed in the middle more than once"
-    report = embed_shards(SlowTowers(), shards, out, batch_size=2)
+    report = embed_shards(SlowTowers(), shards, out, EmbedSettings(batch_size=2))
     assert report.found == seen[-1]
     assert rows(out) == rows(tmp_path / "whole")
     for name in ("skipped.log", "settings.json"):
@@ -199,7 +190,7 @@ def test_other_settings_are_refused(tmp_path):
         (ColourTowers(), {"texts": False}, "texts"),
     ):
         with pytest.raises(DataError, match=rf"other settings \({name} differ\): choose another folder$"):
-            embed_shards(towers, shards, out, **options)
+            embed_shards(towers, shards, out, EmbedSettings(**options))
     with pytest.raises(DataError, match="shards differ"):
         embed_shards(ColourTowers(), write_shards(tmp_path / "more", ["a", "b"]), out)
     (out / "settings.json").write_text("{")
@@ -215,10 +206,10 @@ def test_bad_calls_are_one_line(tmp_path):
         ("full", {}, "holds other files"),
         ("out", {"dtype": "int8"}, "float32 or float16"),
         ("out", {"images": False, "texts": False}, "nothing to embed"),
-        ("out", {"batch_size": 0}, "at least one"),
+        ("out", {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ):
-        with pytest.raises(DataError, match=problem):
-            embed_shards(ColourTowers(), shards, tmp_path / out, **options)
+        with pytest.raises(ValueError, match=problem):
+            embed_shards(ColourTowers(), shards, tmp_path / out, EmbedSettings(**options))
     with pytest.raises(DataError, match="same name"):
         embed_shards(ColourTowers(), [shards, write_shards(tmp_path / "twin", ["a"])], tmp_path / "out")
     assert not (tmp_path / "out").exists()

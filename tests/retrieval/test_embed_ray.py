@@ -16,8 +16,8 @@ from mmwudao.cli.app import run
 from retrieval.cluster import connected
 from retrieval.vectors.embed import embed_shards
 from retrieval.vectors.embed_ray import embed_shards_on_cluster
-from tests.helpers.tiny_towers import ColourTowers
-from tests.retrieval.test_embed import write_shards
+from retrieval.vectors.settings import EmbedSettings, RaySettings
+from tests.helpers.tiny_towers import ColourTowers, write_shards
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def files(folder):
 def test_the_same_files_although_a_worker_is_killed(cluster, shards, tmp_path):
     local = embed_shards(ColourTowers(), shards, tmp_path / "local")
     mark = tmp_path / "killed"
-    report = embed_shards_on_cluster(KilledOnce(mark), shards, tmp_path / "out", "local", replicas=2)
+    report = embed_shards_on_cluster(KilledOnce(mark), shards, tmp_path / "out", RaySettings(replicas=2))
     assert mark.exists()
     assert report == local
     assert files(tmp_path / "out") == files(tmp_path / "local")
@@ -87,15 +87,15 @@ def test_the_same_files_although_a_worker_is_killed(cluster, shards, tmp_path):
 
 def test_a_run_goes_on_and_only_there(cluster, shards, tmp_path):
     out = tmp_path / "out"
-    embed_shards(ColourTowers(), shards, out, dtype="float16")
+    embed_shards(ColourTowers(), shards, out, EmbedSettings(dtype="float16"))
     whole = files(out)
     (out / "train-00003.parquet").unlink()
     (out / ".train-00003.parquet.abc.tmp").write_bytes(b"left by a kill")
-    report = embed_shards_on_cluster(ColourTowers(), shards, out, "local", dtype="float16")
+    report = embed_shards_on_cluster(ColourTowers(), shards, out, RaySettings(), EmbedSettings(dtype="float16"))
     assert (report.parts, report.found) == (6, 5)
     assert files(out) == whole
     with pytest.raises(DataError, match="other settings"):
-        embed_shards_on_cluster(ColourTowers(), shards, out, "local", texts=False)
+        embed_shards_on_cluster(ColourTowers(), shards, out, RaySettings(), EmbedSettings(texts=False))
 
 
 def test_what_machines_do_not_see_is_said(cluster, shards, tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_what_machines_do_not_see_is_said(cluster, shards, tmp_path, monkeypatch
     claim = embed_ray.claim_parts
     monkeypatch.setattr(embed_ray, "claim_parts", hide)
     with pytest.raises(DataError, match="not every machine sees .*settings.json: give folders that they share$"):
-        embed_shards_on_cluster(ColourTowers(), shards, out, "local", replicas=1)
+        embed_shards_on_cluster(ColourTowers(), shards, out, RaySettings(replicas=1))
 
 
 def alive(pid):
@@ -128,9 +128,10 @@ def test_the_driver_is_killed(cluster, shards, tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from retrieval.vectors.embed_ray import embed_shards_on_cluster\n"
+        "from retrieval.vectors.settings import RaySettings\n"
         "from tests.retrieval.test_embed_ray import Slow\n"
         "told, shards, out = map(Path, sys.argv[1:])\n"
-        "embed_shards_on_cluster(Slow(told), shards, out, 'auto', replicas=1)\n"
+        "embed_shards_on_cluster(Slow(told), shards, out, RaySettings('auto', replicas=1))\n"
     )
     import ray
 
@@ -146,7 +147,7 @@ def test_the_driver_is_killed(cluster, shards, tmp_path):
     found = len(list(out.glob("*.parquet")))
     assert 2 <= found < 6
     # at once, while the killed driver's actor may still write
-    report = embed_shards_on_cluster(Slow(told), shards, out, "local", replicas=1)
+    report = embed_shards_on_cluster(Slow(told), shards, out, RaySettings(replicas=1))
     assert report.found >= found
     embed_shards(ColourTowers(), shards, tmp_path / "local")
     assert files(out) == files(tmp_path / "local")
@@ -164,7 +165,7 @@ def test_bad_calls_are_one_line(tmp_path, monkeypatch, capsys):
     for options, problem in (
         (["--ray", "local"], "pip install 'mmwudao[ray]'"),
         (["--replicas", "2"], "--replicas is for --ray"),
-        (["--ray", "local", "--replicas", "0"], "at least one replica"),
+        (["--ray", "local", "--replicas", "0"], "replicas must be a number of at least 1"),
         (["--ray", "local", "--device", "mps"], "auto, cpu or cuda"),
     ):
         assert run([*command, *options]) == 2

@@ -19,21 +19,27 @@ from mmwudao.evaluation import (
     GeneratorEvalConfig,
     candidate_texts,
     evaluate_generator,
-    format_table,
+    format_generator_table,
     nearest_pictures,
     neighbour_sheet,
     r_precision,
 )
 from mmwudao.loading.model_dir import ModelConfig
 from mmwudao.pipeline import Pipeline
-from retrieval.evaluation.evaluate import classify, evaluate, evaluate_split, held_out_splits
-from retrieval.evaluation.evaluate import format_table as format_retrieval
+from retrieval.evaluation.evaluate import (
+    RetrievalEvalConfig,
+    classify,
+    evaluate,
+    evaluate_split,
+    format_retrieval_table,
+    held_out_splits,
+)
 from tests.helpers.tiny_towers import COLOURS, GERMAN, ColourTowers, colour_sample
 
 FAMILIES = ("noto", "twemoji", "other")
 
 
-def write_shards(folder, splits=("train", "test-family", "test-concept")):
+def write_splits(folder, splits=("train", "test-family", "test-concept")):
     for split in splits:
         with ShardWriter(folder, split) as writer:
             for shade, family in enumerate(FAMILIES):
@@ -44,7 +50,7 @@ def write_shards(folder, splits=("train", "test-family", "test-concept")):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("shards"))
+    return write_splits(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def examples(shards):
 
 
 def test_perfect_towers_find_everything(shards):
-    record = evaluate(ColourTowers(), shards, ["test-family", "test-concept"])
+    record = evaluate(ColourTowers(), shards, RetrievalEvalConfig(("test-family", "test-concept")))
     measured = record["splits"]["test-family"]
     assert measured["pictures"] == 24
     assert measured["concepts"] == 8
@@ -109,7 +115,7 @@ def test_languages_may_be_missing_and_concepts_too(examples):
     assert list(measured["languages"]) == ["en", "de", "ko", "und"]
     assert measured["concepts"] == 8
     assert "family" not in measured["mean"]["zero_shot"], "one family is nothing to choose from"
-    format_retrieval({"splits": {"test": measured}})
+    format_retrieval_table({"splits": {"test": measured}})
     assert {name: figures["text_to_image"]["queries"] for name, figures in measured["languages"].items()} == {
         "en": 7, "de": 7, "ko": 1, "und": 1
     }  # fmt: skip
@@ -137,11 +143,11 @@ def test_templates_are_averaged():
 
 def test_splits(shards, tmp_path):
     assert held_out_splits(shards) == ["test-concept", "test-family"]
-    assert held_out_splits(write_shards(tmp_path, ["train"])) == ["train"]
+    assert held_out_splits(write_splits(tmp_path, ["train"])) == ["train"]
     with pytest.raises(DataError, match="no val shard"):
-        evaluate(ColourTowers(), shards, ["val"])
+        evaluate(ColourTowers(), shards, RetrievalEvalConfig(("val",)))
     with pytest.raises(DataError, match="no readable picture"):
-        evaluate(ColourTowers(), shards, ["test-family"], limit=0)
+        evaluate(ColourTowers(), shards, RetrievalEvalConfig(("test-family",), limit=0))
 
 
 def test_retrieval_command(shards, tmp_path, monkeypatch, capsys):
@@ -169,7 +175,7 @@ def test_models_without_towers_are_named(tiny_model_dir, shards, tmp_path, capsy
 def test_towers_of_a_model_directory(tiny_model_dir, tmp_path):
     from mmwudao.loading.towers import load_model_towers
     from retrieval.towers.base import save_towers
-    from tests.retrieval.test_export import tiny_towers
+    from tests.helpers.tiny_towers import tiny_towers
     from vqvae.storage.parts import ModelError, stored_hash
 
     towers = tiny_towers()
@@ -218,7 +224,7 @@ def test_r_precision_tells_a_painter_from_a_blind_one(shards):
     assert record["pictures"][0]["nearest"].endswith(record["pictures"][0]["sample"].split("-")[1])
     assert sheet.height == 8 * 64
     json.dumps(record)
-    format_table(record)
+    format_generator_table(record)
     blind, _ = evaluate_generator(Painter(always="red"), ColourTowers(), shards, config)
     assert blind["mean"] == {"drawn": 1 / 8, "real": 1, "random": 1 / 8}
 

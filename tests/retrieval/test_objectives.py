@@ -239,7 +239,7 @@ def test_frozen_parts_keep_weights_and_statistics() -> None:
 
 @pytest.mark.parametrize(
     ("frozen", "problem"),
-    [(["picture", "nothing"], "no part 'nothing'; the parts of the first level are picture, words"), (["*"], "leaves")],
+    [(["picture", "nothing"], "no part 'nothing'; the top-level parts are picture, words"), (["*"], "leaves")],
 )
 def test_freeze_says_what_is_wrong(frozen: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):

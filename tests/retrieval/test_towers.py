@@ -14,7 +14,7 @@ from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from retrieval.evaluation.metrics import concept_label, concept_labels, ranks, recall_figures
 from retrieval.towers.base import load_towers, save_towers
-from retrieval.towers.ours import EmojiTowers, PatchHead, TowersConfig, grid_boxes
+from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers, PatchHead, grid_boxes
 from retrieval.training.train_towers import RetrievalTrainConfig
 from tests.conftest import CAPTIONS
 from vqvae.storage.parts import ModelError
@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer.train(CAPTIONS, tmp_path_factory.mktemp("text") / "text.model", 400)
 
 
-def tiny_config(text: TextTokenizer, **changes) -> TowersConfig:
+def tiny_config(text: TextTokenizer, **changes) -> MultiScaleConfig:
     settings = {
         "embed_dim": 8,
         "image_size": 32,
@@ -43,12 +43,12 @@ def tiny_config(text: TextTokenizer, **changes) -> TowersConfig:
         "num_text_pieces": text.vocab_size,
         "text_hash": text.content_hash,
     }  # fmt: skip
-    return TowersConfig(**{**settings, **changes})
+    return MultiScaleConfig(**{**settings, **changes})
 
 
-def tiny(text: TextTokenizer, **changes) -> EmojiTowers:
+def tiny(text: TextTokenizer, **changes) -> MultiScaleTowers:
     torch.manual_seed(0)
-    return EmojiTowers(tiny_config(text, **changes), text).eval()
+    return MultiScaleTowers(tiny_config(text, **changes), text).eval()
 
 
 def pictures(count: int, size: int = 32) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_regions(text: TextTokenizer) -> None:
     assert not torch.allclose(towers.encode_pixels(pixels)[0], found[0], atol=1e-3)
     with pytest.raises(ValueError, match="2 lists of boxes for 3 pictures"):
         towers.encode_pixels(pixels, boxes[:2])
-    with pytest.raises(ValueError, match="look at patches"):
+    with pytest.raises(ValueError, match="take no boxes"):
         tiny(text).encode_pixels(pixels, boxes)
 
 
@@ -150,7 +150,7 @@ def test_the_shipped_sizes() -> None:
     config = load_config(RetrievalTrainConfig, ROOT / "mmwudao" / "configs" / "emoji-towers.yaml").model
     text = TextTokenizer(ROOT / "mmwudao" / "models" / "emoji" / "text.model")
     config = replace(config, num_text_pieces=text.vocab_size, text_hash=text.content_hash)
-    parameters = sum(parameter.numel() for parameter in EmojiTowers(config, text).parameters())
+    parameters = sum(parameter.numel() for parameter in MultiScaleTowers(config, text).parameters())
     assert 2 * parameters + len(text.serialised) < 12e6, "12 MB in bfloat16"
 
 
@@ -158,7 +158,7 @@ def test_the_shipped_sizes() -> None:
     ("changes", "problem"),
     [
         ({"trunk": "resnet9000"}, "Unknown model"),
-        ({"trunk": "vit_tiny_patch16_224", "trunk_options": {"img_size": 32}}, "gives no feature map"),
+        ({"trunk": "vit_tiny_patch16_224", "trunk_options": {"img_size": 32}}, "must return a feature map"),
         ({"trunk_options": {"nonsense": 1}}, "nonsense"),
         ({"text_encoder": {"model_type": "nonsense"}}, "nonsense"),
         ({"text_encoder": {"model_type": "bert", "hidden_size": 10, "num_attention_heads": 4}}, "hidden size"),
@@ -192,7 +192,7 @@ def test_a_damaged_folder_is_one_line(text: TextTokenizer, tmp_path: Path) -> No
     refused("not in 'int8'", dtype="int8")
     for changes, problem in (
         ({"format": "other/1"}, "must be 'mmwudao-towers/1'"),
-        ({"kind": "nonsense"}, "'nonsense'; known here: ours, brivl, chinese-clip, open-clip"),
+        ({"kind": "nonsense"}, "'nonsense'; known kinds: ours, brivl, chinese-clip, open-clip"),
         ({"embed_dim": 9}, "does not hold towers"),
         ({"embed_dim": "nine"}, "embed_dim"),
         ({"nonsense": 1}, "unknown key nonsense"),

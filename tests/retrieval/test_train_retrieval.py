@@ -21,10 +21,17 @@ from data.shards import Manifest, ShardWriter, write_manifest
 from data.text import TextTokenizer
 from mmwudao.cli.app import run
 from retrieval.towers.base import load_towers
-from retrieval.towers.ours import TowersConfig
+from retrieval.towers.multiscale import MultiScaleConfig
 from retrieval.training.objectives import ObjectiveConfig
-from retrieval.training.pairs import AugmentConfig, CaptionConfig, PairsConfig, Pictures, augment, draw_captions
-from retrieval.training.train_towers import InMemoryBatches, RetrievalTrainConfig, StreamedBatches, train
+from retrieval.training.pairs import (
+    AugmentConfig,
+    PairsConfig,
+    Pictures,
+    RetrievalCaptionConfig,
+    augment,
+    draw_captions,
+)
+from retrieval.training.train_towers import InMemoryTowerBatches, RetrievalTrainConfig, StreamedTowerBatches, train
 from vqvae.training.loop import LoopConfig, TrainingError
 
 SIZE = 16
@@ -76,8 +83,8 @@ def make_config(workspace: Path, out: Path, **changes) -> RetrievalTrainConfig:
     loop = {"out": str(out), "precision": "float32", "device": "cpu", "save_every": 2, **steps}
     return RetrievalTrainConfig(
         data=PairsConfig(**{"shards": str(workspace / "shards"), **changes.pop("data", {})}),
-        captions=CaptionConfig(**changes.pop("captions", {})),
-        model=TowersConfig(**{**parts, **changes.pop("model", {})}),
+        captions=RetrievalCaptionConfig(**changes.pop("captions", {})),
+        model=MultiScaleConfig(**{**parts, **changes.pop("model", {})}),
         objective=ObjectiveConfig(**changes.pop("objective", {})),
         loop=LoopConfig(**{**loop, **changes.pop("loop", {})}),
         text_model=str(workspace / "text.model"),
@@ -112,7 +119,7 @@ def test_a_resumed_run_is_the_run(workspace: Path, tmp_path: Path, name: str) ->
     settings = {"objective": {"name": name, "queue": 10}, "data": {"test": ["test-family"]}}
     whole = train(make_config(workspace, tmp_path / "whole", **settings, loop={"ema": 0.9}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retrieval.training.train_towers.measure_recall", lambda *_: {})
+        patch.setattr("retrieval.training.train_towers.measure_split_recall", lambda *_: {})
         patch.setattr("vqvae.training.loop.Loop._done", lambda self: self.progress.step >= 2)
         train(make_config(workspace, tmp_path / "parts", **settings, loop={"ema": 0.9}))
     parts = train(make_config(workspace, tmp_path / "parts", **settings, loop={"ema": 0.9}), resume=True)
@@ -129,7 +136,7 @@ def test_streamed_and_micro_batches(workspace: Path, tmp_path: Path) -> None:
     load_towers(train(config))
     assert len(logged(tmp_path, "train/loss")) == 4
     towers = load_towers(tmp_path / "towers")
-    for kind in (InMemoryBatches, StreamedBatches):
+    for kind in (InMemoryTowerBatches, StreamedTowerBatches):
         batches = list(kind(config, towers)(3))
         assert [len(ids) for _, ids in batches] == [4, 4]
         assert [batch.pixels.shape for batch, _ in batches] == [(4, 3, SIZE, SIZE)] * 2
@@ -139,7 +146,7 @@ def test_batches_depend_on_the_step_alone(workspace: Path, tmp_path: Path) -> No
     config = make_config(workspace, tmp_path, captions={"per_picture": 2})
     config.loop.steps = 1
     towers = load_towers(train(config))
-    batches = InMemoryBatches(config, towers)
+    batches = InMemoryTowerBatches(config, towers)
     (first, ids), (again, again_ids), (other, _) = (next(batches(step)) for step in (5, 5, 6))
     assert ids == again_ids
     assert len(set(ids)) == 8
@@ -167,7 +174,7 @@ def test_a_locked_tower_stays(workspace: Path, tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"loop": {"batch_size": 9, "accumulate": 2}}, "batch_size=9 is not a multiple"),
-        ({"loop": {"batch_size": 72}}, "batch_size=72, but there are 64 pictures"),
+        ({"loop": {"batch_size": 72}}, "batch_size=72 exceeds the 64 pictures"),
         ({"freeze": ["backbone"]}, "no part 'backbone'"),
         ({"data": {"test": ["test-nothing"]}}, "no test-nothing shard"),
         ({"data": {"exclude_families": ["noto"]}}, "no readable train pictures of the chosen families"),
@@ -182,8 +189,8 @@ def test_settings_that_do_not_fit(workspace: Path, tmp_path: Path, changes: dict
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: CaptionConfig(name=0.8, keywords=0.3),
-        lambda: CaptionConfig(per_picture=0),
+        lambda: RetrievalCaptionConfig(name=0.8, keywords=0.3),
+        lambda: RetrievalCaptionConfig(per_picture=0),
         lambda: PairsConfig(test_pictures=0),
         lambda: PairsConfig(balance=-1.0),
     ],
@@ -211,11 +218,11 @@ def test_pictures(workspace: Path) -> None:
 def test_captions() -> None:
     item = sample(0)
     rng = random.Random(0)
-    names = CaptionConfig(per_picture=2, style=0.0, name=1.0, keywords=0.0)
+    names = RetrievalCaptionConfig(per_picture=2, style=0.0, name=1.0, keywords=0.0)
     several = [draw_captions(item, names, rng) for _ in range(9)]
     assert all(set(pair) == {"red disc", "圆 der"} for pair in several), "two captions, two languages"
-    assert len(draw_captions(item, CaptionConfig(per_picture=5), rng)) == 5
-    styled = Counter("noto" in draw_captions(item, CaptionConfig(style=0.5), rng)[0] for _ in range(400))
+    assert len(draw_captions(item, RetrievalCaptionConfig(per_picture=5), rng)) == 5
+    styled = Counter("noto" in draw_captions(item, RetrievalCaptionConfig(style=0.5), rng)[0] for _ in range(400))
     assert 150 < styled[True] < 250
 
 

@@ -30,7 +30,7 @@ from mmwudao.service.errors import Busy
 from mmwudao.service.settings import ServiceConfig
 from retrieval.towers.base import save_towers
 from tests.helpers.service_server import data_uri, png, running
-from tests.retrieval.test_export import tiny_towers
+from tests.helpers.tiny_towers import tiny_towers
 
 ray = pytest.importorskip("ray")
 

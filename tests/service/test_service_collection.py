@@ -11,8 +11,7 @@ from retrieval.collections.lance import LanceCollection
 from retrieval.collections.opening import open_collection
 from retrieval.towers.base import save_towers
 from tests.helpers.service_server import data_uri, png, running
-from tests.helpers.tiny_towers import ColourTowers
-from tests.retrieval.test_export import tiny_towers
+from tests.helpers.tiny_towers import ColourTowers, tiny_towers
 
 
 @pytest.fixture(scope="module")

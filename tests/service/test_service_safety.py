@@ -326,7 +326,7 @@ def test_logs_hold_no_prompt_unless_asked(caplog, monkeypatch):
 
 def test_loggers_that_quote_are_quiet():
     configure_logging(log_prompts=False)
-    assert not logging.getLogger("retrieval.towers.ours").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("retrieval.towers.multiscale").isEnabledFor(logging.WARNING)
     assert not logging.getLogger("mmwudao.loading.loaded").isEnabledFor(logging.WARNING)
     assert logging.getLogger("mmwudao.service.access").isEnabledFor(logging.WARNING)
 

@@ -1,4 +1,4 @@
-"""Our own towers: a convolutional trunk under multi-scale patches, and a small transformer over SentencePiece pieces.
+"""Our own towers: a CNN with multi-scale patch pooling, and a small transformer over SentencePiece pieces.
 
 The image tower follows BriVL 2.0 (Fei et al. 2022, Nature Communications 13:3094, "multi-scale patch pooling"), or
 BriVL 1.0 (Huo et al. 2021, arXiv:2103.06561, section 3.2) with regions. Both are trained from scratch.
@@ -20,28 +20,26 @@ from transformers import AutoConfig
 
 from data.config import ConfigError, from_dict, to_dict
 from data.text import TextTokenizer
-from retrieval.towers.base import Tokens, Towers, unit
+from retrieval.towers.base import TEXT_MODEL, Tokens, Towers, unit
 from vqvae.storage.parts import ModelError
 
 logger = logging.getLogger(__name__)
 
-TEXT_MODEL = "text.model"
-
 
 @dataclass
-class TowersConfig:
-    """The parts and their sizes. `num_text_pieces` and `text_hash` are filled in from the text tokenizer."""
+class MultiScaleConfig:
+    """The parts and their sizes. Training sets `num_text_pieces` and `text_hash` from the text tokenizer."""
 
     embed_dim: int = 256
-    image_size: int = 64  # px; pictures are resized and cropped to this square
-    trunk: str = "resnet10t"  # a timm architecture with a feature map, weights drawn at random
+    image_size: int = 64  # px, the side of the square to which pictures are resized and cropped
+    trunk: str = "resnet10t"  # a timm architecture with a feature map; its weights start at random
     trunk_options: dict[str, Any] = field(default_factory=dict)  # for timm.create_model
-    # patches: of the feature map, on `grids`; regions: boxes given with the picture, or those of `grids`
+    # patches: cells of the feature map, on `grids`; regions: the given boxes, or by default the cells of `grids`
     image_head: Literal["patches", "regions"] = "patches"
-    grids: list[int] = field(default_factory=lambda: [1, 2, 4])  # patches a side
+    grids: list[int] = field(default_factory=lambda: [1, 2, 4])  # patches a side, one number a grid
     head_width: int = 256
     head_heads: int = 4
-    # a transformers configuration, `model_type` and what differs from its defaults
+    # a configuration of transformers: `model_type` and the values that differ from its defaults
     text_encoder: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
     max_text: int = 32  # tokens, the start token included
     num_text_pieces: int = 0
@@ -49,17 +47,17 @@ class TowersConfig:
 
     def __post_init__(self) -> None:
         if not self.grids or min(self.grids) < 1:
-            raise ValueError("grids names at least one number of patches a side, 1 or more")
+            raise ValueError("grids must hold at least one number of patches a side, each 1 or more")
         if self.head_width % self.head_heads:
             raise ValueError(f"head_width={self.head_width} is not a multiple of head_heads={self.head_heads}")
         if self.max_text < 2 or self.image_size < 1 or self.embed_dim < 1:
-            raise ValueError("max_text is 2 or more, image_size and embed_dim are 1 or more")
+            raise ValueError("max_text must be 2 or more, and image_size and embed_dim 1 or more")
 
 
 class PatchHead(nn.Module):
-    """Feature map -> one vector: means over the cells of several grids, a self-attention block, their mean."""
+    """Feature map -> one vector: means over the cells of several grids, then `SetHead` over all of them."""
 
-    def __init__(self, channels: int, map_size: tuple[int, int], config: TowersConfig) -> None:
+    def __init__(self, channels: int, map_size: tuple[int, int], config: MultiScaleConfig) -> None:
         super().__init__()
         self.head = SetHead(channels, config)
         cells = torch.eye(map_size[0] * map_size[1]).unflatten(0, map_size).movedim(-1, 0)[:, None]
@@ -69,33 +67,33 @@ class PatchHead(nn.Module):
     def forward(self, features: Tensor, boxes: list[Tensor] | None = None) -> Tensor:
         """[N, C, H, W] -> [N, embed_dim]."""
         if boxes is not None:
-            raise ValueError("these towers look at patches, not at boxes (image_head: regions takes boxes)")
+            raise ValueError("these towers take no boxes: their image_head is patches, not regions")
         patches = features.flatten(2) @ self.get_buffer("pooling").to(features.dtype)  # [N, C, patches]
         return self.head(patches.transpose(1, 2))
 
 
 class RegionHead(nn.Module):
-    """Feature map and boxes -> one vector: RoIAlign, a self-attention block, the mean over the regions and the whole.
+    """Feature map and boxes -> one vector: RoIAlign of the boxes and the whole picture, then `SetHead` over them.
 
-    RoIAlign samples where BriVL 1.0's grid pooling meant to; the imported BriVL keeps the original's grid.
+    RoIAlign samples where BriVL 1.0's grid pooling was meant to; the imported BriVL keeps the original's grid.
     """
 
-    def __init__(self, channels: int, map_size: tuple[int, int], config: TowersConfig) -> None:
+    def __init__(self, channels: int, map_size: tuple[int, int], config: MultiScaleConfig) -> None:
         super().__init__()
         self.head = SetHead(channels, config)
         self.image_size, self.grids = config.image_size, config.grids
 
     def forward(self, features: Tensor, boxes: list[Tensor] | None = None) -> Tensor:
-        """[N, C, H, W] -> [N, embed_dim]; `boxes` hold [n, 4] for each picture: x1, y1, x2, y2 in input pixels."""
+        """[N, C, H, W] -> [N, embed_dim]; `boxes` are [n, 4] for each picture: x1, y1, x2, y2 in input pixels."""
         from torchvision.ops import roi_align
 
         if boxes is None:
             boxes = [grid_boxes(self.image_size, self.grids)] * len(features)
         elif len(boxes) != len(features):
-            raise ValueError(f"{len(boxes)} lists of boxes for {len(features)} pictures")
+            raise ValueError(f"there are {len(boxes)} lists of boxes for {len(features)} pictures")
         whole = torch.tensor([[0.0, 0.0, self.image_size, self.image_size]])
         # regions are a set: the whole picture is one of them, as in BriVL
-        precise = features.float()  # the CPU has no RoIAlign in bfloat16
+        precise = features.float()  # RoIAlign lacks bfloat16 on the CPU
         padded = [torch.cat([whole.to(precise), b.to(precise).reshape(-1, 4)]) for b in boxes]
         counts = torch.tensor([len(b) for b in padded], device=features.device)
         pooled = roi_align(
@@ -107,9 +105,9 @@ class RegionHead(nn.Module):
 
 
 class SetHead(nn.Module):
-    """A set of vectors -> one: self-attention without positions, the mean, a projection."""
+    """A set of vectors -> one vector: self-attention without positions, the mean, and a projection."""
 
-    def __init__(self, channels: int, config: TowersConfig) -> None:
+    def __init__(self, channels: int, config: MultiScaleConfig) -> None:
         super().__init__()
         width = config.head_width
         self.inward = nn.Linear(channels, width)
@@ -120,7 +118,7 @@ class SetHead(nn.Module):
         self.outward = nn.Linear(width, config.embed_dim)
 
     def forward(self, vectors: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[N, P, C] -> [N, embed_dim]; `padding` [N, P] is true where there is no vector."""
+        """[N, P, C] -> [N, embed_dim]; `padding` [N, P] is true for missing vectors."""
         mixed = self.norm(self.attention(self.inward(vectors), src_key_padding_mask=padding))
         if padding is None:
             return self.outward(mixed.mean(dim=1))
@@ -137,20 +135,20 @@ def grid_boxes(image_size: int, grids: list[int]) -> Tensor:
     return torch.tensor(boxes)
 
 
-class EmojiTowers(Towers):
-    """The towers of the shipped model; `config` and `text` decide everything but the weights."""
+class MultiScaleTowers(Towers):
+    """The towers of the shipped model, built from a config and a text tokenizer. On disk their kind is "ours"."""
 
     kind: ClassVar[str] = "ours"
     trunk: Any  # of timm, which has no types
 
-    def __init__(self, config: TowersConfig, text: TextTokenizer) -> None:
+    def __init__(self, config: MultiScaleConfig, text: TextTokenizer) -> None:
         """Raises `ConfigError` for a trunk or a text encoder that the libraries cannot build."""
         super().__init__()
         if (config.num_text_pieces, config.text_hash) != (text.vocab_size, text.content_hash):
             raise ConfigError("the towers belong to another text tokenizer")
         self.config, self.text_tokenizer = config, text
         self.embed_dim, self.image_size = config.embed_dim, config.image_size
-        self.start_id = text.vocab_size  # keeps the mean over tokens defined for the empty text
+        self.start_id = text.vocab_size  # with it, the mean over tokens is defined for an empty text
         try:
             self.trunk = timm.create_model(
                 config.trunk, pretrained=False, num_classes=0, global_pool="", **config.trunk_options
@@ -168,8 +166,8 @@ class EmojiTowers(Towers):
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"these towers cannot be built: {' '.join(str(error).split())[:300]}") from error
         if len(shape) != 4:
-            raise ConfigError(f"the trunk {config.trunk} gives no feature map [N, C, H, W], but {list(shape)}")
-        self.text_encoder.transformer.pooler = None  # the mean over tokens takes its place
+            raise ConfigError(f"the trunk {config.trunk} must return a feature map [N, C, H, W], not {list(shape)}")
+        self.text_encoder.transformer.pooler = None  # the mean over tokens replaces it
         head = {"patches": PatchHead, "regions": RegionHead}[config.image_head]
         self.image_head = head(shape[1], (shape[2], shape[3]), config)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # Radford et al. 2021, section 2.5
@@ -182,7 +180,7 @@ class EmojiTowers(Towers):
     @classmethod
     def from_config(cls, record: dict[str, Any], folder: Path) -> Self:
         try:
-            return cls(from_dict(TowersConfig, record), TextTokenizer(folder / TEXT_MODEL))
+            return cls(from_dict(MultiScaleConfig, record), TextTokenizer(folder / TEXT_MODEL))
         except ConfigError as error:
             raise ModelError(f"{folder}: {error}") from error
 
@@ -193,7 +191,7 @@ class EmojiTowers(Towers):
         return {TEXT_MODEL: self.text_tokenizer.serialised}
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """int64 [N, L], the start token first, padded with 0; L is the longest text's, at most `max_text`."""
+        """Ids, int64 [N, L]: the start token, the pieces, 0 as padding; L is the longest length, at most `max_text`."""
         rows = []
         for text in texts:
             row = [self.start_id, *self.text_tokenizer.encode(text)]

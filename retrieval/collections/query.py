@@ -1,0 +1,77 @@
+"""From a text or a picture to what a search finds: the query's vector, and the samples and captions of the hits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.images import open_image, to_square
+from data.reading import expand_shards, read_shard
+from data.sample import Sample
+from retrieval.collections.base import Collection, CollectionError, Hit, check_identity
+from retrieval.towers.base import Towers
+from retrieval.vectors.parquet import CAPTION_PREFIX
+from vqvae.storage.parts import content_hash
+
+
+def check_towers(collection: Collection, location: str, towers: Towers) -> None:
+    """Raise `CollectionError` if the collection holds vectors of other towers."""
+    check_identity(collection, location, towers.embed_dim, content_hash(towers))
+
+
+def embed_query(towers: Towers, query: str | Image.Image) -> NDArray[numpy.float32]:
+    """The vector of a text or a picture, float32 [D] of unit length."""
+    features = towers.encode_text([query]) if isinstance(query, str) else towers.encode_image([query])
+    vector: NDArray[numpy.float32] = features[0].numpy()
+    return vector
+
+
+def hit_captions(hit: Hit) -> list[str]:
+    """The text of a caption's item, or the captions of a picture's, in the order of their languages."""
+    names = sorted(name for name in hit.metadata if name == "text" or name.startswith(CAPTION_PREFIX))
+    return [str(hit.metadata[name]) for name in names]
+
+
+def hit_samples(hits: Sequence[Hit], shards: str | None = None) -> dict[str, Sample]:
+    """Hit id -> sample, read from `shards`, or from the shard that the hit names; missing samples are left out.
+
+    Raises `DataError` if `shards` are given and do not exist.
+    """
+    given = {shard.name: shard for shard in expand_shards(shards)} if shards else {}
+    wanted: dict[Path, set[str]] = {}
+    for hit in hits:
+        named = Path(str(hit.metadata.get("shard", "")))
+        shard = given.get(named.name, named)
+        if shard.is_file():
+            wanted.setdefault(shard, set()).add(_sample_id(hit))
+    samples = {
+        sample.id: sample
+        for shard, names in wanted.items()
+        for sample in read_shard(shard, lambda *_: None)  # damaged samples are left out
+        if sample.id in names
+    }
+    return {hit.id: samples[_sample_id(hit)] for hit in hits if _sample_id(hit) in samples}
+
+
+def hit_pictures(hits: Sequence[Hit], side: int, shards: str | None = None) -> list[Image.Image]:
+    """The picture of each hit as a square of `side` pixels; `shards` as in `hit_samples`.
+
+    Raises `CollectionError` without hits, or if a picture is not in its shard.
+    """
+    if not hits:
+        raise CollectionError("the search returned nothing: there are no pictures to show")
+    samples = hit_samples(hits, shards)
+    missing = [hit for hit in hits if hit.id not in samples]
+    if missing:
+        source = shards or missing[0].metadata.get("shard", "")
+        raise CollectionError(f"the picture of {missing[0].id} is not in {source!r}: give --shards, where it was read")
+    return [to_square(open_image(samples[hit.id].image), side) for hit in hits]
+
+
+def _sample_id(hit: Hit) -> str:
+    """The sample of a hit; the id of a caption's item is that of its sample, a colon and the language."""
+    return hit.id.rpartition(":")[0] if hit.metadata.get("kind") == "text" else hit.id
