@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from data.config import ConfigError
 from retrieval.towers.base import Tokens, Towers
-from vqvae.training.loop import distributed, rank, world_size
+from vqvae.training.process import distributed, rank, world_size
 
 Keys = tuple[Tensor, Tensor] | None
 NO_PAIR = -1  # what is in a queue belongs to no pair of the batch

@@ -25,7 +25,7 @@ from retrieval.towers.ours import TowersConfig
 from retrieval.training.objectives import ObjectiveConfig
 from retrieval.training.pairs import AugmentConfig, CaptionConfig, PairsConfig, Pictures, augment, draw_captions
 from retrieval.training.train_towers import InMemoryBatches, RetrievalTrainConfig, StreamedBatches, train
-from vqvae.training.loop import LoopConfig, TrainingError
+from vqvae.training.config import LoopConfig, TrainingError
 
 SIZE = 16
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "white")
