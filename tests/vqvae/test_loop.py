@@ -215,7 +215,7 @@ def test_bfloat16_computes_in_bfloat16_over_float32_weights(tmp_path):
     [
         *(({name: 0}, "at least 1") for name in ("steps", "batch_size", "accumulate")),
         *(({name: 0}, "at least 1") for name in ("log_every", "eval_every", "save_every")),
-        ({"learning_rate": 0.0}, "above 0"),
+        ({"learning_rate": -1e-3}, "at least 0"),
         ({"warmup": -1}, "at least 0"),
         ({"minutes": -0.5}, "at least 0"),
         ({"clip": -1.0}, "at least 0"),

@@ -23,7 +23,7 @@ class LoopConfig:
     steps: int = option(1000, "Optimizer steps of the run, unless `minutes` is given.", least=1)
     batch_size: int = option(32, "Samples per optimizer step, over all processes and micro-batches.", least=1)
     accumulate: int = option(1, "Micro-batches per optimizer step and process.", least=1)
-    learning_rate: float = option(1e-3, "The learning rate after the warm-up.", above=0)
+    learning_rate: float = option(1e-3, "The learning rate after the warm-up.", least=0)
     warmup: int = option(100, "Steps in which the learning rate rises linearly from 0.", least=0)
     final_ratio: float = option(0.05, "The learning rate of the last step, as a share of the highest.", least=0, most=1)
     # muon: Jordan et al. 2024, see `vqvae.training.optimizers`
