@@ -13,10 +13,19 @@ Number = int | float
 
 
 def option(
-    default: Any, help: str, *, least: Number | None = None, most: Number | None = None, above: Number | None = None
+    default: Any,
+    help: str,
+    *,
+    least: Number | None = None,
+    most: Number | None = None,
+    above: Number | None = None,
+    below: Number | None = None,
 ) -> Any:
-    """A dataclass field with a default, one sentence of help, and limits: `least` <= value <= `most`, or > `above`."""
-    metadata = {"help": help, "least": least, "most": most, "above": above}
+    """A dataclass field with a default, one sentence of help, and limits.
+
+    `least` <= value <= `most`; where the limit itself is not allowed, `above` < value < `below`.
+    """
+    metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     if isinstance(default, list | dict | set):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -39,19 +48,22 @@ def check_options(config: Any) -> None:
 
 def within(field: dataclasses.Field[Any], value: Number) -> bool:
     """Whether `value` lies within the limits of a field."""
-    least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
+    least, most, above, below = (field.metadata.get(name) for name in ("least", "most", "above", "below"))
     return (
-        (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
+        (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+        and (below is None or value < below)
     )
 
 
 def describe_limits(field: dataclasses.Field[Any]) -> str:
     """The limits of a field in words, to follow "a number": " from 0 to 1", " of at least 1", or nothing."""
-    least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
-    if least is not None and most is not None:
-        return f" from {least} to {most}"
-    if above is not None:
-        return f" above {above}" + (f" and at most {most}" if most is not None else "")
-    if least is not None:
-        return f" of at least {least}"
-    return f" of at most {most}" if most is not None else ""
+    limits = {name: field.metadata.get(name) for name in ("least", "most", "above", "below")}
+    if limits["least"] is not None and limits["most"] is not None:
+        return f" from {limits['least']} to {limits['most']}"
+    words = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
+    parts = [f"{words[name]} {limits[name]}" for name in words if limits[name] is not None]
+    if parts and parts[0].startswith("at most"):
+        parts[0] = f"of {parts[0]}"
+    return f" {' and '.join(parts)}" if parts else ""

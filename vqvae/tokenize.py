@@ -20,6 +20,7 @@ from data.reading import Skip, SkipLog, expand_shards
 from data.sample import DataError
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
 from vqvae.model import VQVAE
+from vqvae.psnr import psnr
 from vqvae.storage.parts import content_hash
 
 
@@ -49,8 +50,7 @@ def tokenize_image(model: VQVAE, path: Path, image_size: int | None = None) -> T
     pixels = to_tensor(image).unsqueeze(0)
     codes = model.encode(pixels)
     restored = model.decode(codes)
-    error = float((restored - pixels).square().mean())
-    return TokenizedImage(codes[0], tensor_to_image(restored[0]), -10 * float(numpy.log10(max(error, 1e-10))))
+    return TokenizedImage(codes[0], tensor_to_image(restored[0]), float(psnr(restored, pixels)[0]))
 
 
 def tensor_to_image(pixels: Tensor) -> Image.Image:

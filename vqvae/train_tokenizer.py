@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.config import ConfigError, load_config
 from data.images import to_square
 from data.reading import open_shards
 from data.sample import DataError
 from vqvae.model import VQVAE, Reconstruction, VQVAEConfig
+from vqvae.psnr import psnr
 from vqvae.storage.parts import save_part
-from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
+from vqvae.training.config import LoopConfig
+from vqvae.training.loop import train_model
+from vqvae.training.process import rank, world_size
+from vqvae.training.task import Task
 
 
 @dataclass
@@ -59,25 +61,20 @@ class ReconstructionFigures:
     perplexity: float
 
 
-def main(config: Path | None, overrides: list[str], resume: bool = False) -> Path:
-    """Train as `config` says; returns the folder of the saved tokenizer (`out`/tokenizer)."""
-    return train(load_config(TokenizerTrainConfig, config, overrides), resume)
-
-
 def train(config: TokenizerTrainConfig, resume: bool = False) -> Path:
-    """Train the tokenizer and save its averaged weights. `ValueError` for settings that do not fit the data."""
+    """Train the tokenizer and save its averaged weights; returns their folder, `out`/tokenizer.
+
+    Raises `ValueError` for settings that do not fit the data.
+    """
     if config.data.image_size % config.model.stride:
         raise ValueError(
             f"data.image_size={config.data.image_size} is not a multiple of the stride {config.model.stride} "
             "(2 ** the number of model.channels)"
         )
-    torch.manual_seed(config.loop.seed)
-    device = setup_device(config.loop.device)
-    parts = config.loop.accumulate * world_size()
-    if config.loop.batch_size % parts:
-        raise ConfigError(
-            f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
-        )
+    return train_model(config.loop, lambda device: _task(config, device), resume)
+
+
+def _task(config: TokenizerTrainConfig, device: torch.device) -> Task:
     pictures = read_pictures(config.data, config.data.test, by_node=False)
     test, _ = _stacked(islice(pictures, config.data.test_pictures), config.data)
     batches = (InMemoryBatches if config.data.in_memory else StreamedBatches)(config)
@@ -99,13 +96,7 @@ def train(config: TokenizerTrainConfig, resume: bool = False) -> Path:
             _image(sheet).save(sheet_path)
         return vars(figures)
 
-    trained = Loop(config.loop, model, batches, loss_of, evaluate, device).run(resume)
-    out = Path(config.loop.out) / "tokenizer"
-    if rank() == 0:
-        save_part(trained, out)
-    if distributed():
-        dist.destroy_process_group()
-    return out
+    return Task(model, batches, loss_of, evaluate, "tokenizer", save_part)
 
 
 def read_pictures(data: TokenizerDataConfig, split: str, **options: Any) -> Iterator[tuple[Tensor, str]]:
@@ -123,20 +114,20 @@ def measure_reconstruction(
     model: nn.Module, pictures: Tensor, device: torch.device, batch_size: int = 64
 ) -> tuple[ReconstructionFigures, Tensor]:
     """Figures over uint8 `pictures` [N, 3, S, S], and a sheet uint8 [3, 2S, 8S]: eight pictures over their copies."""
-    errors, histograms = [], []
+    values, histograms = [], []
     rows: list[Tensor] = []
     for start in range(0, len(pictures), batch_size):
         pixels = pictures[start : start + batch_size].to(device).float() / 255
         restored: Reconstruction = model(pixels)
         images = restored.images.clamp(0, 1)
-        errors.append((images - pixels).square().mean(dim=(1, 2, 3)))
+        values.append(psnr(images, pixels))
         histograms.append(torch.bincount(restored.codes.flatten(), minlength=model.config.codebook_size))  # type: ignore[union-attr,arg-type]
         if not rows:
             rows = [torch.cat(list(part[:8]), dim=2) for part in (pixels, images)]
     counts = torch.stack(histograms).sum(dim=0).double()
     shares = counts / counts.sum()
     figures = ReconstructionFigures(
-        psnr=float((-10 * torch.cat(errors).clamp_min(1e-10).log10()).mean()),
+        psnr=float(torch.cat(values).mean()),
         usage=float((counts > 0).double().mean()),
         perplexity=float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())),
     )

@@ -13,18 +13,21 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from data.config import ConfigError, load_config
+from data.config import ConfigError
 from data.images import to_square
 from data.reading import open_shards
 from data.sample import DataError
 from vqvae.model import VQVAE
+from vqvae.psnr import psnr
 from vqvae.storage.parts import load_part, save_part
-from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
+from vqvae.training.config import LoopConfig
+from vqvae.training.loop import train_model
+from vqvae.training.process import rank, world_size
+from vqvae.training.task import Task
 from vqvae.upscaler import SCALE, Upscaler, UpscalerConfig
 
 BATCH = 32  # pictures that the tokenizer, or a measurement, takes at once
@@ -65,21 +68,19 @@ class Pairs:
     ids: list[str]
 
 
-def main(config: Path | None, overrides: list[str], resume: bool = False) -> Path:
-    """Train as `config` says; returns the folder of the saved model (`out`/upscaler)."""
-    return train(load_config(UpscalerTrainConfig, config, overrides), resume)
-
-
 def train(config: UpscalerTrainConfig, resume: bool = False) -> Path:
-    """Train the upscaler and save its averaged weights. `ValueError` for settings that do not fit the data."""
-    data, loop = config.data, config.loop
+    """Train the upscaler and save its averaged weights; returns their folder, `out`/upscaler.
+
+    Raises `ValueError` for settings that do not fit the data.
+    """
+    return train_model(config.loop, lambda device: _task(config, device), resume)
+
+
+def _task(config: UpscalerTrainConfig, device: torch.device) -> Task:
+    data = config.data
     small = data.image_size // SCALE
     if data.image_size % SCALE or not 1 <= data.crop <= small:
         raise ConfigError(f"data.crop={data.crop} must lie in 1..{small}, half of an even data.image_size")
-    if loop.batch_size % (loop.accumulate * world_size()):
-        raise ConfigError(f"loop.batch_size={loop.batch_size} is not a multiple of accumulate x processes")
-    torch.manual_seed(loop.seed)
-    device = setup_device(loop.device)
     tokenizer = load_part(VQVAE, data.tokenizer).float() if data.tokenizer else None
     test = read_pairs(data, data.test, data.test_pictures, tokenizer)
     pairs = read_pairs(data, data.train, data.train_pictures, tokenizer)
@@ -95,13 +96,7 @@ def train(config: UpscalerTrainConfig, resume: bool = False) -> Path:
         return figures
 
     model = Upscaler(config.model).to(memory_format=torch.channels_last)
-    trained = Loop(loop, model, CropBatches(config, pairs), loss_of, evaluate, device).run(resume)
-    out = Path(loop.out) / "upscaler"
-    if rank() == 0:
-        save_part(trained, out)
-    if distributed():
-        dist.destroy_process_group()
-    return out
+    return Task(model, CropBatches(config, pairs), loss_of, evaluate, "upscaler", save_part)
 
 
 def read_pairs(data: UpscalerDataConfig, split: str, limit: int, tokenizer: VQVAE | None) -> Pairs:
@@ -140,11 +135,11 @@ def _decoded(tokenizer: VQVAE, pictures: Tensor) -> Tensor:
 
 def measure(model: nn.Module, inputs: Tensor, large: Tensor, device: torch.device) -> float:
     """Mean PSNR in dB over pictures of the enlarged uint8 `inputs` [N, 3, S, S] against `large` [N, 3, 2S, 2S]."""
-    errors = []
+    values = []
     for small, expected in zip(inputs.split(BATCH), large.split(BATCH), strict=True):
         made = model(small.to(device).float() / 255).clamp(0, 1)
-        errors.append((made - expected.to(device).float() / 255).square().mean(dim=(1, 2, 3)))
-    return float((-10 * torch.cat(errors).clamp_min(1e-10).log10()).mean())
+        values.append(psnr(made, expected.to(device).float() / 255))
+    return float(torch.cat(values).mean())
 
 
 class CropBatches:

@@ -23,6 +23,7 @@ from torch import Tensor
 from data.images import to_square, to_tensor
 from data.reading import open_shards
 from mmwudao.loading.model_dir import find_model, load_tokenizer, read_model_config
+from vqvae.psnr import psnr
 from vqvae.storage.parts import load_part
 from vqvae.tokenize import tensor_to_image
 from vqvae.upscaler import SCALE, Upscaler
@@ -65,8 +66,8 @@ def main() -> None:
                 rows.append([shown, made["bicubic"], made["ours"], large])
         seen.add(sample.base_concept)
     means = {name: tuple(numpy.mean(values, axis=0).tolist()) for name, values in figures.items()}
-    for name, (psnr, ssim) in means.items():
-        print(f"{name:<22} PSNR {psnr:6.2f} dB   SSIM {ssim:.4f}")
+    for name, (ratio, ssim) in means.items():
+        print(f"{name:<22} PSNR {ratio:6.2f} dB   SSIM {ssim:.4f}")
     for kind in ("scaled down", "decoded"):
         winner = max(("ours", "bicubic", "lanczos"), key=lambda method: means[f"{kind}, {method}"][0])
         print(f"{kind}: {winner} wins by PSNR")
@@ -79,8 +80,7 @@ def main() -> None:
 def compare(made: Image.Image, expected: Image.Image) -> tuple[float, float]:
     """PSNR in dB over all channels, and SSIM of the luma (Wang et al. 2004: 11x11 Gaussian, sigma 1.5)."""
     first, second = to_tensor(made), to_tensor(expected)
-    psnr = -10 * float((first - second).square().mean().clamp_min(1e-10).log10())
-    return psnr, structural_similarity(_luma(first), _luma(second))
+    return float(psnr(first[None], second[None])[0]), structural_similarity(_luma(first), _luma(second))
 
 
 def structural_similarity(first: Tensor, second: Tensor) -> float:

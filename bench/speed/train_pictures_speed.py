@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import retrieval.training.train_towers
 import vqvae.train_tokenizer
+import vqvae.training.loop
 from data.config import load_config
 from generation.training.flops import peak_flops
 from vqvae.training.loop import Loop
@@ -67,7 +68,7 @@ def measure(part: str, shards: Path, device: str, seconds: float, overrides: lis
         if part == "towers":
             settings.append(f"text_model={shards / 'text.model'}")
         config = load_config(config_class, CONFIGS / f"emoji-{part}.yaml", [*settings, *overrides])
-        with patch.object(module, "Loop", MeasuredLoop):
+        with patch.object(vqvae.training.loop, "Loop", MeasuredLoop):
             module.train(config)
     took, steps = sum(MeasuredLoop.seconds), len(MeasuredLoop.seconds)
     peak, source = peak_flops(torch.device(device), getattr(torch, config.loop.precision))

@@ -39,7 +39,9 @@ from generation.training.flops import peak_flops, real_tokens, training_flops
 from generation.training.train_generator import LossModule
 from generation.transformer.model import Transformer, TransformerConfig
 from generation.transformer.packing import make_packing
-from vqvae.training.loop import Loop, LoopConfig
+from vqvae.training.config import LoopConfig
+from vqvae.training.loop import Loop
+from vqvae.training.task import Task
 
 CONFIG = Path(__file__).parents[2] / "mmwudao/configs/emoji-generator.yaml"
 OPTIONS = {"plain", "packed", "compiled", "checkpointed", "unfused", "muon", "peer"}
@@ -141,7 +143,8 @@ def our_steps(
         # a caption may be empty: bits of text are then not a number, the loss is
         return {"loss": wrapped(batch.to(device), total.to(device))["loss"]}
 
-    loop = Loop(settings, LossModule(model), draw, loss_of, lambda model, step: {}, device)
+    task = Task(LossModule(model), draw, loss_of, lambda model, step: {}, "part", lambda model, folder: None)
+    loop = Loop(settings, task, device)
     steps = count()
     return lambda: _waited(lambda: loop._step(next(steps)), device)
 

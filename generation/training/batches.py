@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.config import ConfigError
 from data.sample import DataError
 from generation.rows.base import Chance, RowKind, RowRecipe, TextEncoder
 from generation.rows.mixture import ROW_KINDS, Mixture
@@ -21,7 +20,7 @@ from generation.rows.row import Row, RowBatch, collate, pack
 from generation.training.config import GeneratorTrainConfig
 from generation.training.pairs import CodedPairs
 from generation.transformer.model import Transformer, TransformerConfig
-from vqvae.training.loop import rank, world_size
+from vqvae.training.process import rank, world_size
 
 HELD_OUT_BATCH = 32  # rows
 
@@ -56,14 +55,8 @@ class RowBatches:
     """Random training batches; (seed, step) decides the draw, whatever the number of processes."""
 
     def __init__(self, pairs: CodedPairs, maker: RowMaker) -> None:
-        """Raises `ConfigError` for a batch that does not divide, `DataError` for a kind of rows without a picture."""
+        """Raises `DataError` for a kind of rows without a picture."""
         self.pairs, self.maker = pairs, maker
-        loop = maker.config.loop
-        parts = loop.accumulate * world_size()
-        if loop.batch_size % parts:
-            raise ConfigError(
-                f"loop.batch_size={loop.batch_size} is not a multiple of accumulate x processes = {parts}"
-            )
         self.weights = {name: self._weights(name) for name in Mixture(maker.config.mix).shares}
 
     def __call__(self, step: int) -> Iterator[tuple[tuple[RowBatch, Tensor], list[str]]]:

@@ -8,7 +8,7 @@ from data.options import check_options, option
 from generation.rows.mixture import Mixture
 from generation.rows.texts import CaptionMix
 from generation.transformer.model import TransformerConfig
-from vqvae.training.loop import LoopConfig
+from vqvae.training.config import LoopConfig
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.codes import tokenizer_hash
-from data.config import ConfigError, load_config
+from data.config import ConfigError
 from data.text import TextTokenizer
 from generation.drawing.decoding import generate_codes
 from generation.drawing.sampling import SamplingOptions
@@ -26,12 +26,9 @@ from generation.training.pairs import CodedPairs, unigram_bits
 from generation.transformer.model import Transformer, TransformerConfig
 from vqvae.model import VQVAE
 from vqvae.storage.parts import content_hash, load_part, save_part
-from vqvae.training.loop import Loop, distributed, rank, setup_device, world_size
-
-
-def main(config: Path | None, overrides: list[str], resume: bool = False) -> Path:
-    """Train as `config` says; returns the folder of the saved generator (`out`/generator)."""
-    return train(load_config(GeneratorTrainConfig, config, overrides), resume)
+from vqvae.training.loop import train_model
+from vqvae.training.process import distributed, rank, world_size
+from vqvae.training.task import Task
 
 
 class LossModule(nn.Module):
@@ -52,12 +49,14 @@ class LossModule(nn.Module):
 
 
 def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
-    """Train the generator and save its averaged weights; returns their folder.
+    """Train the generator and save its averaged weights; returns their folder, `out`/generator.
 
     Raises `ValueError` for settings that do not fit the data.
     """
-    torch.manual_seed(config.loop.seed)
-    device = setup_device(config.loop.device)
+    return train_model(config.loop, lambda device: _task(config, device), resume)
+
+
+def _task(config: GeneratorTrainConfig, device: torch.device) -> Task:
     text = TextTokenizer(Path(config.data.text_model))
     pairs = CodedPairs(Path(config.data.codes), config.data.train, config.data.exclude_families)
     tokenizer = _sheet_tokenizer(config.data, tokenizer_hash(Path(config.data.codes)))
@@ -88,15 +87,11 @@ def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
             _write_sheet(averaged.model, tokenizer, text, config, step)
         return figures
 
-    loop = Loop(config.loop, LossModule(model), batches, loss_of, evaluate, device)
-    trained = loop.run(resume)
-    assert isinstance(trained, LossModule)
-    out = Path(config.loop.out) / "generator"
-    if rank() == 0:
-        save_part(trained.model, out)
-    if distributed():
-        dist.destroy_process_group()
-    return out
+    def save(averaged: nn.Module, folder: Path) -> None:
+        assert isinstance(averaged, LossModule)
+        save_part(averaged.model, folder)
+
+    return Task(LossModule(model), batches, loss_of, evaluate, "generator", save)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.codes import tokenizer_hash
@@ -24,7 +23,10 @@ from generation.training.pairs import CodedPairs
 from generation.training.train_generator import LossModule
 from generation.transformer.adapters import AdapterOptions, make_trainable, save_adapter
 from generation.transformer.model import Transformer
-from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device
+from vqvae.training.config import LoopConfig
+from vqvae.training.loop import train_model
+from vqvae.training.process import print_once
+from vqvae.training.task import Task
 
 
 @dataclass
@@ -45,6 +47,15 @@ class StyleTrainConfig:
     def __post_init__(self) -> None:
         if self.captions.style:
             raise ValueError("captions.style must be 0: the adapter is the style")
+
+
+@dataclass
+class StyleBase:
+    """The model (float32) that an adapter is trained on, its text tokenizer, and its content hash."""
+
+    model: Transformer
+    text: TextEncoder
+    content_hash: str
 
 
 class PromptedText:
@@ -76,15 +87,18 @@ def style_batches(config: StyleTrainConfig, model: Transformer, text: TextEncode
     return batches
 
 
-def train(config: StyleTrainConfig, base: Transformer, text: TextEncoder, base_hash: str, resume: bool) -> Path:
-    """Train an adapter on `base` (float32, content hash `base_hash`), and return the adapter's folder.
+def train(config: StyleTrainConfig, base: StyleBase, resume: bool = False) -> Path:
+    """Train an adapter on `base` and save its averaged weights; returns the adapter's folder, `out`/adapter.
 
-    `base` is changed: it holds the trained adapter afterwards.
+    The model of `base` is changed: it holds the trained adapter afterwards.
 
     Raises `ValueError` for settings that do not fit the data or the base.
     """
-    torch.manual_seed(config.loop.seed)
-    device = setup_device(config.loop.device)
+    return train_model(config.loop, lambda device: _task(config, base, device), resume)
+
+
+def _task(config: StyleTrainConfig, start: StyleBase, device: torch.device) -> Task:
+    base, text = start.model, start.text
     base.to(device).eval()
     pairs = CodedPairs(Path(config.codes), config.train, family=config.family)
     with torch.no_grad():
@@ -93,8 +107,7 @@ def train(config: StyleTrainConfig, base: Transformer, text: TextEncoder, base_h
             for split, batches in style_batches(config, base, text).items()
         }
     trained_count = make_trainable(base, config.adapter)
-    if rank() == 0:
-        print(f"{len(pairs)} pictures, {trained_count:,} parameters to train", flush=True)
+    print_once(f"{len(pairs)} pictures, {trained_count:,} parameters to train")
     if config.loop.compile:
         for block in base.blocks:
             block.compile(dynamic=True)
@@ -114,15 +127,11 @@ def train(config: StyleTrainConfig, base: Transformer, text: TextEncoder, base_h
             figures[f"{split}/base_bits"] = before[split]
         return figures
 
-    loop = Loop(config.loop, LossModule(base), batches, loss_of, evaluate, device)
-    trained = loop.run(resume)
-    assert isinstance(trained, LossModule)
-    out = Path(config.loop.out) / "adapter"
-    if rank() == 0:
-        save_adapter(trained.model, out, config.family, config.adapter, base_hash)
-    if distributed():
-        dist.destroy_process_group()
-    return out
+    def save(averaged: nn.Module, folder: Path) -> None:
+        assert isinstance(averaged, LossModule)
+        save_adapter(averaged.model, folder, config.family, config.adapter, start.content_hash)
+
+    return Task(LossModule(base), batches, loss_of, evaluate, "adapter", save)
 
 
 def _row_maker(config: StyleTrainConfig, model: Transformer, text: TextEncoder) -> RowMaker:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,53 +16,89 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train the parts of a model.", no_args_is_help=True)
 
-Config = Annotated[Path, typer.Argument(help="A YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As in loop.steps=100.")]
+# of each command the module with its `train` function, and the dataclass of its settings there
+TRAININGS = {
+    "tokenizer": ("vqvae.train_tokenizer", "TokenizerTrainConfig"),
+    "generator": ("generation.training.train_generator", "GeneratorTrainConfig"),
+    "style": ("generation.training.train_style", "StyleTrainConfig"),
+    "upscaler": ("vqvae.train_upscaler", "UpscalerTrainConfig"),
+    "retrieval": ("retrieval.training.train_towers", "RetrievalTrainConfig"),
+}
+
+
+def training(command: str) -> tuple[ModuleType, type[Any]]:
+    """The module of a training, and the dataclass of its settings."""
+    name, settings = TRAININGS[command]
+    module = import_module(name)
+    return module, getattr(module, settings)
+
+
+def _print_fields(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        from data.config_fields import describe_config
+
+        print(describe_config(training(context.info_name or "")[1]))
+        raise typer.Exit
+
+
+Config = Annotated[Path, typer.Argument(help="The YAML file with the settings; --fields lists what it may hold.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="Settings that replace those of the file, as in loop.steps=100."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")]
+Fields = Annotated[
+    bool,
+    typer.Option(
+        "--fields",
+        callback=_print_fields,
+        is_eager=True,
+        help="Print every setting with its type, its default and its meaning, and leave.",
+    ),
+]
+
+
+def _train(command: str, config: Path, overrides: list[str] | None, resume: bool) -> None:
+    from data.config import load_config
+
+    module, settings = training(command)
+    module.train(load_config(settings, config, overrides or []), resume)
 
 
 @app.command("tokenizer")
-def train_tokenizer(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Train the image tokenizer (VQ-VAE). An unknown key or a value of the wrong type is an error."""
-    from vqvae.train_tokenizer import main
-
-    print(main(config, overrides or [], resume))
+def train_tokenizer(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
+    """Train the image tokenizer (VQ-VAE), and print the folder it is saved in."""
+    _train("tokenizer", config, overrides, resume)
 
 
 @app.command("generator")
-def train_generator(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train_generator(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
     """Train the transformer. Runs under torchrun too: `torchrun --nproc-per-node 2 -m mmwudao train generator ...`."""
-    from generation.training.train_generator import main
-
-    print(main(config, overrides or [], resume))
+    _train("generator", config, overrides, resume)
 
 
 @app.command("style")
-def train_style(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train_style(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
     """Train a style for a frozen model on one family of pictures: prompt vectors, LoRA, or both."""
     from data.config import load_config
-    from generation.training.train_style import StyleTrainConfig, train
+    from generation.training.train_style import StyleBase, StyleTrainConfig, train
     from mmwudao.pipeline import load
 
     settings = load_config(StyleTrainConfig, config, overrides or [])
     base = load(settings.base, device="cpu", dtype="float32")
-    print(train(settings, base.generator, base.text, base.config.parts["generator"].hash, resume))
+    train(settings, StyleBase(base.generator, base.text, base.config.parts["generator"].hash), resume)
 
 
 @app.command("upscaler")
-def train_upscaler(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train_upscaler(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
     """Train the super-resolution model that `upscale` uses."""
-    from vqvae.train_upscaler import main
-
-    print(main(config, overrides or [], resume))
+    _train("upscaler", config, overrides, resume)
 
 
 @app.command("retrieval")
-def train_retrieval(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train_retrieval(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
     """Train the two towers that compare pictures with texts. Runs under torchrun too."""
-    from retrieval.training.train_towers import main
-
-    print(main(config, overrides or [], resume))
+    _train("retrieval", config, overrides, resume)
 
 
 def assemble(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from data.config import ConfigError
 from retrieval.towers.base import Tokens, Towers
-from vqvae.training.loop import distributed, rank, world_size
+from vqvae.training.process import distributed, rank, world_size
 
 Keys = tuple[Tensor, Tensor] | None
 Labelled = tuple[Tensor, Tensor]  # features [n, D] and their ids [n, 2]

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.config import ConfigError, load_config
+from data.config import ConfigError
 from data.sample import Sample
 from data.text import TextTokenizer
 from retrieval.evaluation.metrics import ranks, recall_figures
@@ -37,7 +36,10 @@ from retrieval.training.pairs import (
     stream_pairs,
     take,
 )
-from vqvae.training.loop import Loop, LoopConfig, distributed, rank, setup_device, world_size
+from vqvae.training.config import LoopConfig
+from vqvae.training.loop import train_model
+from vqvae.training.process import rank, world_size
+from vqvae.training.task import Task
 
 
 @dataclass
@@ -67,20 +69,15 @@ class TowerBatch(NamedTuple):
     seed: int
 
 
-def main(config: Path | None, overrides: list[str], resume: bool = False) -> Path:
-    """Train as `config` says; returns the folder of the saved towers (`out`/towers)."""
-    return train(load_config(RetrievalTrainConfig, config, overrides), resume)
-
-
 def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
-    """Train the towers and save their averaged weights. `ValueError` for settings that do not fit."""
-    torch.manual_seed(config.loop.seed)
-    parts = config.loop.accumulate * world_size()
-    if config.loop.batch_size % parts:
-        raise ConfigError(
-            f"loop.batch_size={config.loop.batch_size} is not a multiple of accumulate x processes = {parts}"
-        )
-    device = setup_device(config.loop.device)
+    """Train the towers and save their averaged weights; returns their folder, `out`/towers.
+
+    Raises `ValueError` for settings that do not fit the data or the towers.
+    """
+    return train_model(config.loop, lambda device: _task(config, device), resume)
+
+
+def _task(config: RetrievalTrainConfig, device: torch.device) -> Task:
     towers = _start(config)
     objective = build_objective(towers, config.objective, config.freeze)
     if config.checkpoint_gradients:
@@ -103,14 +100,11 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
             figures |= {f"{split}/{name}": value for name, value in found.items()}
         return figures
 
-    trained = Loop(config.loop, objective, batches, loss_of, evaluate, device).run(resume)
-    assert isinstance(trained, Objective)
-    out = Path(config.loop.out) / "towers"
-    if rank() == 0:
-        save_towers(trained.towers, out)
-    if distributed():
-        dist.destroy_process_group()
-    return out
+    def save(averaged: nn.Module, folder: Path) -> None:
+        assert isinstance(averaged, Objective)
+        save_towers(averaged.towers, folder)
+
+    return Task(objective, batches, loss_of, evaluate, "towers", save)
 
 
 def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:

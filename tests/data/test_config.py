@@ -1,9 +1,13 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 import pytest
 
 from data.config import ConfigError, from_dict, load_config, to_dict
+from data.config_fields import describe_config
+from data.options import option
+from mmwudao.cli.app import run
+from mmwudao.cli.train import TRAININGS, training
 
 
 @dataclass
@@ -161,3 +165,58 @@ def test_configurations_of_the_package_load():
         kind = {"tokenizer": TokenizerTrainConfig, "generator": GeneratorTrainConfig}.get(path.stem.rpartition("-")[2])
         if kind is not None:
             assert load_config(kind, path) != kind(), path.name
+
+
+# the fields of a configuration
+
+
+@dataclass
+class Described:
+    """A section.
+
+    More of it.
+    """
+
+    plain: str = "words"
+    behind: int = 3  # a comment behind
+    # a comment above,
+    # over two lines
+    above: bool = False
+    limited: float = option(0.5, "A share.", least=0, below=1)
+    layer: Layer = field(default_factory=lambda: Layer(width=2))
+    last: list[str] = field(default_factory=lambda: ["red", "rouge"])
+
+
+def test_fields_are_listed_with_their_help():
+    assert describe_config(Described).splitlines() == [
+        "plain=words  (text)",
+        "behind=3  (a whole number)",
+        "    a comment behind",
+        "above=false  (true or false)",
+        "    a comment above, over two lines",
+        "limited=0.5  (a number of at least 0 and below 1)",
+        "    A share.",
+        'last=["red", "rouge"]  (list[str])',
+        "",
+        "layer:",
+        "layer.width=2  (a whole number)",
+        "layer.kind=soft  (soft or hard)",
+        "layer.rates=[0.9, 0.99]  (tuple[float, float])",
+    ]
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_every_training_lists_its_fields(command, capsys):
+    assert run(["train", command, "--fields"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "loop.save_every=500  (a whole number of at least 1)" in lines
+    assert "    Steps between two checkpoints." in lines
+    keys = {line.partition("=")[0] for line in lines if "=" in line.split(" ")[0]}
+    assert {"loop.out", "loop.ema"} <= keys
+    _, settings = training(command)
+    assert len(keys) == count_fields(settings())
+
+
+def count_fields(config) -> int:
+    values = [getattr(config, each.name) for each in fields(config)]
+    return sum(count_fields(value) if is_dataclass(value) else 1 for value in values)

@@ -20,14 +20,14 @@ from generation.drawing.sampling import SamplingOptions
 from generation.rows.draw import prompt_row
 from generation.rows.texts import CaptionMix
 from generation.rows.vocabulary import Vocabulary
-from generation.training.train_style import StyleTrainConfig, train
+from generation.training.train_style import StyleBase, StyleTrainConfig, train
 from generation.transformer.adapters import AdapterOptions, apply_adapter, make_trainable, save_adapter
 from generation.transformer.model import Transformer, TransformerConfig
 from mmwudao.cli.app import run
 from mmwudao.loading.model_dir import assemble, read_model_config
 from mmwudao.pipeline import load
 from vqvae.storage.parts import ModelError, content_hash, save_part
-from vqvae.training.loop import LoopConfig
+from vqvae.training.config import LoopConfig
 
 SMALL = {"prompt_vectors": 2, "encoder_width": 4, "rank": 1}
 PIECES = [[5, 6, 7], [8], [9, 10]]
@@ -96,7 +96,7 @@ def style_config(codes: Path, out: Path, adapter=None, captions=None, **changes)
 def train_on(base_dir: Path, config: StyleTrainConfig):
     """The base as training left it, and the adapter's folder."""
     pipe = load(base_dir, device="cpu", dtype="float32")
-    return pipe, train(config, pipe.generator, pipe.text, pipe.config.parts["generator"].hash, resume=False)
+    return pipe, train(config, StyleBase(pipe.generator, pipe.text, pipe.config.parts["generator"].hash))
 
 
 @pytest.fixture(scope="module", params=["ptuning", "lora", "both"])

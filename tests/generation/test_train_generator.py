@@ -28,7 +28,7 @@ from generation.transformer.model import Transformer
 from tests.helpers.tiny_codes import CODES, coded, logged, make_config, write_workspace
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import load_part, save_part
-from vqvae.training.loop import TrainingError
+from vqvae.training.config import TrainingError
 
 
 @pytest.fixture(scope="module")

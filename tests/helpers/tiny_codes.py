@@ -15,7 +15,7 @@ from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
 from generation.transformer.model import TransformerConfig
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import save_part
-from vqvae.training.loop import LoopConfig
+from vqvae.training.config import LoopConfig
 
 CODES = 16
 COLOURS = {"zh": "红", "en": "red", "fr": "rouge", "de": "rot", "cs": "červená", "ja": "赤", "ko": "빨강"}

@@ -32,7 +32,7 @@ from retrieval.training.pairs import (
     draw_captions,
 )
 from retrieval.training.train_towers import InMemoryTowerBatches, RetrievalTrainConfig, StreamedTowerBatches, train
-from vqvae.training.loop import LoopConfig, TrainingError
+from vqvae.training.config import LoopConfig, TrainingError
 
 SIZE = 16
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "white")

@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -6,55 +5,9 @@ import torch
 from torch import nn
 
 from data.config import from_dict
-from vqvae.training.loop import Loop, LoopConfig, TrainingError, learning_rate_factor, setup_device
-
-
-class Regression:
-    """Linear regression on data that the step number decides; `broken` names a step whose target is not finite."""
-
-    def __init__(self, config: LoopConfig, broken: dict[int, float] | None = None) -> None:
-        self.config, self.broken = config, broken or {}
-        self.steps: list[int] = []
-
-    def __call__(self, step):
-        self.steps.append(step)
-        generator = torch.Generator().manual_seed(step)
-        inputs = torch.randn(self.config.batch_size, 4, generator=generator)
-        targets = inputs @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
-        if step in self.broken:
-            targets[1] = self.broken[step]
-        ids = [f"step {step} sample {index}" for index in range(len(inputs))]
-        size = self.config.batch_size // self.config.accumulate
-        for start in range(0, len(inputs), size):
-            end = start + size
-            yield (inputs[start:end], targets[start:end]), ids[start:end]
-
-
-def loss_of(model, batch):
-    error = model(batch[0]).float() - batch[1]
-    return {"loss": error.square().mean(), "absolute": error.abs().mean()}
-
-
-def make_loop(out, broken=None, evaluate=None, model=None, **changes) -> Loop:
-    settings = {
-        "steps": 12, "batch_size": 8, "learning_rate": 0.05, "warmup": 2, "log_every": 4, "eval_every": 6,
-        "save_every": 5, "precision": "float32", "device": "cpu",
-    }  # fmt: skip
-    config = LoopConfig(**{"out": str(out), **settings, **changes})
-    torch.manual_seed(config.seed)
-    # dropout draws random numbers, whose state a resume must restore
-    model = model or nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
-    batches = Regression(config, broken)
-    return Loop(config, model, batches, loss_of, evaluate or (lambda model, step: {}), torch.device("cpu"))
-
-
-def weights(module: nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-
-
-def read_log(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
+from tests.helpers.training import Headed, make_loop, read_log, weights
+from vqvae.training.config import LoopConfig, TrainingError
+from vqvae.training.optimizers import learning_rate_factor
 
 # the schedule
 
@@ -99,27 +52,14 @@ def test_logged_figures_are_means(tmp_path):
 def test_accumulation_is_one_large_batch(tmp_path, optimizer):
     found = []
     for accumulate in (1, 2, 8):
-        loop = make_loop(tmp_path / str(accumulate), model=_Headed(), accumulate=accumulate, optimizer=optimizer)
+        loop = make_loop(tmp_path / str(accumulate), model=Headed(), accumulate=accumulate, optimizer=optimizer)
         found.append(weights(loop.run()))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
-class _Headed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 6)])
-        self.head = nn.Linear(6, 1)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x).tanh()
-        return self.head(x)
-
-
 def test_muon_is_for_the_matrices_of_blocks(tmp_path):
-    model = _Headed()
+    model = Headed()
     adamw, muon = make_loop(tmp_path, model=model, optimizer="muon").optimizers
     assert isinstance(muon, torch.optim.Muon)
     held = [parameter for group in muon.param_groups for parameter in group["params"]]
@@ -137,7 +77,7 @@ def test_biases_are_not_decayed(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_fused_step_is_the_same_step(tmp_path, optimizer):
-    loops = [make_loop(tmp_path / str(on), model=_Headed(), optimizer=optimizer, fused=on) for on in (True, False)]
+    loops = [make_loop(tmp_path / str(on), model=Headed(), optimizer=optimizer, fused=on) for on in (True, False)]
     assert [bool(loop.optimizers[0].defaults["fused"]) for loop in loops] == [True, False]
     fused, plain = (weights(loop.run()) for loop in loops)
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
@@ -238,102 +178,10 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     nn.init.zeros_(model.bias)
     loop = make_loop(tmp_path, model=model, warmup=0)
     # a root has a finite value and an infinite slope at zero
-    loop.loss_of = lambda model, batch: {"loss": (model(batch[0]) * 0).abs().sqrt().mean()}
+    loop.task.loss_of = lambda model, batch: {"loss": (model(batch[0]) * 0).abs().sqrt().mean()}
     with pytest.raises(TrainingError, match="loss 0.0 and gradient norm (nan|inf)"):
         loop.run()
     assert not weights(model).any()
-
-
-# checkpoints
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"ema": 0.9}, {"accumulate": 2, "ema": 0.5}, {"optimizer": "muon"}], ids=lambda c: "-".join(c)
-)
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, changes):
-    whole = make_loop(tmp_path / "whole", model=_Dropped(), **changes)
-    whole.run()
-    # stopped in step 7, after the checkpoint of step 5
-    broken = make_loop(tmp_path / "run", broken={7: float("nan")}, model=_Dropped(), **changes)
-    with pytest.raises(TrainingError):
-        broken.run()
-    torch.rand(17)  # the state of the random numbers is that of the checkpoint, not of the process
-    resumed = make_loop(tmp_path / "run", model=_Dropped(), **changes)
-    resumed.run(resume=True)
-    assert isinstance(resumed.batches, Regression)
-    assert resumed.batches.steps == list(range(5, 12))
-    assert torch.equal(weights(resumed.model), weights(whole.model))
-    assert torch.equal(weights(resumed.averaged), weights(whole.averaged))
-    final = [read_log(tmp_path / name)[-1]["step"] for name in ("whole", "run")]
-    assert final == [12, 12]
-
-
-class _Dropped(_Headed):
-    def forward(self, x):
-        return super().forward(nn.functional.dropout(x, 0.2, self.training))
-
-
-def test_resume_without_a_checkpoint_starts(tmp_path):
-    loop = make_loop(tmp_path)
-    loop.run(resume=True)
-    assert loop.progress.step == 12
-
-
-def test_resume_of_a_finished_run_does_nothing(tmp_path):
-    first = weights(make_loop(tmp_path).run())
-    again = make_loop(tmp_path)
-    assert torch.equal(weights(again.run(resume=True)), first)
-    assert isinstance(again.batches, Regression)
-    assert again.batches.steps == []
-
-
-def test_a_run_is_not_overwritten(tmp_path):
-    make_loop(tmp_path).run()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(TrainingError, match="--resume"):
-        make_loop(tmp_path).run()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-
-
-def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
-    loop = make_loop(tmp_path)
-    loop.run()
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-
-    def fail(state, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        loop._save()
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("content", [b"", b"text", None])
-def test_a_damaged_checkpoint_is_one_line(tmp_path, content):
-    make_loop(tmp_path).run()
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
-    with pytest.raises(TrainingError, match="damaged") as error:
-        make_loop(tmp_path).run(resume=True)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"model": nn.Linear(4, 1)}, "another configuration"),
-        ({"optimizer": "muon", "model": _Headed()}, "another"),
-        ({"ema": 0.9}, "no average"),
-    ],
-)
-def test_a_checkpoint_of_other_settings_is_one_line(tmp_path, changes, problem):
-    model = _Headed() if "optimizer" in changes else None
-    make_loop(tmp_path, model=model).run()
-    with pytest.raises(TrainingError, match=problem) as error:
-        make_loop(tmp_path, **changes).run(resume=True)
-    assert "\n" not in str(error.value)
 
 
 # time and devices
@@ -357,22 +205,29 @@ def test_bfloat16_computes_in_bfloat16_over_float32_weights(tmp_path):
         return {"loss": (output.float() - batch[1]).square().mean()}
 
     loop = make_loop(tmp_path, precision="bfloat16")
-    loop.loss_of = spy
+    loop.task.loss_of = spy
     assert weights(loop.run()).dtype == torch.float32
     assert seen == {torch.bfloat16}
 
 
-def test_cuda_is_asked_for_in_vain(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TrainingError, match="device=cuda"):
-        setup_device("cuda")
-    assert setup_device("auto") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate"])
-def test_counts_are_at_least_one(name):
-    with pytest.raises(ValueError, match="at least 1"):
-        from_dict(LoopConfig, {name: 0})
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        *(({name: 0}, "at least 1") for name in ("steps", "batch_size", "accumulate")),
+        *(({name: 0}, "at least 1") for name in ("log_every", "eval_every", "save_every")),
+        ({"learning_rate": -1e-3}, "at least 0"),
+        ({"warmup": -1}, "at least 0"),
+        ({"minutes": -0.5}, "at least 0"),
+        ({"clip": -1.0}, "at least 0"),
+        ({"ema": 1.0}, "of at least 0 and below 1"),
+        ({"final_ratio": 1.5}, "from 0 to 1"),
+        ({"betas": [0.9, 1.0]}, "below 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting, problem):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} must be .*{problem}") as error:
+        from_dict(LoopConfig, setting)
+    assert "\n" not in str(error.value)
 
 
 def test_logged_losses_are_finite_numbers(tmp_path):

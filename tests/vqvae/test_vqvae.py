@@ -14,7 +14,7 @@ from data.shards import Manifest, ShardWriter, write_manifest
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import ModelError, content_hash, load_part, save_part
 from vqvae.train_tokenizer import InMemoryBatches, StreamedBatches, TokenizerDataConfig, TokenizerTrainConfig, train
-from vqvae.training.loop import LoopConfig, TrainingError
+from vqvae.training.config import LoopConfig, TrainingError
 
 TINY = VQVAEConfig(channels=[4, 8], residual_blocks=1, code_dim=4, codebook_size=16)
 
