@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mmwudao.cli.draw import Device, Json, as_typed
+from mmwudao.cli.options import Device, Json, as_typed
 from mmwudao.cli.vectors import TowersDtype, TowersModel
 
 if TYPE_CHECKING:

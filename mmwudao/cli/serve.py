@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmwudao.cli.draw import Adapter, Device, Dtype, Engine, choose_threads
+from mmwudao.cli.options import Adapter, Device, Dtype, Engine
 
 if TYPE_CHECKING:
     from generation.drawing.engines import Kind
@@ -72,7 +72,7 @@ def serve(
         return
     if tower_replicas != 1 or generator_replicas != 1 or cpus != 1 or gpus:
         raise ValueError("replicas are for --ray: without it, one process has one of each")
-    choose_threads()
+    from mmwudao.loading.devices import choose_threads
     from mmwudao.service.keys import check_binding, read_keys
     from mmwudao.service.server import configure_logging, make_server, run
     from mmwudao.service.settings import with_limits
@@ -88,6 +88,7 @@ def serve(
     )
     check_binding(host, config.keys)  # before models are loaded
     configure_logging(log_prompts)
+    choose_threads()
     served = load_served(model, towers, collection, adapter, device, dtype, engine, durable)
     print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
     try:

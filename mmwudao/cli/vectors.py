@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmwudao.cli.draw import Device, Json
+from mmwudao.cli.options import Device, Json
 
 export_app = typer.Typer(help="Write parts of a model in the formats of other programs.", no_args_is_help=True)
 

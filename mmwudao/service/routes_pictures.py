@@ -71,9 +71,7 @@ def _plan(body: schemas.GenerationRequest, engine: Engine) -> tuple[list[Drawing
     if body.n > engine.config.max_pictures:
         raise BadInput(f"at most {engine.config.max_pictures} pictures in one request", param="n")
     try:
-        drawings = pipeline.plan(
-            body.prompt, body.n, body.seed, body.style, body.temperature, body.top_k, body.top_p, body.guidance
-        )
+        drawings = pipeline.plan(body.prompt, body.n, body.seed, body.style, body.sampling)
     except ValueError as error:
         raise BadInput(str(error)) from error
     return drawings, sizes[body.size or "auto"]

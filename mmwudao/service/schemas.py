@@ -5,9 +5,22 @@ The caps written here are those that hold for every server; `ServiceConfig` has 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from generation.drawing.sampling import SamplingOptions
 
 
 class Request(BaseModel):
@@ -91,7 +104,23 @@ class EmbeddingList(Answer):
     usage: Usage
 
 
-class GenerationRequest(Request):
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingOptions))
+
+
+def _sampling_fields() -> dict[str, Any]:
+    """The fields of `SamplingOptions` for pydantic, each optional, with its limits and its help."""
+    hints, made = get_type_hints(SamplingOptions), {}
+    for field in fields(SamplingOptions):
+        least, most, above = (field.metadata[name] for name in ("least", "most", "above"))
+        described = Field(ge=least, le=most, gt=above, description=field.metadata["help"])
+        made[field.name] = (Annotated[hints[field.name] | None, described], None)
+    return made
+
+
+SamplingRequest: Any = create_model("SamplingRequest", __base__=Request, **_sampling_fields())
+
+
+class GenerationRequest(SamplingRequest):
     """What to draw. What is not given is the model's own default."""
 
     prompt: str
@@ -100,22 +129,24 @@ class GenerationRequest(Request):
     size: Annotated[str | None, Field(description="auto, the model's own size, or twice that if it enlarges.")] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**62)] = None
     style: Annotated[str | None, Field(description="A picture family that the model knows.")] = None
-    temperature: Annotated[float | None, Field(ge=0, le=100, description="0, or from 0.01 on.")] = None
-    top_k: Annotated[int | None, Field(ge=0, lt=2**31)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    guidance: Annotated[float | None, Field(ge=0, le=100)] = None
     response_format: Annotated[Literal["b64_json"] | None, Field(description="URLs are not offered.")] = None
     output_format: Literal["png"] | None = None
     stream: Annotated[bool | None, Field(description="Server-sent events with pictures so far.")] = None
     partial_images: Annotated[int | None, Field(ge=0, le=3, description="Previews in a stream.")] = None
     user: User = None
 
-    @field_validator("temperature")
+    @field_validator(*SAMPLING_NAMES)
     @classmethod
-    def _divides(cls, temperature: float | None) -> float | None:
-        if temperature is not None and 0 < temperature < 0.01:
-            raise ValueError("0 (greedy), or from 0.01 on: logits are divided by it")
-        return temperature
+    def _allowed(cls, value: float | None, info: ValidationInfo) -> float | None:
+        """What the limits of a field cannot say."""
+        if value is not None:
+            SamplingOptions(**{str(info.field_name): value})
+        return value
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options that the request gives."""
+        return self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
 
 
 class DrawnImage(Answer):

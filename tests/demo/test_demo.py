@@ -91,7 +91,7 @@ def test_drawing_shows_previews_and_gives_pictures_that_can_be_drawn_again(actio
 
 
 def test_one_picture_is_its_own_download(actions):
-    result = last(actions.draw("cat", n=1, guidance=1.5, temperature=0.7))
+    result = last(actions.draw("cat", n=1, sampling={"guidance": 1.5, "temperature": 0.7}))
     assert result.pictures == [result.download]
     assert read_recipe(result.download)["guidance"] == 1.5
     assert read_recipe(result.download)["temperature"] == 0.7
@@ -262,7 +262,7 @@ def test_bad_words_and_numbers(actions, picture):
         (lambda: list(actions.draw("cat", candidates=MAX_CANDIDATES + 1)), f"from 1 to {MAX_CANDIDATES}"),
         (lambda: list(actions.draw("cat", style="cubism")), "unknown style"),
         (lambda: list(actions.draw("cat", seed=-1)), "the seed must lie in"),
-        (lambda: list(actions.draw("cat", temperature=-1)), "temperature"),
+        (lambda: list(actions.draw("cat", sampling={"temperature": -1})), "temperature"),
         (lambda: list(actions.complete(picture, "")), EN.refusals["no_prompt"]),
         (lambda: list(actions.complete(picture, "cat", "/etc", 0.5)), "say top:0.5"),
         (lambda: list(actions.complete(picture, "cat", "top", 0.01)), "the share must leave"),
@@ -308,8 +308,11 @@ def test_every_word_is_there_in_both_languages(field):
         assert english.strip()
         assert chinese.strip()
         assert set(re.findall(r"\{\w*\}", english)) == set(re.findall(r"\{\w*\}", chinese))
-    elif isinstance(english, dict):
+    elif field == "refusals":
         assert set(english) == set(chinese) == set(typing.get_args(Reason))
+    elif field == "sampling":
+        assert set(english) == set(chinese)
+        assert all(label and info for words in (english, chinese) for label, info in words.values())
     else:
         assert len(english) == len(chinese) > 2
 

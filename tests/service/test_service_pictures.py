@@ -147,7 +147,7 @@ def test_requests_share_a_decoding_batch(address, pipe):
         thread.join()
     assert metric(address, 'mmwudao_batch_size_count{queue="drawings"}') - before <= 2
     for seed, answer in answers.items():
-        expected = pipe.generate("cat", seed=seed, temperature=0.8)[0]
+        expected = pipe.generate("cat", seed=seed, sampling={"temperature": 0.8})[0]
         assert picture(answer["data"][0]["b64_json"]).convert("RGB").tobytes() == expected.tobytes()
 
 
