@@ -35,16 +35,17 @@ def rows_of_previews(count: int, height: int) -> frozenset[int]:
 
 def draw_block(pipeline: Pipeline, block: Sequence[Commission]) -> list[Image.Image]:
     """Draw pictures of the same options, at most a block of `generate_codes`. Raises `NobodyWaits`."""
-    width = pipeline.grid[1]
+    width, before = pipeline.grid[1], 0
 
     def on_token(step: int, codes: Tensor) -> None:
+        nonlocal before
         if all(one.gone for one in block):
             raise NobodyWaits
-        row, column = divmod(step, width)
-        if column:
-            return
+        # a pass with a window may end inside a row, or several rows further
+        finished = frozenset(range(before + 1, step // width + 1))
+        before = step // width
         for k, one in enumerate(block):
-            if one.preview is not None and row in one.preview_rows and not one.gone:
+            if one.preview is not None and finished & one.preview_rows and not one.gone:
                 one.preview(pipeline.decode_partial(codes[k : k + 1])[0])
 
     return pipeline.draw([one.drawing for one in block], on_token)

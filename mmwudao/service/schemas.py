@@ -137,7 +137,7 @@ class GenerationRequest(SamplingRequest):
 
     @field_validator(*SAMPLING_NAMES)
     @classmethod
-    def _allowed(cls, value: float | None, info: ValidationInfo) -> float | None:
+    def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
         """What the limits of a field cannot say."""
         if value is not None:
             SamplingOptions(**{str(info.field_name): value})

@@ -112,6 +112,27 @@ def test_a_block_goes_on_for_who_stays_and_stops_when_all_have_left(pipe):
         draw_block(pipe, [one, other])
 
 
+class PassesOfAWindow:
+    """A pipeline of 4 x 4 codes whose passes end inside rows, or several rows further."""
+
+    grid = (4, 4)
+
+    def draw(self, drawings, on_token):
+        for step in (3, 7, 13, 16):
+            on_token(step, torch.zeros(1, *self.grid))
+        return []
+
+    def decode_partial(self, codes):
+        return [Image.new("RGB", (32, 32))]
+
+
+def test_a_pass_that_ends_inside_a_row_still_has_a_preview(pipe):
+    shown: list[Image.Image] = []
+    (drawing,) = pipe.plan("cat", seed=1, sampling={"window": 3})
+    draw_block(PassesOfAWindow(), [Commission(drawing, shown.append, frozenset({1, 2, 3}))])
+    assert len(shown) == 2, "after row 1, and after rows 2 and 3 together"
+
+
 @pytest.mark.parametrize(("count", "rows"), [(0, set()), (1, {8}), (3, {4, 8, 12})])
 def test_previews_are_spread_evenly(count, rows):
     assert rows_of_previews(count, 16) == rows
