@@ -120,8 +120,11 @@ def _group_parameters(group: Any, some: bool) -> Iterator[inspect.Parameter]:
     for field in dataclasses.fields(group):
         kind = hints[field.name]
         if get_origin(kind) is not Annotated:
-            kind = Annotated[kind | None if some else kind, typer.Option(help=field.metadata["help"])]
-        default = None if some else field.default
+            # a flag needs no `--no-` form where off is the default
+            names = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
+            kind = Annotated[kind | None if some else kind, typer.Option(*names, help=field.metadata["help"])]
+        made = field.default_factory
+        default = None if some else field.default if made is dataclasses.MISSING else made()
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

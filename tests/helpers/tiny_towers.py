@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import torch
 from PIL import Image
 
 from data.sample import Caption, Sample
+from data.text import TextTokenizer
 from retrieval.towers.base import Tokens, Towers, unit
+from retrieval.towers.ours import EmojiTowers, TowersConfig
+from tests.conftest import CAPTIONS
 
 COLOURS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "cyan": (0, 255, 255),
@@ -64,3 +71,26 @@ def colour_sample(name: str, family: str, shade: int = 0) -> Sample:
         concept=name,
         base_concept=name,
     )
+
+
+@cache
+def tiny_towers() -> EmojiTowers:
+    """The architecture of the shipped towers, small, with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = TextTokenizer.train(CAPTIONS, Path(folder) / "text.model", vocab_size=400)
+    torch.manual_seed(0)
+    config = TowersConfig(
+        embed_dim=32,
+        image_size=32,
+        grids=[1, 2],
+        head_width=16,
+        head_heads=2,
+        text_encoder={
+            "model_type": "bert", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+        max_text=16,
+        num_text_pieces=text.vocab_size,
+        text_hash=text.content_hash,
+    )  # fmt: skip
+    return EmojiTowers(config, text).eval()

@@ -169,7 +169,7 @@ def test_models_without_towers_are_named(tiny_model_dir, shards, tmp_path, capsy
 def test_towers_of_a_model_directory(tiny_model_dir, tmp_path):
     from mmwudao.loading.towers import load_model_towers
     from retrieval.towers.base import save_towers
-    from tests.retrieval.test_export import tiny_towers
+    from tests.helpers.tiny_towers import tiny_towers
     from vqvae.storage.parts import ModelError, stored_hash
 
     towers = tiny_towers()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 
 import numpy as np
 import onnxruntime
@@ -13,38 +12,11 @@ from PIL import Image
 
 from data.sample import DataError
 from data.text import TextTokenizer
-from retrieval.towers.ours import EmojiTowers, TowersConfig
 from retrieval.vectors import onnx_export as export
 from retrieval.vectors.onnx_export import export_onnx
 from tests.conftest import CAPTIONS
-from tests.helpers.tiny_towers import ColourTowers
+from tests.helpers.tiny_towers import ColourTowers, tiny_towers
 from vqvae.storage.parts import ModelError
-
-
-@cache
-def tiny_towers():
-    """The architecture of the shipped towers, small, with random weights."""
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        text = TextTokenizer.train(CAPTIONS, Path(folder) / "text.model", vocab_size=400)
-    torch.manual_seed(0)
-    config = TowersConfig(
-        embed_dim=32,
-        image_size=32,
-        grids=[1, 2],
-        head_width=16,
-        head_heads=2,
-        text_encoder={
-            "model_type": "bert", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 64,
-        },
-        max_text=16,
-        num_text_pieces=text.vocab_size,
-        text_hash=text.content_hash,
-    )  # fmt: skip
-    return EmojiTowers(config, text).eval()
 
 
 @pytest.fixture(scope="module")
