@@ -8,24 +8,23 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from PIL import Image, ImageChops, PngImagePlugin
 
+from data.atomic import write_files
+from generation.drawing.sampling import SamplingOptions
 from mmwudao.version import __version__
 
 SOFTWARE = "mmwudao"
+SAMPLING_FIELDS: dict[str, type] = get_type_hints(SamplingOptions)
 # Every field a picture can be drawn again from, with its type. `OPTIONAL_FIELDS` may be absent.
 RECIPE_FIELDS: dict[str, type] = {
     "prompt": str,
     "style": str,
     "text": str,  # what the model read: the prompt with the style's phrase
     "seed": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "guidance": float,
-    "window": int,
+    **SAMPLING_FIELDS,
     "model": str,
     "model_hash": str,
     "tokenizer_hash": str,
@@ -35,8 +34,9 @@ RECIPE_FIELDS: dict[str, type] = {
     "engine": str,
     "version": str,
 }
-OPTIONAL_FIELDS = frozenset({"style", "window", "adapter_hash", "engine"})
-# What a picture tells besides: how well it describes its prompt, what was kept of another picture.
+# An older version may not have known a sampling option: it drew as the option's default does.
+OPTIONAL_FIELDS = frozenset({"style", "adapter_hash", "engine", *SAMPLING_FIELDS})
+# What else a picture tells: how well its prompt describes it, and what was kept of another picture.
 NOTES = ("score", "kept")
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255
 
@@ -128,3 +128,32 @@ def unused_path(folder: Path, stem: str, extension: str = ".png", taken: frozens
         number += 1
         path = folder / f"{stem}-{number}{extension}"
     return path
+
+
+def write_pictures(folder: Path, images: Sequence[Image.Image], stems: Sequence[str] | None = None) -> list[Path]:
+    """Write each picture into `folder`, all or none, under unused names that begin with `stems`; returns the paths.
+
+    Without `stems`, drawn pictures are named after their prompts and seeds.
+    """
+    files = _named_files(folder, images, stems)
+    write_files(files)
+    return list(files)
+
+
+def write_pictures_and_sheet(
+    folder: Path, images: Sequence[Image.Image], columns: int | None = None
+) -> tuple[list[Path], Path]:
+    """Write drawn pictures and grid.png, a sheet of all (see `grid`), all or none; returns the paths and the sheet's."""
+    files = _named_files(folder, images)
+    paths, sheet = list(files), unused_path(folder, "grid", taken=frozenset(files))
+    write_files({**files, sheet: encode_png(grid(images, columns))})
+    return paths, sheet
+
+
+def _named_files(folder: Path, images: Sequence[Image.Image], stems: Sequence[str] | None = None) -> dict[Path, bytes]:
+    if stems is None:
+        stems = [file_stem(image.info["prompt"], image.info["seed"]) for image in images]
+    files: dict[Path, bytes] = {}
+    for stem, image in zip(stems, images, strict=True):
+        files[unused_path(folder, stem, taken=frozenset(files))] = encode_png(image)
+    return files

@@ -1,10 +1,14 @@
-"""Text to pictures: load a model directory, draw, draw a remembered picture again, and the other tasks."""
+"""Text to pictures: load a model directory, draw, draw a picture again from its recipe, and the other tasks.
+
+    load("emoji").generate("红心", n=4, seed=7, sampling={"temperature": 0.8})
+
+Shapes: n pictures of h x w codes.
+"""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +16,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.styles import guess_language, with_style
 from generation.drawing.decoding import OnToken, count_steps, generate_codes
 from generation.drawing.engines import Engine, Kind
 from generation.drawing.memory import check_memory, plan_drawing
 from generation.drawing.sampling import SamplingOptions
-from generation.transformer.adapters import apply_adapter
+from generation.transformer.adapters import AdapterConfig, apply_adapter
 from generation.transformer.int8 import quantise
-from mmwudao import tasks, upscaling
+from mmwudao import planning, tasks, upscaling
 from mmwudao.loading.devices import choose_device, choose_dtype
-from mmwudao.loading.loaded import LoadedModel, load_parts
+from mmwudao.loading.loaded import LoadedModel, ModelParts, load_parts
 from mmwudao.loading.model_dir import copy_model
+from mmwudao.planning import MAX_PICTURES, MAX_PROMPT, Drawing, Sampling, check_prompt
 from mmwudao.version import __version__
 from vqvae.storage.parts import ModelError
 
-MAX_PROMPT = 1000  # characters; what exceeds the model's own text length is cut with a warning
-MAX_PICTURES = 1000  # a call
+__all__ = ["MAX_PICTURES", "MAX_PROMPT", "Drawing", "DrawingProgress", "Pipeline", "Sampling", "check_prompt", "load"]
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a call is: `done` of `total` steps, `rows` of codes, and a way to look at the pictures so far.
+class DrawingProgress:
+    """How far a call is: `done` of `total` steps, `rows` of codes, and a function that decodes the pictures so far.
 
     A step draws one code in each picture of a block; blocks of pictures are drawn one after the other.
     """
@@ -43,15 +46,7 @@ class Progress:
     preview: Callable[[], list[Image.Image]]
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One picture to draw: what `Pipeline.plan` checked. `text` is what the model reads of the prompt."""
-
-    prompt: str
-    style: str | None
-    text: str
-    seed: int
-    options: SamplingOptions
+OnProgress = Callable[[DrawingProgress], None]
 
 
 def load(
@@ -74,26 +69,30 @@ def load(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype("auto" if dtype == "int8" else dtype, chosen_device)
-    folder, config, tokenizer, generator, text = load_parts(model)
-    # the parts are still the mapped files, which take no memory that others need
+    parts = load_parts(model)
+    config, tokenizer, generator = parts.config, parts.tokenizer, parts.generator
+    # check now: the parts are still mapped files, which take no memory that others need
     options = config.default_sampling
-    plan = plan_drawing(generator.config, tokenizer.config, chosen_dtype, chosen_device.type, options=options)
-    check_memory(plan.total, chosen_device, chosen_dtype)
+    memory = plan_drawing(generator.config, tokenizer.config, chosen_dtype, chosen_device.type, options=options)
+    check_memory(memory.total, chosen_device, chosen_dtype)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
     generator.to(device=chosen_device, dtype=chosen_dtype)
     style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash) if adapter else None
     if dtype == "int8":
         quantise(generator)
-    pipeline = Pipeline(str(model), folder, config, tokenizer, generator, text, style)
-    pipeline.engine = Engine(engine)
-    pipeline.engine.resolved(generator)
-    return pipeline
+    return Pipeline(str(model), parts, style, Engine(engine))
 
 
 class Pipeline(LoadedModel):
-    """A loaded model at work."""
+    """A loaded model that draws, describes, completes and enlarges pictures."""
 
-    engine = Engine()
+    def __init__(
+        self, source: str, parts: ModelParts, adapter: AdapterConfig | None = None, engine: Engine | None = None
+    ) -> None:
+        """Raises `ValueError` for an engine that this model or its device cannot use."""
+        super().__init__(source, parts, adapter)
+        self.engine = engine or Engine()
+        self.engine.resolved(self.generator)
 
     def generate(
         self,
@@ -101,21 +100,18 @@ class Pipeline(LoadedModel):
         n: int = 1,
         seed: int | None = None,
         style: str | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        window: int | None = None,
+        sampling: Sampling = None,
+        *,
         candidates: int | None = None,
         rerank: tasks.Judge = "caption",
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[Image.Image]:
         """Draw `n` pictures of each prompt, prompt by prompt; `.info` of each is the recipe to draw it again.
 
-        Picture k of the call is drawn with `seed + k`; without `seed`, one is drawn and recorded. What is None is
-        taken from the model's defaults. With `candidates`, so many are drawn of each prompt, and the n that show it
-        best are returned, best first (`tasks.score_pictures` by `rerank`; `.info["score"]`). `on_progress` is called
-        after every step.
+        Picture k of the call is drawn with `seed + k`; without `seed`, one is drawn and recorded. `sampling` replaces
+        all of the model's sampling defaults (`SamplingOptions`) or those that it names, as in {"temperature": 0.5}.
+        With `candidates`, so many are drawn of each prompt, and the n that show it best are returned, best first
+        (`tasks.score_pictures` by `rerank`; `.info["score"]`). `on_progress` is called after every step.
 
         Raises `ValueError` for an empty or overlong prompt, `n` below 1 or beyond `candidates`, an unknown style, bad
         sampling options, or when the device has too little memory left; `ModelError` for candidates of a model that
@@ -130,10 +126,9 @@ class Pipeline(LoadedModel):
             )
         if candidates is not None:
             tasks.check_judge(self, rerank)
-        drawings = self.plan(prompts, drawn, seed, style, temperature, top_k, top_p, guidance, window)
-        texts, seeds = [one.text for one in drawings], [one.seed for one in drawings]
-        codes = self._draw(texts, seeds, drawings[0].options, on_progress)
-        images = self._finished(drawings, codes)
+        drawings = self.plan(prompts, drawn, seed, style, sampling)
+        codes = self._draw_codes(drawings, on_progress)
+        images = self._finish(drawings, codes)
         if candidates is None:
             return images
         kept = []
@@ -151,44 +146,17 @@ class Pipeline(LoadedModel):
         n: int = 1,
         seed: int | None = None,
         style: str | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        window: int | None = None,
+        sampling: Sampling = None,
     ) -> list[Drawing]:
         """What `generate` would draw, checked and not yet drawn, for `draw`. Raises `ValueError` as it does."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("no prompt: say what to draw")
-        if not 1 <= n * len(prompts) <= MAX_PICTURES:
-            raise ValueError(f"n must be at least 1, and one call draws at most {MAX_PICTURES} pictures: n is {n}")
-        texts = [self._text(one, style) for one in prompts]
-        seeds = self._seeds(seed, n * len(prompts))
-        options = self._options(temperature, top_k, top_p, guidance, window)
-        return [
-            Drawing(prompts[k // n], style, texts[k // n], one_seed, options) for k, one_seed in enumerate(seeds)
-        ]
+        return planning.plan(self.config, prompt, n, seed, style, sampling)
 
     def draw(self, drawings: Sequence[Drawing], on_token: OnToken | None = None) -> list[Image.Image]:
-        """Draw pictures that may be of different calls of `plan` but share their options; each comes out as alone.
+        """Draw pictures of one or several calls of `plan` that share their options; each is what it would be alone.
 
         `on_token` is that of `generate_codes`: an exception it raises stops the drawing.
         """
-        assert len({one.options for one in drawings}) == 1, "drawings that share a batch share their options"
-        check_memory(self.memory.working, self.device, self.generator.embed.weight.dtype)
-        rows = [self.encode_text(one.text) for one in drawings]
-        seeds, options = [one.seed for one in drawings], drawings[0].options
-        codes = generate_codes(
-            self.generator, rows, seeds, options, grid=self.grid, on_token=on_token, engine=self.engine
-        )
-        return self._finished(drawings, codes)
-
-    def _finished(self, drawings: Sequence[Drawing], codes: Tensor) -> list[Image.Image]:
-        images = [self.decode_codes(one) for one in codes]
-        for image, one in zip(images, drawings, strict=True):
-            image.info.update(self._recipe(one.prompt, one.style, one.text, one.seed, one.options))
-        return images
+        return self._finish(drawings, self._generate_codes(drawings, on_token))
 
     def caption(
         self,
@@ -213,28 +181,20 @@ class Pipeline(LoadedModel):
         n: int = 1,
         seed: int | None = None,
         style: str | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        window: int | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        sampling: Sampling = None,
+        *,
+        on_progress: OnProgress | None = None,
     ) -> list[Image.Image]:
         """Keep part of a picture (its centre square; see `tasks.kept_cells`) and draw the rest `n` times.
 
         What is kept has gone through the image tokenizer. `.info` tells how each was drawn, without being a recipe.
         Raises `ValueError` as `generate` does, and for a `keep` that cannot be completed.
         """
-        if not 1 <= n <= MAX_PICTURES:
-            raise ValueError(f"n must lie in 1..{MAX_PICTURES}, not {n}")
-        text, seeds = self._text(prompt, style), self._seeds(seed, n)
-        options = self._options(temperature, top_k, top_p, guidance, window)
+        drawings = self.plan(prompt, n, seed, style, sampling)
         kept = tasks.kept_cells(keep, self.grid).to(self.device)
         given = tasks.encode_pictures(self, [image])[0].masked_fill(~kept, -1)
-        codes = self._draw([text] * n, seeds, options, on_progress, given.expand(n, -1, -1))
-        images = [self.decode_codes(one) for one in codes]
-        for one, drawn_with in zip(images, seeds, strict=True):
-            one.info.update(self._recipe(prompt, style, text, drawn_with, options))
+        images = self._finish(drawings, self._draw_codes(drawings, on_progress, given.expand(n, -1, -1)))
+        for one in images:
             one.info["kept"] = keep if isinstance(keep, str) else "a mask"
         return images
 
@@ -244,9 +204,9 @@ class Pipeline(LoadedModel):
         """See `upscaling.upscale`; CogView draws picture k with `seed + k`."""
         if prompt is not None:
             check_prompt(prompt)
-        return upscaling.upscale(self, images, prompt, self._seeds(seed, len(images)))
+        return upscaling.upscale(self, images, prompt, planning.choose_seeds(seed, len(images)))
 
-    def redraw(self, recipe: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Image.Image:
+    def redraw(self, recipe: dict[str, Any], on_progress: OnProgress | None = None) -> Image.Image:
         """The picture of a recipe (see `pictures.read_recipe`) again: the same pixels on the same device and dtype.
 
         Raises `ModelError` when the recipe is another model's or another adapter's.
@@ -257,68 +217,15 @@ class Pipeline(LoadedModel):
                 f"that of {self.source} is {self.config.model_hash[:12]}"
             )
         self._check_adapter(recipe.get("adapter_hash"))
-        options = SamplingOptions(**{name: recipe[name] for name in asdict(SamplingOptions()) if name in recipe})
-        image = self.decode_codes(self._draw([recipe["text"]], [recipe["seed"]], options, on_progress)[0])
-        image.info.update(
-            self._recipe(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
-        )
-        return image
+        # the default of an option that is younger than the recipe is to leave it out
+        names = [field.name for field in fields(SamplingOptions)]
+        options = SamplingOptions(**{name: recipe[name] for name in names if name in recipe})
+        drawing = Drawing(recipe["prompt"], recipe.get("style"), recipe["text"], recipe["seed"], options)
+        return self._finish([drawing], self._draw_codes([drawing], on_progress))[0]
 
     def save(self, folder: Path | str) -> Path:
         """Copy the model to the new directory `folder`. Raises `DataError` when it is in use."""
         return copy_model(self.folder, folder)
-
-    def _text(self, prompt: str, style: str | None) -> str:
-        """What the model reads of a prompt: the style is named in the prompt's language."""
-        check_prompt(prompt)
-        if style is not None and style not in self.config.styles:
-            raise ValueError(f"unknown style {style!r}; this model knows: {', '.join(self.config.styles) or 'none'}")
-        return with_style(prompt, style, guess_language(prompt)) if style else prompt
-
-    def _seeds(self, seed: int | None, count: int) -> list[int]:
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        if not 0 <= seed < 2**63 - count:
-            raise ValueError(f"the seed must lie in 0..{2**63 - count - 1}, not {seed}")
-        return list(range(seed, seed + count))
-
-    def _options(
-        self,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        guidance: float | None,
-        window: int | None,
-    ) -> SamplingOptions:
-        given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        given["window"] = window
-        return replace(self.config.default_sampling, **{k: v for k, v in given.items() if v is not None})
-
-    def _draw(
-        self,
-        texts: list[str],
-        seeds: list[int],
-        options: SamplingOptions,
-        on_progress: Callable[[Progress], None] | None,
-        given_codes: Tensor | None = None,
-    ) -> Tensor:
-        """Codes [n, h, w] of a text and a seed each."""
-        check_memory(self.memory.working, self.device, self.generator.embed.weight.dtype)
-        rows = [self.encode_text(text) for text in texts]
-        prefix = 0
-        if given_codes is not None:
-            prefix = int((given_codes >= 0).flatten(1).all(dim=0).int().cumprod(dim=0).sum())
-        total = count_steps(len(rows), options, self.grid, prefix, self.memory.rows)
-
-        def report(step: int, codes: Tensor) -> None:
-            if on_progress is not None:
-                rows_done = (prefix + step) // self.grid[1]
-                on_progress(Progress(step, total, rows_done, lambda: self.decode_partial(codes)))
-
-        return generate_codes(
-            self.generator, rows, seeds, options, grid=self.grid, given_codes=given_codes, on_token=report,
-            engine=self.engine,
-        )  # fmt: skip
 
     def decode_partial(self, codes: Tensor) -> list[Image.Image]:
         """Codes so far [n, h, w], -1 where none is drawn, to pictures that are white below the last whole row."""
@@ -331,11 +238,55 @@ class Pipeline(LoadedModel):
             pictures.append(picture)
         return pictures
 
-    def _recipe(
-        self, prompt: str, style: str | None, text: str, seed: int, options: SamplingOptions
-    ) -> dict[str, Any]:
-        recipe: dict[str, Any] = {"prompt": prompt, "style": style, "text": text, "seed": seed, **asdict(options)}
-        recipe |= {
+    def _generate_codes(
+        self, drawings: Sequence[Drawing], on_token: OnToken | None, given_codes: Tensor | None = None
+    ) -> Tensor:
+        """Codes [n, h, w] of drawings that share their options. Raises `ValueError` for too little memory."""
+        assert len({one.options for one in drawings}) == 1, "drawings that share a batch share their options"
+        check_memory(self.memory.working, self.device, self.generator.embed.weight.dtype)
+        return generate_codes(
+            self.generator,
+            [self.encode_text(one.text) for one in drawings],
+            [one.seed for one in drawings],
+            drawings[0].options,
+            grid=self.grid,
+            given_codes=given_codes,
+            on_token=on_token,
+            engine=self.engine,
+        )
+
+    def _draw_codes(
+        self, drawings: Sequence[Drawing], on_progress: OnProgress | None, given_codes: Tensor | None = None
+    ) -> Tensor:
+        """Codes [n, h, w], with `on_progress` after every step."""
+        if on_progress is None:
+            return self._generate_codes(drawings, None, given_codes)
+        prefix = 0
+        if given_codes is not None:
+            prefix = int((given_codes >= 0).flatten(1).all(dim=0).int().cumprod(dim=0).sum())
+        total = count_steps(len(drawings), drawings[0].options, self.grid, prefix, self.memory.rows)
+
+        def report(step: int, codes: Tensor) -> None:
+            rows = (prefix + step) // self.grid[1]
+            on_progress(DrawingProgress(step, total, rows, lambda: self.decode_partial(codes)))
+
+        return self._generate_codes(drawings, report, given_codes)
+
+    def _finish(self, drawings: Sequence[Drawing], codes: Tensor) -> list[Image.Image]:
+        """The pictures of codes [n, h, w], with their recipes."""
+        images = [self.decode_codes(one) for one in codes]
+        for image, one in zip(images, drawings, strict=True):
+            image.info.update(self._recipe(one))
+        return images
+
+    def _recipe(self, drawing: Drawing) -> dict[str, Any]:
+        """Everything that the picture depends on."""
+        recipe: dict[str, Any] = {
+            "prompt": drawing.prompt,
+            "style": drawing.style,
+            "text": drawing.text,
+            "seed": drawing.seed,
+            **asdict(drawing.options),
             "model": self.source,
             "model_hash": self.config.model_hash,
             "tokenizer_hash": self.config.parts["tokenizer"].hash,
@@ -358,17 +309,3 @@ class Pipeline(LoadedModel):
             raise ModelError("the picture was drawn without an adapter: give none (--adapter)")
         found = f"this one is {given[:12]}" if given else "none was given"
         raise ModelError(f"the picture was drawn with the adapter {recorded[:12]}, and {found}: give it with --adapter")
-
-
-def check_prompt(prompt: str) -> None:
-    """`ValueError` for a prompt that is empty, longer than `MAX_PROMPT` characters, or not text."""
-    if not prompt.strip():
-        raise ValueError("an empty prompt: say what to draw")
-    if len(prompt) > MAX_PROMPT:
-        raise ValueError(f"a prompt of {len(prompt)} characters: at most {MAX_PROMPT} can be read")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not valid Unicode text (at character {error.start + 1})") from error
-
-

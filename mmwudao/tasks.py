@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy
 import torch
@@ -21,6 +21,7 @@ from generation.captions import OnStep, caption_log_probabilities, describe, des
 from generation.cogview.sampler import caption_scores
 from generation.rows.describe import caption_prompt_row
 from mmwudao.loading.loaded import LoadedModel
+from mmwudao.loading.model_dir import ModelConfig
 from vqvae.storage.parts import ModelError
 
 COGVIEW_PIECES = 20  # of a caption by CogView's own model, whose text has no end mark; its script draws as many
@@ -28,6 +29,16 @@ BEAMS = 4
 
 Judge = Literal["caption", "towers", "both"]
 Writer = Literal["auto", "generator", "both"]
+
+
+class ConfiguredModel(Protocol):
+    """A model as far as the checks need it: its parts need not be loaded."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
 
 
 def read_pictures(paths: Sequence[Path]) -> list[Image.Image]:
@@ -69,7 +80,7 @@ def caption(
 
     Raises `ModelError` for a model that cannot, `ValueError` for a language it does not know, or no picture.
     """
-    kind, languages = _describing(model), model.config.languages
+    kind, languages = check_describes(model), model.config.languages
     if by not in get_args(Writer):
         raise ValueError(f"unknown writer {by!r}; choose from {', '.join(get_args(Writer))}")
     able = kind == "tagged" and "towers" in model.config.parts
@@ -138,19 +149,19 @@ def score_pictures(
     return torch.stack(scores).mean(dim=0).tolist()
 
 
-def check_judge(model: LoadedModel, by: str) -> None:
+def check_judge(model: ConfiguredModel, by: str) -> None:
     """`ValueError` for an unknown judge, `ModelError` for one that the model is not."""
     if by not in get_args(Judge):
         raise ValueError(f"unknown judge {by!r}; choose from {', '.join(get_args(Judge))}")
     if by != "towers":
-        _describing(model)
+        check_describes(model)
     if by != "caption" and "towers" not in model.config.parts:
         raise ModelError(f"{model.source} has no towers to judge pictures by: judge them by caption")
 
 
 def score_codes(model: LoadedModel, prompt: str, codes: Tensor, language: str) -> list[float]:
     """Log probability (nats) of the prompt as a description of each picture of `codes` [n, h, w]."""
-    kind = _describing(model)
+    kind = check_describes(model)
     if kind == "tagged":
         start = model.text.encode(tagged("", language).rstrip())
         text = model.text.encode(tagged(prompt, language))
@@ -200,7 +211,8 @@ def kept_cells(keep: str | Path | Image.Image, grid: tuple[int, int]) -> Tensor:
     return cells
 
 
-def _describing(model: LoadedModel) -> str:
+def check_describes(model: ConfiguredModel) -> str:
+    """How the model describes pictures, "tagged" or "untagged". Raises `ModelError` for one that only draws."""
     kind = model.config.describes
     if kind == "no":
         raise ModelError(f"{model.source} only draws: it was not trained to describe pictures")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -59,6 +60,15 @@ def upscale(
     for image in larger:
         image.info.update({**made_by, "version": __version__})
     return larger
+
+
+def check_sizes(pictures: Mapping[Path, Image.Image]) -> None:
+    """`check_size` of pictures from files; the message names the file."""
+    for path, picture in pictures.items():
+        try:
+            check_size(picture)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def check_size(image: Image.Image) -> None:

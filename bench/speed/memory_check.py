@@ -36,7 +36,7 @@ def measure(model: str, width: int, depth: int) -> dict[str, object]:
         before = resident("VmRSS")
         pipe = load(model, device="cpu", dtype="float32")
         plan = pipe.memory
-        pipe.generate("a red apple", n=1, seed=0, guidance=2.0)
+        pipe.generate("a red apple", n=1, seed=0, sampling={"guidance": 2.0})
     else:
         before = resident("VmRSS")
         config = TransformerConfig.modern(width=width, depth=depth, heads=width // 64, max_text=48, grid=(16, 16))

@@ -27,6 +27,10 @@ from vqvae.storage.parts import without_weights
 SAMPLING = 32  # bytes a logit: copies in float32, a sort and its indices
 
 
+class NotEnoughMemory(ValueError):
+    """The device has too little memory left for what is asked of it."""
+
+
 @dataclass(frozen=True)
 class DrawingMemory:
     """Bytes that drawing takes, by what they hold."""
@@ -144,14 +148,14 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(needed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """`ValueError` that says what to change, if a device has fewer than `needed` bytes left."""
+    """`NotEnoughMemory`, which says what to change, if a device has fewer than `needed` bytes left."""
     available = available_bytes(device)
     if available is None or needed <= available:
         return
     choices = ["a smaller model", "--device cpu" if device.type == "cuda" else "a machine with more memory"]
     if dtype == torch.float32:
         choices.insert(0, "--dtype bfloat16")
-    raise ValueError(
+    raise NotEnoughMemory(
         f"drawing with this model takes {needed / 1e9:.2f} GB more on {device.type}, where {available / 1e9:.2f} GB "
         f"are free: use {', '.join(choices[:-1])} or {choices[-1]}"
     )

@@ -10,46 +10,47 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmwudao.cli.draw import Device, Dtype, Model, choose_threads
+from mmwudao.cli.options import DrawingModelOptions, option_groups
 
 Language = Literal["zh", "en"]  # as in `mmwudao.demo.words`, which is not imported for --help
 
 
+@option_groups
 def demo(
-    model: Model = "emoji",
+    *,
     collection: Annotated[
-        str | None, typer.Option(help="What is searched: a folder, a bucket or a server; default: the sample pictures.")
+        str | None,
+        typer.Option(help="Search this collection, a folder, a bucket or a server; default: the sample pictures."),
     ] = None,
     shards: Annotated[
-        str | None, typer.Option(help="Where its pictures lie; default: where they were read from.")
+        str | None, typer.Option(help="The collection's pictures are in these shards; default: where they were read.")
     ] = None,
     added: Annotated[
-        Path, typer.Option(help="The folder for pictures that visitors add to the collection.")
+        Path, typer.Option(help="Keep the pictures that visitors add to the collection in this folder.")
     ] = Path("mmwudao-out/added"),
-    language: Annotated[Language, typer.Option(help="Of the first page; the other is a click away.")] = "en",
+    language: Annotated[
+        Language, typer.Option(help="The first page is in this language, with a link to the other.")
+    ] = "en",
     host: Annotated[
-        str, typer.Option(help="The address to listen on; beyond this machine, whoever reaches it may use it.")
+        str, typer.Option(help="Listen on this address; anyone who reaches one other than this machine's may use it.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Listen on this port.")] = 7860,
     share: Annotated[
         bool, typer.Option("--share", help="Also open a public address through Gradio's servers, without a password.")
     ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    model: DrawingModelOptions,
 ) -> None:
     """Draw, search, describe, complete and enlarge pictures in a browser; Ctrl-C ends it."""
-    choose_threads()
     from mmwudao.demo.app import build, opened, start
-    from mmwudao.pipeline import load
 
-    pipeline = load(model, device, dtype)
+    pipeline = model.load()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with opened(pipeline, collection, shards, added) as actions:
         page = build(actions, language)
         try:
             print(start(page, host, port, share))
             if share or host not in ("127.0.0.1", "localhost", "::1"):
-                print("warning: whoever reaches this address can use the demo: there is no password", file=sys.stderr)
+                print("warning: anyone who reaches this address can use the demo, without a password", file=sys.stderr)
             threading.Event().wait()
         except KeyboardInterrupt:
             print("the demo has ended", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`caption`, `rerank`, `complete`, `upscale`: what a model makes of pictures. Heavy imports are inside the commands."""
+"""`caption`, `rerank`, `complete` and `upscale`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -8,53 +8,47 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmwudao.cli.draw import (
-    Device,
-    Dtype,
-    Guidance,
+from mmwudao.cli.options import (
+    DrawingModelOptions,
     Json,
     Judge,
-    Model,
+    ModelOptions,
     Out,
+    Sampling,
     Seed,
     Style,
-    Temperature,
-    TopK,
-    TopP,
-    Window,
     as_typed,
-    choose_threads,
-    drawing_progress,
-    output_folder,
-    print_pictures,
-    write_pictures,
+    option_groups,
 )
+from mmwudao.cli.output import drawing_progress, output_folder, print_pictures
 
-Writer = Literal["auto", "generator", "both"]  # as in `mmwudao.tasks`, which is not imported for --help
+Writer = Literal["auto", "generator", "both"]  # as in `mmwudao.tasks`, which imports PyTorch
 Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")]
 
 
+@option_groups
 def caption(
+    *,
     images: Pictures,
     language: Annotated[
         str | None,
-        typer.Option(help="One of the model's languages, several as in zh,en, or all; default: its first."),
+        typer.Option(help="Describe in this language, in several (zh,en) or in all; default: the model's first."),
     ] = None,
     by: Annotated[
-        Writer, typer.Option(help="The generator alone, or both: the model's towers judge what it writes.")
+        Writer,
+        typer.Option(
+            help="The generator writes alone, or both work together: the model's towers judge what it writes; auto is "
+            "both where the model has towers."
+        ),
     ] = "auto",
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    model: ModelOptions,
     as_json: Json = False,
 ) -> None:
-    """Say what pictures show: the best description found, one line a picture (and language)."""
-    choose_threads()
-    from mmwudao.pipeline import load
+    """Say what pictures show: the best description found, one line for each picture and language."""
     from mmwudao.tasks import read_pictures
 
     pictures = read_pictures(images)
-    pipeline = load(model, device, dtype)
+    pipeline = model.load()
     languages = list(pipeline.config.languages) if language == "all" else (language or "").split(",")
     told = {one or pipeline.config.languages[0]: pipeline.caption(pictures, one or None, by) for one in languages}
     for k, path in enumerate(images):
@@ -65,92 +59,81 @@ def caption(
                 print(f"{path}  {f'{one}: ' if len(told) > 1 else ''}{captions[k]}")
 
 
+@option_groups
 def rerank(
+    *,
     prompt: Annotated[str, typer.Argument(help="What the pictures should show.")],
     images: Pictures,
-    by: Annotated[Judge, typer.Option(help="What judges.")] = "caption",
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    by: Annotated[
+        Judge, typer.Option(help="The pictures are judged by their captions, by the model's towers, or by both.")
+    ] = "caption",
+    model: ModelOptions,
     as_json: Json = False,
 ) -> None:
     """Sort pictures by how well they show the prompt: its log probability as their caption, or by towers."""
-    choose_threads()
-    from mmwudao.pipeline import load
     from mmwudao.tasks import read_pictures
 
     pictures = read_pictures(images)
-    scores = load(model, device, dtype).rerank(as_typed(prompt), pictures, by)
+    scores = model.load().rerank(as_typed(prompt), pictures, by)
     for score, path in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
         print(json.dumps({"path": str(path), "score": score}) if as_json else f"{score:9.3f}  {path}")
 
 
+@option_groups
 def complete(
+    *,
     image: Annotated[Path, typer.Argument(help="A picture; its centre square is used.")],
-    prompt: Annotated[str, typer.Option(help="What the whole picture shows.")],
+    prompt: Annotated[str, typer.Option(help="The prompt says what the whole picture shows.")],
     keep: Annotated[
-        str, typer.Option(help="What stays: top:0.5, left:0.5, or a mask picture whose white part stays.")
+        str, typer.Option(help="Keep this part: top:0.5, left:0.5, or the white part of a mask picture.")
     ] = "top:0.5",
-    n: Annotated[int, typer.Option("-n", help="How many times the rest is drawn.")] = 1,
+    n: Annotated[int, typer.Option("-n", help="Draw the rest this many times.")] = 1,
     style: Style = None,
     seed: Seed = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    guidance: Guidance = None,
-    window: Window = None,
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    sampling: Sampling,
+    model: DrawingModelOptions,
     out: Out = Path("mmwudao-out"),
     as_json: Json = False,
 ) -> None:
     """Keep the top or the left part of a picture and draw the rest, by a prompt."""
     with output_folder(out):
-        choose_threads()
-        from mmwudao.pipeline import load
+        from mmwudao.pictures import write_pictures_and_sheet
         from mmwudao.tasks import read_pictures
 
         (picture,) = read_pictures([image])
-        pipeline = load(model, device, dtype)
-        with drawing_progress(None, None) as on_progress:
-            sampling = (temperature, top_k, top_p, guidance, window)
-            images = pipeline.complete(picture, as_typed(prompt), keep, n, seed, style, *sampling, on_progress)
-        pictures, sheet = write_pictures(out, images, None)
+        pipeline = model.load()
+        with drawing_progress() as on_progress:
+            images = pipeline.complete(
+                picture, as_typed(prompt), keep, n, seed, style, sampling, on_progress=on_progress
+            )
+        pictures, sheet = write_pictures_and_sheet(out, images)
     print_pictures(pictures, sheet, images, as_json)
 
 
+@option_groups
 def upscale(
+    *,
     images: Pictures,
-    prompt: Annotated[str | None, typer.Option(help="What they show; CogView's models read it.")] = None,
-    seed: Annotated[int | None, typer.Option(help="CogView draws picture k with seed + k; default: a new one.")] = None,
-    model: Model = "emoji",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt says what the pictures show; only CogView's models read it.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="CogView draws picture k with this seed + k; without it the seed is random.")
+    ] = None,
+    model: ModelOptions,
     out: Out = Path("mmwudao-out"),
     as_json: Json = False,
 ) -> None:
     """Enlarge pictures: to twice their size, or to 512 px with an imported CogView super-resolution model."""
     with output_folder(out):
-        choose_threads()
-        from data.atomic import write_files
-        from mmwudao.pictures import encode_png, unused_path
-        from mmwudao.pipeline import load
+        from mmwudao.pictures import write_pictures
         from mmwudao.tasks import read_pictures
-        from mmwudao.upscaling import check_size
+        from mmwudao.upscaling import check_sizes
 
         pictures = read_pictures(images)
-        for path, picture in zip(images, pictures, strict=True):
-            try:
-                check_size(picture)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        pipeline = load(model, device, dtype)
-        larger = pipeline.upscale(pictures, None if prompt is None else as_typed(prompt), seed)
-        files: dict[Path, bytes] = {}
-        for path, image in zip(images, larger, strict=True):
-            files[unused_path(out, f"{path.stem}-upscaled", taken=frozenset(files))] = encode_png(image)
-        write_files(files)
-    for path, image in zip(files, larger, strict=True):
+        check_sizes(dict(zip(images, pictures, strict=True)))
+        larger = model.load().upscale(pictures, None if prompt is None else as_typed(prompt), seed)
+        paths = write_pictures(out, larger, [f"{path.stem}-upscaled" for path in images])
+    for path, image in zip(paths, larger, strict=True):
         record = {"path": str(path), "width": image.width, "height": image.height, **image.info}
         print(json.dumps(record, ensure_ascii=False) if as_json else f"{path}  {image.width}x{image.height}")

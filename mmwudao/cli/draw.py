@@ -1,71 +1,48 @@
-"""`generate`, `replay` and `info`: a model at work. Heavy imports happen inside the commands."""
+"""`generate`, `replay` and `info`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mmwudao.pipeline import Progress
-
-PREVIEW_ROWS = 2  # rows of codes between two previews
-MAX_THREADS = 16  # more only wait for each other at the sizes of one picture's matrices
-
-Model = Annotated[str, typer.Option(help="A shipped name, a model directory, or a hub id.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or int8 (weights of 8 bits).")]
-# as in `generation.drawing.engines`, which is not imported for --help
-Engine = Annotated[
-    Literal["auto", "modules", "fused", "graph", "compile"],
-    typer.Option(help="How a step is run; on a GPU graph, or compile, which takes a minute first and is faster."),
-]
-Style = Annotated[str | None, typer.Option(help="A picture family the model knows (see `mmwudao info`).")]
-Seed = Annotated[int | None, typer.Option(help="Picture k is drawn with seed + k; default: a new one.")]
-Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest code.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest codes; 0: from all.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest codes of this total.")]
-Guidance = Annotated[float | None, typer.Option(help="How strictly the prompt is followed; 1: no guidance.")]
-Window = Annotated[
-    int | None, typer.Option(help="Codes tried in one pass: the same picture, sooner where a pass costs little.")
-]
-Out = Annotated[Path, typer.Option("-o", "--out", help="The folder for the pictures.")]
-Adapter = Annotated[Path | None, typer.Option(help="The folder of a style that `train style` learned.")]
-Judge = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which is not imported for --help
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+from mmwudao.cli.options import (
+    Adapter,
+    DrawingModelOptions,
+    Dtype,
+    Json,
+    Judge,
+    Out,
+    Sampling,
+    Seed,
+    Style,
+    as_typed,
+    option_groups,
+)
+from mmwudao.cli.output import drawing_progress, output_folder, print_pictures
 
 
+@option_groups
 def generate(
+    *,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file with one prompt a line ('-' reads stdin).")
+        Path | None, typer.Option(help="Also draw each line of this UTF-8 text file ('-' reads stdin).")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
+    n: Annotated[int, typer.Option("-n", help="Draw this many pictures of each prompt.")] = 1,
     style: Style = None,
     seed: Seed = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    guidance: Guidance = None,
-    window: Window = None,
+    sampling: Sampling,
     candidates: Annotated[
-        int | None, typer.Option(help="Draw so many of each prompt, and keep the n that show it best.")
+        int | None, typer.Option(help="Draw this many pictures of each prompt, and keep the n that show it best.")
     ] = None,
-    rerank: Annotated[Judge, typer.Option(help="What chooses among the candidates.")] = "caption",
-    model: Model = "emoji",
-    adapter: Adapter = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    engine: Engine = "auto",
+    rerank: Annotated[
+        Judge, typer.Option(help="The candidates are judged by their captions, by the model's towers, or by both.")
+    ] = "caption",
+    model: DrawingModelOptions,
     out: Out = Path("mmwudao-out"),
     preview: Annotated[bool, typer.Option("--preview", help="Keep a preview.png up to date while drawing.")] = False,
     as_json: Json = False,
@@ -77,56 +54,28 @@ def generate(
     wanted = [*map(as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise ValueError("no prompt: say what to draw, or give --prompts-file")
+    columns = n if len(wanted) > 1 else None
     with output_folder(out):
-        choose_threads()
-        from mmwudao.pictures import unused_path
-        from mmwudao.pipeline import load
+        from mmwudao.pictures import unused_path, write_pictures_and_sheet
 
-        pipeline = load(model, device, dtype, adapter, engine)
-        preview_path = unused_path(out, "preview") if preview else None
-        with drawing_progress(preview_path, columns := n if len(wanted) > 1 else None) as on_progress:
+        pipeline = model.load()
+        with drawing_progress(unused_path(out, "preview") if preview else None, columns) as on_progress:
             images = pipeline.generate(
-                wanted, n, seed, style, temperature, top_k, top_p, guidance, window, candidates, rerank, on_progress
+                wanted, n, seed, style, sampling, candidates=candidates, rerank=rerank, on_progress=on_progress
             )
-        pictures, sheet = write_pictures(out, images, columns)
+        pictures, sheet = write_pictures_and_sheet(out, images, columns)
     print_pictures(pictures, sheet, images, as_json)
-
-
-def write_pictures(out: Path, images: list[Image.Image], columns: int | None) -> tuple[list[Path], Path]:
-    """Write each drawn picture and a sheet of all into `out`, all or none; returns the paths."""
-    from data.atomic import write_files
-    from mmwudao.pictures import encode_png, file_stem, grid, unused_path
-
-    files: dict[Path, bytes] = {}
-    for image in images:
-        stem = file_stem(image.info["prompt"], image.info["seed"])
-        files[unused_path(out, stem, taken=frozenset(files))] = encode_png(image)
-    pictures = list(files)
-    sheet = unused_path(out, "grid", taken=frozenset(files))
-    files[sheet] = encode_png(grid(images, columns))
-    write_files(files)
-    return pictures, sheet
-
-
-def print_pictures(pictures: list[Path], sheet: Path, images: list[Image.Image], as_json: bool) -> None:
-    if as_json:
-        for path, image in zip(pictures, images, strict=True):
-            print(json.dumps({"path": str(path), "grid": str(sheet), **image.info}, ensure_ascii=False))
-    else:
-        for path in pictures:
-            print(path)
-        print(f"sheet: {sheet}")
 
 
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that `generate` wrote.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The file to write; default: PICTURE-replay.png beside it.")
+        Path | None, typer.Option("-o", "--out", help="Write this file instead of PICTURE-replay.png beside PICTURE.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Where the model is now; default: as recorded.")] = None,
+    model: Annotated[str | None, typer.Option(help="Load the model from here instead of from where it was.")] = None,
     adapter: Adapter = None,
-    device: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: the recorded one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Run on this device instead of the recorded one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute in this format instead of the recorded one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw a picture again from the recipe inside it, and compare the two pixel by pixel.
@@ -141,12 +90,14 @@ def replay(
     if out is not None and out.exists():
         raise ValueError(f"{out} exists: choose another file")
     with output_folder(target.parent):
-        choose_threads()
-        from mmwudao.pipeline import load
-
-        places = (model or recipe["model"], device or recipe["device"], dtype or recipe["dtype"])
-        pipeline = load(*places, adapter, recipe.get("engine", "auto"))
-        with drawing_progress(None, None) as on_progress:
+        pipeline = DrawingModelOptions(
+            model=model or recipe["model"],
+            device=device or recipe["device"],
+            dtype=dtype or recipe["dtype"],
+            adapter=adapter,
+            engine=recipe.get("engine", "auto"),
+        ).load()
+        with drawing_progress() as on_progress:
             image = pipeline.redraw(recipe, on_progress)
         differing = differing_pixels(picture, image)
         write_files({target: encode_png(image)})
@@ -208,14 +159,6 @@ def _format_memory(memory: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def as_typed(argument: str) -> str:
-    """A command line argument as UTF-8, where the locale made Python read its bytes as something else."""
-    try:
-        return os.fsencode(argument).decode()
-    except UnicodeError:  # not UTF-8 either: `check_prompt` has the words for it
-        return argument
-
-
 def _read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank. Raises `ValueError` for a file that is no UTF-8 text."""
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -227,63 +170,3 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
-
-
-@contextlib.contextmanager
-def output_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and see that it can be written, before the work; take it away again if the work fails."""
-    missing = []
-    parent = folder
-    while not parent.exists():
-        missing.append(parent)
-        parent = parent.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        yield
-    except BaseException:
-        for made in missing:
-            with contextlib.suppress(OSError):  # not made yet, or no longer empty
-                made.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def drawing_progress(preview: Path | None, columns: int | None) -> Iterator[Callable[[Progress], None]]:
-    """A callback for `Pipeline.generate` that moves a bar (on a terminal) and keeps `preview` up to date."""
-    from tqdm import tqdm
-
-    from data.atomic import write_files
-    from mmwudao.pictures import encode_png, grid
-
-    with tqdm(desc="drawing", disable=not sys.stderr.isatty(), leave=False) as bar:
-        shown = -1
-
-        def on_progress(progress: Progress) -> None:
-            nonlocal shown
-            bar.total = progress.total
-            bar.update(progress.done - bar.n)
-            if preview is not None and progress.rows // PREVIEW_ROWS != shown:
-                shown = progress.rows // PREVIEW_ROWS
-                write_files({preview: encode_png(grid(progress.preview(), columns))})
-
-        try:
-            yield on_progress
-        except BaseException:
-            if preview is not None:
-                preview.unlink(missing_ok=True)
-            raise
-
-
-def choose_threads() -> None:
-    """As many threads as this process may use cores, unless the user has said how many."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads()
-    with contextlib.suppress(OSError, ValueError):  # no control groups here, or no quota ("max")
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    torch.set_num_threads(min(torch.get_num_threads(), cores, MAX_THREADS))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmwudao.cli.draw import Device, Json
+from mmwudao.cli.options import Device, Json
 from mmwudao.cli.vectors import TowersDtype
 
 if TYPE_CHECKING:

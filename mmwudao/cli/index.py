@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmwudao.cli.draw import Device, Json, as_typed
+from mmwudao.cli.options import Device, Json, as_typed
 from mmwudao.cli.vectors import TowersDtype, TowersModel
 
 if TYPE_CHECKING:

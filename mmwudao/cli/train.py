@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from vqvae.model import VQVAE
+from generation.drawing.sampling import SamplingOptions
+from mmwudao.cli.options import Device, option_groups
 
 app = typer.Typer(help="Train the parts of a model.", no_args_is_help=True)
 
@@ -101,29 +100,32 @@ def train_retrieval(config: Config, overrides: Overrides = None, resume: Resume 
     _train("retrieval", config, overrides, resume)
 
 
+@option_groups
 def assemble(
-    tokenizer: Annotated[Path, typer.Option(help="The folder of the trained image tokenizer.")],
-    generator: Annotated[Path, typer.Option(help="The folder of the trained transformer.")],
-    text: Annotated[Path, typer.Option(help="The SentencePiece model it was trained with.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new model directory.")],
-    name: Annotated[str, typer.Option(help="The model's name.")],
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")],
-    styles: Annotated[str, typer.Option(help="The picture families it knows, as in noto,twemoji.")] = "",
-    languages: Annotated[str, typer.Option(help="The languages of its captions.")] = "zh,en,fr,de,cs,ja,ko",
-    temperature: Annotated[float, typer.Option(help="The sampling defaults ...")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="... that suit the model: 0 switches top-k off,")] = 0,
-    top_p: Annotated[float, typer.Option(help="0 switches top-p off,")] = 0.0,
-    guidance: Annotated[float, typer.Option(help="1 switches guidance off.")] = 1.0,
-    window: Annotated[int, typer.Option(help="Codes tried in one pass; 1 draws one after the other.")] = 1,
-    card: Annotated[Path | None, typer.Option(help="The model card, a Markdown file.")] = None,
+    *,
+    tokenizer: Annotated[Path, typer.Option(help="Take the trained image tokenizer in this folder.")],
+    generator: Annotated[Path, typer.Option(help="Take the trained transformer in this folder.")],
+    text: Annotated[Path, typer.Option(help="Take this SentencePiece model, which the transformer was trained with.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Make this new model directory.")],
+    name: Annotated[str, typer.Option(help="The model has this name.")],
+    image_size: Annotated[int, typer.Option(help="The model draws pictures of this many pixels a side.")],
+    styles: Annotated[str, typer.Option(help="The model knows these picture families, as in noto,twemoji.")] = "",
+    languages: Annotated[str, typer.Option(help="The model was trained with captions in these languages.")] = (
+        "zh,en,fr,de,cs,ja,ko"
+    ),
+    default_sampling: SamplingOptions,
+    card: Annotated[Path | None, typer.Option(help="Take this Markdown file as the model card.")] = None,
     describes: Annotated[
-        Literal["no", "tagged", "untagged"], typer.Option(help="Whether it learned to describe pictures too.")
+        Literal["no", "tagged", "untagged"],
+        typer.Option(help="The transformer learned to describe pictures too: after a language's tag, or without one."),
     ] = "no",
-    upscaler: Annotated[Path | None, typer.Option(help="The folder of a trained upscaler.")] = None,
-    towers: Annotated[Path | None, typer.Option(help="The folder of trained retrieval towers.")] = None,
+    upscaler: Annotated[Path | None, typer.Option(help="Take the trained upscaler in this folder.")] = None,
+    towers: Annotated[Path | None, typer.Option(help="Take the trained retrieval towers in this folder.")] = None,
 ) -> None:
-    """Put trained parts together as a model directory, which `generate --model` reads."""
-    from generation.drawing.sampling import SamplingOptions
+    """Put trained parts together as a model directory, which `generate --model` reads.
+
+    The options of sampling are what the model draws with when `generate` is given none.
+    """
     from mmwudao.loading.model_dir import assemble as assemble_model
 
     made = assemble_model(
@@ -135,7 +137,7 @@ def assemble(
         image_size=image_size,
         styles=_words(styles),
         languages=_words(languages),
-        default_sampling=SamplingOptions(temperature, top_k, top_p, guidance, window),
+        default_sampling=default_sampling,
         card=card.read_text(encoding="utf-8") if card else None,
         optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
         describes=describes,
@@ -147,47 +149,40 @@ def tokenize(
     sources: Annotated[
         list[Path], typer.Argument(help="Pictures to encode and decode, .npy codes to decode, or a folder of shards.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for what is made.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write into this folder.")],
     model: Annotated[
-        str, typer.Option(help="A shipped name, a model directory, a hub id, or a trained tokenizer's folder.")
+        str,
+        typer.Option(help="The model is a shipped name, a model directory, a hub id, or a trained tokenizer's folder."),
     ] = "emoji",
     size: Annotated[
-        int | None, typer.Option(help="Crop to a square of that many pixels; default: pictures as they are.")
+        int | None, typer.Option(help="Crop pictures to a square of this many pixels; default: leave them as they are.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Batches in work at a time; default: one a core.")] = None,
+    device: Device = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Work on this many batches of shards at a time; default: one for each core.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad picture in shards.")] = False,
     draft: Annotated[
         bool, typer.Option("--draft", help="Decode large JPEGs in shards faster, a few grey levels off.")
     ] = False,
 ) -> None:
-    """Pictures to codes (.npy) and back (.png), or a folder of shards to shards of codes."""
-    import torch
-
-    from data.shards import MANIFEST_NAME, read_manifest
+    """Encode pictures as codes (.npy) and decode codes (.png), or turn a folder of shards into shards of codes."""
+    from mmwudao import tokenizing
     from mmwudao.loading.devices import choose_device
     from mmwudao.loading.model_dir import load_tokenizer
-    from vqvae.tokenize import tokenize_shards
 
     where = choose_device(device)
     tokenizer = load_tokenizer(model)
-    folders = [source for source in sources if source.is_dir()]
-    if not folders:
-        # codes are looked up in float32, on the CPU, whatever the weights are stored in
-        _tokenize_files(tokenizer.to(torch.float32), sources, out, size)
+    if not any(source.is_dir() for source in sources):
+        print("\n".join(tokenizing.tokenize_files(tokenizer, sources, out, size)))
         return
     if len(sources) > 1:
         raise ValueError("tokenize one folder of shards at a time, and pictures apart from it")
-    if not (folders[0] / MANIFEST_NAME).is_file():
-        raise ValueError(f"{folders[0]} is no folder of shards (no {MANIFEST_NAME}): make one with `mmwudao data pack`")
-    image_size = size or read_manifest(folders[0]).image_size
-    if image_size is None:
-        raise ValueError("these shards hold pictures of many sizes: say which with --size")
-    manifest = tokenize_shards(
+    manifest = tokenizing.tokenize_folder(
         tokenizer,
-        folders[0],
+        sources[0],
         out,
-        image_size=image_size,
+        size,
         workers=workers,
         device=where.type,
         progress=sys.stderr.isatty(),
@@ -198,45 +193,6 @@ def tokenize(
         print(f"{split}: {manifest.samples(split)} samples")
     print(f"skipped: {sum(manifest.skipped.values())}")
     print(out)
-
-
-def _tokenize_files(tokenizer: VQVAE, sources: list[Path], out: Path, size: int | None) -> None:
-    """Write codes and decoded pictures of single files, all of them or none; print one line a file."""
-    import numpy
-    import torch
-
-    from data.atomic import write_files
-    from mmwudao.pictures import encode_png, unused_path
-    from vqvae.tokenize import tensor_to_image, tokenize_image
-
-    files: dict[Path, bytes] = {}
-    lines = []
-    for source in sources:
-        if source.suffix == ".npy":
-            try:
-                codes = numpy.load(source, allow_pickle=False)
-            except ValueError as error:
-                raise ValueError(f"{source} is no array of codes: {error}") from error
-            if codes.ndim != 2 or codes.dtype.kind not in "iu" or not codes.size:
-                raise ValueError(f"{source} must hold whole numbers [h, w], not {codes.dtype} {list(codes.shape)}")
-            image, figures = tensor_to_image(tokenizer.decode(torch.from_numpy(codes.astype("int64"))[None])[0]), ""
-        else:
-            try:
-                tokenized = tokenize_image(tokenizer, source, size)
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
-            image, figures = tokenized.restored, f"  PSNR {tokenized.psnr:.2f} dB"
-            buffer = io.BytesIO()
-            numpy.save(buffer, tokenized.codes.to(torch.int32).numpy(), allow_pickle=False)
-            path = unused_path(out, source.stem, ".npy", taken=frozenset(files))
-            files[path] = buffer.getvalue()
-            lines.append(f"{path}  {list(tokenized.codes.shape)} codes")
-        path = unused_path(out, f"{source.stem}-decoded", taken=frozenset(files))
-        files[path] = encode_png(image)
-        lines.append(f"{path}{figures}")
-    out.mkdir(parents=True, exist_ok=True)
-    write_files(files)
-    print("\n".join(lines))
 
 
 def _words(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmwudao.cli.draw import Device, Json
+from mmwudao.cli.options import Device, Json
 from retrieval.vectors.settings import EmbedSettings, RaySettings
 
 export_app = typer.Typer(help="Export parts of a model to the formats of other programs.", no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""What the buttons do, apart from the page: checked input, files as results, `ValueError` for bad input."""
+"""What the buttons do, without the page: they check input, write results to files, and raise `ValueError`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from data.atomic import write_files
 from data.images import CorruptImage, ImageTooLarge, open_image
 from mmwudao.demo.library import Library, SearchResult
 from mmwudao.demo.words import EN, Reason
-from mmwudao.pictures import encode_png, file_stem, unused_path
-from mmwudao.pipeline import MAX_PROMPT, Pipeline, Progress
+from mmwudao.pictures import encode_png, unused_path, write_pictures
+from mmwudao.pipeline import MAX_PROMPT, DrawingProgress, OnProgress, Pipeline, Sampling
 from mmwudao.service.settings import ServiceConfig
 from mmwudao.upscaling import check_size
 
@@ -33,11 +33,9 @@ MAX_FOUND = 48
 PREVIEW_ROWS = 2  # rows of codes between two previews
 KEPT_FOR = 3600  # seconds that results can be downloaded
 
-OnProgress = Callable[[Progress], None]
-
 
 class Refused(ValueError):
-    """Bad input that the page has words for in each language; the message is the English one."""
+    """Bad input for which the page has a message in each language; the exception's own is the English one."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(EN.refusals[reason])
@@ -45,7 +43,7 @@ class Refused(ValueError):
 
 
 class Stopped(Exception):
-    """The user has pressed stop, or closed the page."""
+    """The user has pressed the stop button, or has closed the page."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Result:
-    """Files to show, what is said of each, and the one file that holds all of it for download."""
+    """Files to show, a record of each, and the one file for download that holds all of them."""
 
     pictures: list[Path]
     infos: list[dict[str, Any]]
@@ -68,14 +66,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Captions:
-    """Language -> description, of those that are done; with the last comes a JSON file of all."""
+    """Language -> description, of those that are done; the last update has a JSON file of all."""
 
     told: dict[str, str]
     download: Path | None = None
 
 
 class Actions:
-    """A model and a library at work; results are files in folders under `folder`, for an hour."""
+    """What can be done with a model and a library. Results are files in folders under `folder`, kept for an hour."""
 
     def __init__(self, pipeline: Pipeline, library: Library | None, folder: Path) -> None:
         self.pipeline, self.library, self._folder = pipeline, library, folder
@@ -88,23 +86,22 @@ class Actions:
         candidates: int = 0,
         seed: int | None = None,
         style: str | None = None,
-        guidance: float | None = None,
-        temperature: float | None = None,
+        sampling: Sampling = None,
         session: str = "",
     ) -> Iterator[Preview | Result]:
-        """Previews, and last `n` pictures, the best of `candidates` where these are more; the infos are recipes.
+        """Previews, and last `n` pictures, the best of `candidates` if these are more; the infos are recipes.
 
-        `stop(session)` raises `Stopped` here.
+        `stop(session)` makes this raise `Stopped`.
         """
         _check_prompt(prompt)
         _check_count(n, MAX_DRAWN)
         _check_count(max(candidates, 1), MAX_CANDIDATES)
 
         def work(on_progress: OnProgress) -> list[Image.Image]:
+            chosen_from = candidates if candidates > n else None
             return self.pipeline.generate(
-                prompt, n, seed, style, temperature, guidance=guidance,
-                candidates=candidates if candidates > n else None, on_progress=on_progress,
-            )  # fmt: skip
+                prompt, n, seed, style, sampling, candidates=chosen_from, on_progress=on_progress
+            )
 
         yield self._drawn((yield from self._previews(work, session)))
 
@@ -117,6 +114,7 @@ class Actions:
         n: int = 4,
         seed: int | None = None,
         style: str | None = None,
+        sampling: Sampling = None,
         session: str = "",
     ) -> Iterator[Preview | Result]:
         """Keeps the `share` of the picture at its `side`, top or left, and draws the rest; otherwise as `draw`."""
@@ -126,17 +124,17 @@ class Actions:
 
         def work(on_progress: OnProgress) -> list[Image.Image]:
             keep = f"{side}:{share:g}"
-            return self.pipeline.complete(image, prompt, keep, n, seed, style, on_progress=on_progress)
+            return self.pipeline.complete(image, prompt, keep, n, seed, style, sampling, on_progress=on_progress)
 
         yield self._drawn((yield from self._previews(work, session)))
 
     def stop(self, session: str) -> None:
-        """End the drawing of that session, if it has one."""
+        """End the drawing of that session, if there is one."""
         if session in self._stops:
             self._stops[session].set()
 
     def caption(self, picture: str | None, languages: Sequence[str]) -> Iterator[Captions]:
-        """What the picture shows, in one language more each time."""
+        """What the picture shows; each update has one more language."""
         image = open_upload(picture)
         if not languages:
             raise Refused("no_language")
@@ -188,7 +186,7 @@ class Actions:
         return Result(paths, shown, _pack(folder / "search.zip", [listing, *paths]), len(found) - len(paths))
 
     def add(self, picture: str | None, description: str = "") -> int:
-        """Stores a picture of the user's in the library; returns how many there are now."""
+        """Store a picture of the user's in the library; return how many pictures it has now."""
         assert self.library is not None
         if len(description) > MAX_PROMPT:
             raise Refused("no_description")
@@ -197,12 +195,12 @@ class Actions:
     def _previews(
         self, work: Callable[[OnProgress], list[Image.Image]], session: str
     ) -> Generator[Preview, None, list[Image.Image]]:
-        """Runs `work` in a thread of its own. Closing this generator stops it."""
+        """Run `work` in a thread of its own. Closing this generator stops it."""
         updates = SimpleQueue[Preview | None]()
         stop = self._stops[session] = Event()
         shown = -1
 
-        def on_progress(progress: Progress) -> None:
+        def on_progress(progress: DrawingProgress) -> None:
             nonlocal shown
             if stop.is_set():
                 raise Stopped
@@ -222,21 +220,17 @@ class Actions:
             return future.result()
 
     def _drawn(self, images: list[Image.Image]) -> Result:
-        folder, files = self._new_folder(), dict[Path, bytes]()
-        for image in images:
-            stem = file_stem(image.info["prompt"], image.info["seed"])
-            files[unused_path(folder, stem, taken=frozenset(files))] = encode_png(image)
-        write_files(files)
-        paths = list(files)
+        folder = self._new_folder()
+        paths = write_pictures(folder, images)
         infos = [{str(name): value for name, value in image.info.items()} for image in images]
         return Result(paths, infos, _pack(folder / "pictures.zip", paths))
 
     def _new_folder(self) -> Path:
-        """An empty folder; those of more than `KEPT_FOR` seconds ago are removed."""
+        """A new folder; those older than `KEPT_FOR` seconds are removed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for old in self._folder.iterdir():
             if old.stat().st_mtime < time.time() - KEPT_FOR:
-                shutil.rmtree(old, ignore_errors=True)  # another thread may be at it too
+                shutil.rmtree(old, ignore_errors=True)  # another thread may be removing it too
         return Path(mkdtemp(dir=self._folder))
 
 
@@ -253,7 +247,7 @@ def open_upload(path: str | None) -> Image.Image:
 
 
 def read_seed(text: str) -> int | None:
-    """The seed that was typed, None for nothing. Raises `ValueError`."""
+    """The seed that was typed, or None for an empty field. Raises `ValueError` for anything but a whole number."""
     if not text.strip():
         return None
     try:
@@ -273,7 +267,7 @@ def _check_count(count: int, most: int) -> None:
 
 
 def _record(found: SearchResult) -> dict[str, Any]:
-    """What is told of a picture that was found; where it lies on this machine is not."""
+    """What the page says of a picture that was found: its path on this machine is left out."""
     metadata = dict(found.metadata)
     if "shard" in metadata:
         metadata["shard"] = Path(str(metadata["shard"])).name

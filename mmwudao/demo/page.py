@@ -1,4 +1,4 @@
-"""What every tab of the page is made of: fields, events, errors as messages, previews."""
+"""What all tabs of the page use: picture fields, events, error messages, previews and results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Page:
 
 
 def picture_field(words: Words, height: int = 240, label: str | None = None) -> gr.Image:
-    """A field for an upload, which hands on the path of its file: Gradio neither opens it nor fetches it by a URL."""
+    """A field for an upload that gives the path of its file: Gradio neither opens the file nor fetches a URL."""
     field = gr.Image(
         label=label or words.picture,
         placeholder=words.drop,
@@ -67,7 +67,7 @@ def picture_examples(page: Page, rows: Sequence[Sequence[str]], inputs: Sequence
 def on_model(
     trigger: Callable[..., Dependency], fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> Dependency:
-    """`fn` after a click or Enter: one such event at a time in the whole server, in the order of arrival."""
+    """Call `fn` after a click or Enter: one such event at a time in the whole server, in the order of arrival."""
     return trigger(
         fn,
         list(inputs),
@@ -82,7 +82,7 @@ def on_model(
 
 @contextmanager
 def errors_as_messages(words: Words) -> Iterator[None]:
-    """What the user did wrong is said in one line; anything else is logged, and the page says no more than that."""
+    """Show the user's mistake in one line. Any other error is logged, and the page only says that there was one."""
     try:
         yield
     except Refused as error:
@@ -94,13 +94,13 @@ def errors_as_messages(words: Words) -> Iterator[None]:
         message = words.refusals["failed"]
     else:
         return
-    # Gradio shows it as HTML
+    # Gradio renders messages as HTML
     raise gr.Error(html.escape(message), print_exception=False)
 
 
 @dataclass(frozen=True)
 class DrawingOutputs:
-    """Where a drawing is shown; `all` is the order in which `show_drawing` fills it."""
+    """The components that show a drawing; `all` is the order in which `show_drawing` updates them."""
 
     live: gr.HTML
     gallery: gr.Gallery
@@ -117,10 +117,17 @@ class DrawingOutputs:
 def drawing_outputs(words: Words, start: gr.Button, stop: gr.Button) -> DrawingOutputs:
     """The right column of a tab that draws."""
     live = gr.HTML(empty_html(4), elem_classes="live")
-    gallery = gr.Gallery(
+    gallery = results_gallery(words, 2)
+    note = gr.Markdown()
+    return DrawingOutputs(live, gallery, note, gr.DownloadButton(words.download, visible=False), start, stop)
+
+
+def results_gallery(words: Words, columns: int) -> gr.Gallery:
+    """Hidden until there are results."""
+    return gr.Gallery(
         label=words.results,
         show_label=False,
-        columns=2,
+        columns=columns,
         object_fit="contain",
         height="auto",
         buttons=["download", "fullscreen"],
@@ -128,12 +135,10 @@ def drawing_outputs(words: Words, start: gr.Button, stop: gr.Button) -> DrawingO
         visible=False,
         elem_classes="results",
     )
-    note = gr.Markdown()
-    return DrawingOutputs(live, gallery, note, gr.DownloadButton(words.download, visible=False), start, stop)
 
 
 def show_drawing(words: Words, updates: Iterator[Preview | Result], told: str) -> Iterator[list[Any]]:
-    """The outputs for each update of a drawing; `told` is the note at the end."""
+    """Updates of `DrawingOutputs.all` for each update of a drawing; `told` is the note at the end."""
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
     with errors_as_messages(words):
         try:
@@ -162,7 +167,7 @@ def connect_drawing(
     inputs: Sequence[Any],
     outputs: DrawingOutputs,
 ) -> None:
-    """Start on any of `triggers`, stop on the stop button; after an error the start button is there again."""
+    """Start on any of `triggers`, stop on the stop button; after an error the start button is shown again."""
 
     def stop(request: gr.Request) -> None:
         page.actions.stop(request.session_hash or "")

@@ -8,7 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from mmwudao.demo.actions import MAX_CANDIDATES, MAX_DRAWN, MAX_FOUND, read_seed
+from mmwudao.demo.actions import MAX_CANDIDATES, MAX_FOUND, Result, read_seed
+from mmwudao.demo.controls import (
+    chosen_sampling,
+    count_field,
+    prompt_field,
+    sampling_controls,
+    start_and_stop,
+    style_and_seed,
+)
 from mmwudao.demo.library import OWN
 from mmwudao.demo.page import (
     Page,
@@ -19,9 +27,10 @@ from mmwudao.demo.page import (
     on_model,
     picture_examples,
     picture_field,
+    results_gallery,
     show_drawing,
 )
-from mmwudao.demo.words import LANGUAGE_NAMES
+from mmwudao.demo.words import LANGUAGE_NAMES, Words
 from mmwudao.pipeline import MAX_PROMPT
 
 COMPLETED = ("noto-v1-1f604", "noto-v1-1f481-200d-2640", "noto-1f7e0")  # as `Words.complete_examples`
@@ -29,32 +38,22 @@ EXAMPLES = ("noto-v1-1f98a", "noto-1f354", "fluent-emoji-flat-1f993", "fluent-em
 
 
 def draw_tab(page: Page) -> None:
+    """Text to pictures."""
     words, actions = page.words, page.actions
     config = actions.pipeline.config
-    sampling = config.default_sampling
+    judges = config.describes != "no"
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(words.draw_lead)
-            prompt = gr.Textbox(
-                "", label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
-            )
-            with gr.Row():
-                style = _styles(page)
-                seed = gr.Textbox("", label=words.seed, placeholder=words.seed_hint, min_width=120)
-            count = gr.Slider(1, MAX_DRAWN, 4, step=1, label=words.count, buttons=[])
+            prompt = prompt_field(words)
+            style, seed = style_and_seed(page)
+            count = count_field(words)
             candidates = gr.Slider(
                 1, MAX_CANDIDATES, 8, step=1, label=words.candidates, info=words.candidates_info, buttons=[],
-                visible=config.describes != "no",
+                visible=judges,
             )  # fmt: skip
-            with gr.Accordion(words.fine_tuning, open=False):
-                guidance = gr.Slider(
-                    1, 8, sampling.guidance, step=0.1, label=words.guidance, info=words.guidance_info, buttons=[]
-                )
-                temperature = gr.Slider(
-                    0, 2, sampling.temperature, step=0.05, label=words.temperature, info=words.temperature_info,
-                    buttons=[],
-                )  # fmt: skip
-            start, stop = _start_and_stop(page, words.draw)
+            sampling = sampling_controls(page)
+            start, stop = start_and_stop(words, words.draw)
             rows = [[text, name if name in config.styles else ""] for text, name in words.draw_examples]
             names = [" · ".join(filter(None, row)) for row in rows]
             gr.Examples(
@@ -64,22 +63,20 @@ def draw_tab(page: Page) -> None:
             outputs = drawing_outputs(words, start, stop)
 
     def draw(
-        prompt: str, style: str, seed: str, n: int, candidates: int, guidance: float, temperature: float,
-        request: gr.Request,
-    ) -> Iterator[list[Any]]:  # fmt: skip
+        prompt: str, style: str, seed: str, n: int, candidates: int, request: gr.Request, *sampling: Any
+    ) -> Iterator[list[Any]]:
         with errors_as_messages(words):
             number = read_seed(seed)
-        chosen = candidates if config.describes != "no" else 0
-        updates = actions.draw(
-            prompt, n, chosen, number, style or None, guidance, temperature, request.session_hash or ""
-        )
+        chosen, options = candidates if judges else 0, chosen_sampling(sampling)
+        updates = actions.draw(prompt, n, chosen, number, style or None, options, request.session_hash or "")
         yield from show_drawing(words, updates, words.drawn)
 
-    inputs = [prompt, style, seed, count, candidates, guidance, temperature]
+    inputs = [prompt, style, seed, count, candidates, *sampling]
     connect_drawing(page, [start.click, prompt.submit], draw, inputs, outputs)
 
 
 def search_tab(page: Page) -> None:
+    """A text or a picture to the nearest pictures of the library; and pictures of the user's for the library."""
     words, actions = page.words, page.actions
     library = actions.library
     assert library is not None
@@ -97,49 +94,58 @@ def search_tab(page: Page) -> None:
             start = gr.Button(words.search, variant="primary")
             rows = [[one] for one in words.search_examples]
             gr.Examples(rows, [text], label=words.examples, api_visibility="private")
-            with gr.Accordion(words.add_title, open=False):
-                own = picture_field(words, 180)
-                description = gr.Textbox(
-                    "", label=words.add_description, placeholder=words.add_hint, max_lines=2, max_length=MAX_PROMPT
-                )
-                add = gr.Button(words.add)
-                added = gr.Markdown()
+            _add_fields(page)
         with gr.Column(scale=6, min_width=320):
             empty = gr.HTML(empty_html(8), elem_classes="live")
-            gallery = gr.Gallery(
-                label=words.results, show_label=False, columns=4, object_fit="contain", height="auto",
-                interactive=False, buttons=["download", "fullscreen"], visible=False, elem_classes="results",
-            )  # fmt: skip
+            gallery = results_gallery(words, 4)
             note = gr.Markdown()
             download = gr.DownloadButton(words.download, visible=False)
 
     def search(text: str, picture: str | None, family: str, where: str, k: int) -> list[Any]:
         with errors_as_messages(words):
-            result = actions.search(text, picture, family, where, k)
-        pictures = [
-            (str(path), _name(info["metadata"], words.language))
-            for path, info in zip(result.pictures, result.infos, strict=True)
-        ]
-        told = words.found.format(count=len(pictures)) if pictures else words.found_nothing
-        if result.hidden:
-            told += " " + words.not_shown.format(count=result.hidden)
-        return [
-            gr.update(visible=False),
-            gr.update(value=pictures, visible=True),
-            told,
-            gr.update(value=str(result.download), visible=True),
-        ]
-
-    def store(picture: str | None, description: str) -> list[Any]:
-        with errors_as_messages(words):
-            return [words.added.format(count=actions.add(picture, description)), None, ""]
+            return _show_found(words, actions.search(text, picture, family, where, k))
 
     for trigger in (start.click, text.submit):
         on_model(trigger, search, [text, picture, family, where, k], [empty, gallery, note, download])
+
+
+def _show_found(words: Words, result: Result) -> list[Any]:
+    """Updates of the empty squares, the gallery, the note and the download."""
+    pictures = [
+        (str(path), _name(info["metadata"], words.language))
+        for path, info in zip(result.pictures, result.infos, strict=True)
+    ]
+    told = words.found.format(count=len(pictures)) if pictures else words.found_nothing
+    if result.hidden:
+        told += " " + words.not_shown.format(count=result.hidden)
+    return [
+        gr.update(visible=False),
+        gr.update(value=pictures, visible=True),
+        told,
+        gr.update(value=str(result.download), visible=True),
+    ]
+
+
+def _add_fields(page: Page) -> None:
+    """A closed accordion with which the user adds a picture to the library."""
+    words = page.words
+    with gr.Accordion(words.add_title, open=False):
+        own = picture_field(words, 180)
+        description = gr.Textbox(
+            "", label=words.add_description, placeholder=words.add_hint, max_lines=2, max_length=MAX_PROMPT
+        )
+        add = gr.Button(words.add)
+        added = gr.Markdown()
+
+    def store(picture: str | None, description: str) -> list[Any]:
+        with errors_as_messages(words):
+            return [words.added.format(count=page.actions.add(picture, description)), None, ""]
+
     on_model(add.click, store, [own, description], [added, own, description])
 
 
 def caption_tab(page: Page) -> None:
+    """A picture to descriptions."""
     words, actions = page.words, page.actions
     languages = [(LANGUAGE_NAMES.get(code, code), code) for code in actions.pipeline.config.languages]
     with gr.Row():
@@ -166,43 +172,42 @@ def caption_tab(page: Page) -> None:
 
 
 def complete_tab(page: Page) -> None:
+    """Part of a picture and a text to the rest of the picture."""
     words, actions = page.words, page.actions
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(words.complete_lead)
             picture = picture_field(words)
-            prompt = gr.Textbox(
-                "", label=words.prompt, placeholder=words.prompt_hint, max_lines=3, max_length=MAX_PROMPT
-            )
+            prompt = prompt_field(words)
             with gr.Row():
                 sides = [(words.keep_top, "top"), (words.keep_left, "left")]
                 side = gr.Radio(sides, value="top", label=words.keep, min_width=140)
                 share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label=words.share, buttons=[], min_width=140)
-            with gr.Row():
-                style = _styles(page)
-                seed = gr.Textbox("", label=words.seed, placeholder=words.seed_hint, min_width=120)
-            count = gr.Slider(1, MAX_DRAWN, 4, step=1, label=words.count, buttons=[])
-            start, stop = _start_and_stop(page, words.complete)
+            style, seed = style_and_seed(page)
+            count = count_field(words)
+            sampling = sampling_controls(page)
+            start, stop = start_and_stop(words, words.complete)
             rows = list(zip(COMPLETED, words.complete_examples, strict=True))
             picture_examples(page, rows, [picture, prompt])
         with gr.Column(scale=6, min_width=320):
             outputs = drawing_outputs(words, start, stop)
 
     def complete(
-        picture: str | None, prompt: str, side: str, share: float, style: str, seed: str, n: int, request: gr.Request
-    ) -> Iterator[list[Any]]:
+        picture: str | None, prompt: str, side: str, share: float, style: str, seed: str, n: int,
+        request: gr.Request, *sampling: Any,
+    ) -> Iterator[list[Any]]:  # fmt: skip
         with errors_as_messages(words):
             number = read_seed(seed)
-        updates = actions.complete(
-            picture, prompt, side, share, n, number, style or None, request.session_hash or ""
-        )
+        options, session = chosen_sampling(sampling), request.session_hash or ""
+        updates = actions.complete(picture, prompt, side, share, n, number, style or None, options, session)
         yield from show_drawing(words, updates, words.completed)
 
-    inputs = [picture, prompt, side, share, style, seed, count]
+    inputs = [picture, prompt, side, share, style, seed, count, *sampling]
     connect_drawing(page, [start.click, prompt.submit], complete, inputs, outputs)
 
 
 def upscale_tab(page: Page) -> None:
+    """A picture to a larger one."""
     words, actions = page.words, page.actions
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
@@ -232,18 +237,8 @@ def upscale_tab(page: Page) -> None:
     on_model(start.click, upscale, [picture], [empty, both, note, download])
 
 
-def _styles(page: Page) -> gr.Dropdown:
-    choices = [(page.words.any_style, ""), *((name, name) for name in page.actions.pipeline.config.styles)]
-    return gr.Dropdown(choices, value="", label=page.words.style, min_width=140)
-
-
-def _start_and_stop(page: Page, name: str) -> tuple[gr.Button, gr.Button]:
-    """Two buttons in one place: the second is there while something is drawn."""
-    return gr.Button(name, variant="primary"), gr.Button(page.words.stop, variant="stop", visible=False)
-
-
 def _name(metadata: dict[str, Any], language: str) -> str:
-    """What is known of a picture in the page's language, else in any."""
+    """The caption of a picture in the page's language, else in another, else its family."""
     captions = [str(value) for name, value in sorted(metadata.items()) if name.startswith("caption_")]
     known = metadata.get(f"caption_{language}") or metadata.get("text") or (captions[0] if captions else "")
     return str(known or metadata.get("family") or "")

@@ -30,10 +30,6 @@ class Words:
     candidates: str
     candidates_info: str
     fine_tuning: str
-    guidance: str
-    guidance_info: str
-    temperature: str
-    temperature_info: str
     stop: str
     stopped: str
     drawing: str  # a share in per cent
@@ -85,10 +81,12 @@ class Words:
     before_after: str
     enlarged: str
 
+    # Option of `SamplingOptions` -> its label and its explanation. What is not here is said by the option's own help.
+    sampling: dict[str, tuple[str, str]]
     refusals: dict[Reason, str]
     draw_examples: tuple[tuple[str, str], ...]  # prompt, style ("": any)
     search_examples: tuple[str, ...]
-    complete_examples: tuple[str, ...]  # the prompts of `sample_pictures.COMPLETED`
+    complete_examples: tuple[str, ...]  # the prompts of `tabs.COMPLETED`
 
 
 # the languages that models describe pictures in, as their speakers call them
@@ -118,10 +116,6 @@ ZH = Words(
     candidates="从几张候选里挑",
     candidates_info="先多画一些，再留下最符合文字的",
     fine_tuning="微调",
-    guidance="引导强度",
-    guidance_info="越大越贴近文字；1 表示不引导",
-    temperature="温度",
-    temperature_info="越低越保守；0 表示总取最可能的",
     stop="停止",
     stopped="已停止。",
     drawing="正在画… {percent}%",
@@ -167,6 +161,14 @@ ZH = Words(
     enlarge="放大",
     before_after="左：拉伸　右：放大",
     enlarged="{before} → {after} 像素。PNG 里记着所用的模型。",
+    sampling={
+        "guidance": ("引导强度", "越大越贴近文字；1 表示不引导"),
+        "temperature": ("温度", "越低越保守；0 表示总取最可能的"),
+        "top_k": ("Top-k", "只从最可能的 k 个编码中选；0 表示不限"),
+        "top_p": ("Top-p", "只从合计达到这个概率的最可能的编码中选；0 表示不限"),
+        "min_p": ("Min-p", "去掉概率低于最可能编码这一比例的编码；0 表示不去掉"),
+        "window": ("窗口", "一次试画这么多个编码：图片不变，有时更快"),
+    },
     refusals={
         "no_prompt": "还没有文字：请写一句话。",
         "no_picture": "还没有图片：请先选一张。",
@@ -204,10 +206,6 @@ EN = Words(
     candidates="Choose them from",
     candidates_info="Draws so many and keeps those that show the prompt best",
     fine_tuning="Fine tuning",
-    guidance="Guidance",
-    guidance_info="Higher follows the prompt more strictly; 1 is off",
-    temperature="Temperature",
-    temperature_info="Lower is more cautious; 0 always takes the likeliest",
     stop="Stop",
     stopped="Stopped.",
     drawing="drawing … {percent} %",
@@ -253,6 +251,14 @@ EN = Words(
     enlarge="Enlarge",
     before_after="left: stretched, right: enlarged",
     enlarged="{before} → {after} pixels. The PNG tells which model did it.",
+    sampling={
+        "guidance": ("Guidance", "Higher follows the prompt more strictly; 1 is off"),
+        "temperature": ("Temperature", "Lower is more cautious; 0 always takes the likeliest code"),
+        "top_k": ("Top-k", "Samples from the k likeliest codes only; 0 is off"),
+        "top_p": ("Top-p", "Samples from the likeliest codes that together have this probability; 0 is off"),
+        "min_p": ("Min-p", "Leaves out codes less likely than this share of the likeliest one; 0 is off"),
+        "window": ("Window", "Tries this many codes in one pass: the same picture, sometimes sooner"),
+    },
     refusals={
         "no_prompt": "There is no text yet: write a sentence.",
         "no_picture": "There is no picture yet: choose one.",

@@ -1,9 +1,14 @@
-"""Where a model runs and in which number format."""
+"""Where a model runs, in which number format, and with how many threads."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from data.batches import cores
+
+MAX_THREADS = 16  # the matrices of one picture are small: more threads only wait for each other
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,3 +45,9 @@ def cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has AMX or AVX512-BF16; elsewhere PyTorch emulates bfloat16, which is slower than float32."""
     # torch.ops.mkldnn._is_mkldnn_bf16_supported() will not do: it is true for plain AVX512 too
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_threads() -> None:
+    """Give PyTorch as many threads as this process may use cores, unless the user has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores(), MAX_THREADS))

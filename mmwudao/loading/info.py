@@ -13,7 +13,7 @@ from generation.cogview.rows import PRESETS, cogview_config
 from generation.drawing.memory import plan_drawing
 from generation.transformer.model import Transformer, TransformerConfig
 from mmwudao.loading.devices import choose_dtype
-from mmwudao.loading.loaded import load_parts
+from mmwudao.loading.loaded import ModelParts, load_parts
 from mmwudao.loading.model_dir import OPTIONAL_PARTS, check_hash
 from vqvae.model import VQVAEConfig
 from vqvae.storage.parts import stored_hash, without_weights
@@ -22,33 +22,17 @@ from vqvae.storage.parts import stored_hash, without_weights
 def describe(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
     """What `mmwudao info` prints: the parts of a model with sizes in bytes, parameter counts, dtypes and hashes.
 
-    `memory` is what drawing takes (`generation.drawing.memory`) on a CPU and a GPU. A name in `generation.cogview.rows.PRESETS` is
-    described without weights. Raises `ModelError` as `load` does, `ValueError` for an unknown dtype.
+    `memory` is what drawing takes (`generation.drawing.memory`) on a CPU and on a GPU. A name in
+    `generation.cogview.rows.PRESETS` is described without weights. Raises `ModelError` as `load` does, `ValueError` for
+    an unknown dtype.
     """
     if model in PRESETS and not Path(model).is_dir():
         return _describe_preset(str(model), dtype)
-    folder, config, tokenizer, generator, text = load_parts(model)
-    parts: dict[str, dict[str, Any]] = {}
-    for name, module in (("tokenizer", tokenizer), ("generator", generator)):
-        tensors = list(module.state_dict().values())
-        parts[name] = {
-            "parameters": sum(parameter.numel() for parameter in module.parameters()),
-            "dtype": str(tensors[0].dtype).removeprefix("torch."),
-        }
-    for name in config.parts.keys() & set(OPTIONAL_PARTS):
-        stored = folder / config.parts[name].path
-        check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
-        tensors = list(load_file(stored / "model.safetensors").values())
-        parts[name] = {
-            "parameters": sum(tensor.numel() for tensor in tensors),
-            "dtype": str(tensors[0].dtype).removeprefix("torch."),
-        }
-    parts["text"] = {"pieces": text.vocab_size, "dtype": "sentencepiece"}
-    for name, part in config.parts.items():
-        parts[name] |= {"hash": part.hash, "bytes": _size(folder / part.path)}
+    loaded = load_parts(model)
+    config, parts = loaded.config, _describe_parts(loaded)
     return {
         "name": config.name,
-        "folder": str(folder),
+        "folder": str(loaded.folder),
         "image_size": config.image_size,
         "styles": config.styles,
         "languages": config.languages,
@@ -56,8 +40,30 @@ def describe(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
         "model_hash": config.model_hash,
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
-        "memory": _plans(generator.config, tokenizer.config, dtype),
+        "memory": _plans(loaded.generator.config, loaded.tokenizer.config, dtype),
     }
+
+
+def _describe_parts(loaded: ModelParts) -> dict[str, dict[str, Any]]:
+    """What is told of each part; the optional ones are read here, to check their hashes."""
+    folder, config = loaded.folder, loaded.config
+    parts: dict[str, dict[str, Any]] = {}
+    for name, module in (("tokenizer", loaded.tokenizer), ("generator", loaded.generator)):
+        count = sum(parameter.numel() for parameter in module.parameters())
+        parts[name] = {"parameters": count, "dtype": _dtype_name(next(iter(module.state_dict().values())))}
+    for name in config.parts.keys() & set(OPTIONAL_PARTS):
+        stored = folder / config.parts[name].path
+        check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
+        tensors = list(load_file(stored / "model.safetensors").values())
+        parts[name] = {"parameters": sum(tensor.numel() for tensor in tensors), "dtype": _dtype_name(tensors[0])}
+    parts["text"] = {"pieces": loaded.text.vocab_size, "dtype": "sentencepiece"}
+    for name, part in config.parts.items():
+        parts[name] |= {"hash": part.hash, "bytes": _size(folder / part.path)}
+    return parts
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _describe_preset(name: str, dtype: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +27,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer, TextTokenizer]:
+@dataclass(frozen=True)
+class ModelParts:
+    """What a model directory holds for drawing, and the directory itself."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: VQVAE
+    generator: Transformer
+    text: TextTokenizer
+
+
+def load_parts(model: str | Path) -> ModelParts:
     """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
     folder = find_model(model)
     config = read_model_config(folder)
     tokenizer = load_part(VQVAE, folder / config.parts["tokenizer"].path)
     generator = load_part(Transformer, folder / config.parts["generator"].path)
-    # the hashes vouch for it; CogView's text model has no byte pieces
+    # byte pieces are not required: CogView's text model has none, and the hash shows that this is the right model
     text = TextTokenizer(folder / config.parts["text"].path, needs_bytes=False)
     hashes = {
         "tokenizer": content_hash(tokenizer),
@@ -44,30 +56,21 @@ def load_parts(model: str | Path) -> tuple[Path, ModelConfig, VQVAE, Transformer
     check_pairing(generator.config.tokenizer_hash, generator.config.text_hash, hashes)
     if config.image_size % tokenizer.config.stride:
         raise ModelError(f"{folder}: image_size must be a multiple of {tokenizer.config.stride}")
-    return folder, config, tokenizer, generator, text
+    return ModelParts(folder, config, tokenizer, generator, text)
 
 
 class LoadedModel:
     """The parts of a model, checked and on their device.
 
     `source` is what `load` was asked for, `folder` where it was found; `adapter` describes the style that the generator
-    has been given, if any.
+    has been given, if any. `grid` is the height and the width of a picture in codes.
     """
 
-    def __init__(
-        self,
-        source: str,
-        folder: Path,
-        config: ModelConfig,
-        tokenizer: VQVAE,
-        generator: Transformer,
-        text: TextTokenizer,
-        adapter: AdapterConfig | None = None,
-    ) -> None:
-        self.adapter = adapter
-        self.source, self.folder, self.config = source, folder, config
-        self.tokenizer, self.generator, self.text = tokenizer, generator, text
-        side = config.image_size // tokenizer.config.stride
+    def __init__(self, source: str, parts: ModelParts, adapter: AdapterConfig | None = None) -> None:
+        self.source, self.adapter = source, adapter
+        self.folder, self.config = parts.folder, parts.config
+        self.tokenizer, self.generator, self.text = parts.tokenizer, parts.generator, parts.text
+        side = self.config.image_size // self.tokenizer.config.stride
         self.grid = (side, side)
 
     @property
@@ -76,7 +79,7 @@ class LoadedModel:
 
     @cached_property
     def memory(self) -> DrawingMemory:
-        """What drawing takes."""
+        """The memory that drawing takes."""
         dtype = self.generator.embed.weight.dtype
         options = self.config.default_sampling
         return plan_drawing(

@@ -1,4 +1,4 @@
-"""What all routes share: the engine behind a request, deadlines, clients that leave, and what a picture is sent as."""
+"""What all routes share: the models behind a request, deadlines, clients that leave, and JSON responses."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, TypeAdapter
 
 from mmwudao.service import schemas
-from mmwudao.service.errors import ClientGone, Late, ServiceError
-from mmwudao.service.incoming import Incoming
-from mmwudao.service.queues import Engine
+from mmwudao.service.errors import ClientGone, DeadlineExceeded, ServiceError
+from mmwudao.service.inputs import InputDecoder
+from mmwudao.service.queues import Served, ServiceQueues
+from mmwudao.service.settings import ServiceConfig
 
 T = TypeVar("T")
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": schemas.Error, "description": "The request cannot be answered as it is; 429: now."},
+    "4XX": {"model": schemas.Error, "description": "The request cannot be answered as it is; 429: not now."},
     "5XX": {"model": schemas.Error, "description": "Not the client's fault; 504: the deadline has passed."},
 }
 
@@ -29,34 +31,52 @@ ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 prompts_log = logging.getLogger("mmwudao.service.prompts")
 
 
-# dependencies are coroutines, though nothing waits in them: FastAPI calls a plain function in a thread
-async def engine_of(request: Request) -> Engine:
-    """A dependency of routes."""
-    engine: Engine = request.app.state.engine
-    return engine
+@dataclass(frozen=True)
+class Backend:
+    """What the routes work with."""
+
+    queues: ServiceQueues
+    decoder: InputDecoder
+
+    @property
+    def served(self) -> Served:
+        return self.queues.served
+
+    @property
+    def config(self) -> ServiceConfig:
+        return self.queues.config
+
+    def log_prompt(self, what: str, text: str) -> None:
+        """Log what a client wrote, if the operator asked for it."""
+        if self.config.log_prompts:
+            prompts_log.info("%s: %r", what, text)
 
 
-async def incoming_of(request: Request) -> Incoming:
+# a coroutine, though nothing waits in it: FastAPI calls a plain function in a thread
+async def backend_of(request: Request) -> Backend:
     """A dependency of routes."""
-    incoming: Incoming = request.app.state.incoming
-    return incoming
+    backend: Backend = request.app.state.backend
+    return backend
+
+
+TheBackend = Annotated[Backend, Depends(backend_of)]
 
 
 async def answer_in_time(request: Request, work: Awaitable[T], seconds: float) -> T:
-    """The result of `work`, which is cancelled when the client leaves (`ClientGone`) or time is up (`Late`).
+    """The result of `work`, which is cancelled when the client leaves or the time is up.
 
-    The request's body must have been read.
+    The request's body must have been read. Raises `ClientGone`, `DeadlineExceeded`, and what `work` raises.
     """
-    # `work` runs in the request's own task, which costs less than one for it
+    # `work` runs in the request's own task: a task of its own would cost more
     task = asyncio.current_task()
     assert task is not None
-    gone = asyncio.create_task(_gone(request, task))
+    gone = asyncio.create_task(_cancel_when_gone(request, task))
     try:
         async with asyncio.timeout(seconds) as clock:
             return await work
     except TimeoutError as error:
         if clock.expired():
-            raise Late(f"not done within {seconds:g} s") from error
+            raise DeadlineExceeded(f"not done within {seconds:g} s") from error
         raise
     except asyncio.CancelledError as error:
         if gone.done() and not gone.cancelled():
@@ -67,8 +87,8 @@ async def answer_in_time(request: Request, work: Awaitable[T], seconds: float) -
         gone.cancel()
 
 
-async def _gone(request: Request, task: asyncio.Task[Any]) -> None:
-    """Cancel `task` when the client leaves, or does not send what it announced though nothing asks for it."""
+async def _cancel_when_gone(request: Request, task: asyncio.Task[Any]) -> None:
+    """Cancel `task` when the client leaves, or when a body that no route reads does not arrive as announced."""
     with contextlib.suppress(ServiceError):
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -76,12 +96,6 @@ async def _gone(request: Request, task: asyncio.Task[Any]) -> None:
 
 
 def json_response(answer: BaseModel | dict[str, Any]) -> Response:
-    """`answer` as JSON, by pydantic's serialiser, which is quick with vectors."""
+    """`answer` as JSON, by pydantic's serialiser, which is fast with vectors."""
     content = answer.model_dump_json() if isinstance(answer, BaseModel) else ANYTHING.dump_json(answer)
     return Response(content, media_type="application/json")
-
-
-def log_prompt(engine: Engine, what: str, text: str) -> None:
-    """What clients wrote goes to the log only where the operator asked for it."""
-    if engine.config.log_prompts:
-        prompts_log.info("%s: %r", what, text)

@@ -1,7 +1,7 @@
-"""The micro-batcher: what different requests ask for is computed together, in a thread, behind a bounded queue.
+"""Bounded queues, and the micro-batcher: inputs of different requests are computed together, in a thread.
 
-Items of one key may share a call of `run`. A call takes what waits, at most `max_batch`, oldest first; while it runs,
-the next batch gathers.
+Items with the same key may share a call of `run`. A call takes at most `max_batch` of the waiting items, oldest first;
+while it runs, the next batch gathers.
 """
 
 from __future__ import annotations
@@ -9,81 +9,57 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from mmwudao.service.errors import Busy
+from mmwudao.service.errors import QueueFull
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Watch = Callable[[str, int, float], None]  # is told of every batch: the queue's name, the batch's size, and seconds
 
 LONGEST_RETRY = 60  # s
 SMOOTHING = 0.1  # weight of the newest batch in the mean time that an item takes
 
 
-class _Waiting(NamedTuple, Generic[Item, Result]):
-    item: Item
-    key: Hashable
-    future: asyncio.Future[Result]
+def _ignore(name: str, size: int, seconds: float) -> None:
+    pass
 
 
-class Batcher(Generic[Item, Result]):
-    """Runs `run`, which gives one result an item, on items of many callers.
+class WorkQueue(ABC, Generic[Item, Result]):
+    """Admits at most `limit` items at a time, in `reserve`. Use it inside the event loop that called `start`."""
 
-    `limit` items are admitted at a time, in `reserve`; `window` is how many seconds a batch that is not full waits for
-    more. `begin` is called first in each of the `workers` threads; `watch(name, size, seconds)` is told of every batch.
-    Use it inside the event loop that called `start`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        run: Callable[[list[Item]], Sequence[Result]],
-        *,
-        max_batch: int,
-        limit: int,
-        window: float = 0.0,
-        workers: int = 1,
-        begin: Callable[[], None] = lambda: None,
-        key: Callable[[Item], Hashable] = lambda item: None,
-        watch: Callable[[str, int, float], None] = lambda name, size, seconds: None,
-    ) -> None:
+    def __init__(self, name: str, limit: int, workers: int = 1, watch: Watch = _ignore) -> None:
         self.name, self.limit = name, limit
-        self._run, self._begin, self._key, self._watch = run, begin, key, watch
-        self._max_batch, self._window, self._workers = max_batch, window, workers
+        self._workers, self._watch = workers, watch
         self._reserved = 0
-        self._seconds_an_item = 0.0
-        self._waiting: deque[_Waiting[Item, Result]] = deque()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._seconds_per_item = 0.0
 
     @property
     def reserved(self) -> int:
-        """Items admitted and not yet done: those that are still being prepared, that wait, and that are computed."""
+        """Items admitted and not yet done: being prepared, waiting, or being computed."""
         return self._reserved
 
+    @abstractmethod
     def start(self) -> None:
-        self._arrived = asyncio.Event()
-        self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix=self.name, initializer=self._begin)
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._workers)]
+        """Begin to work on what is submitted."""
 
     async def stop(self) -> None:
-        """Finish what was admitted, then end the threads."""
+        """Finish what was admitted."""
         while self._reserved:
             await asyncio.sleep(0.01)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._executor.shutdown)
 
     @asynccontextmanager
     async def reserve(self, count: int) -> AsyncIterator[None]:
-        """Room for `count` items while the block runs. Raises `Busy` at once when there is none."""
+        """Room for `count` items while the block runs. Raises `QueueFull` at once when there is none."""
         if self._reserved + count > self.limit:
-            wait = math.ceil(self._reserved * self._seconds_an_item)
-            raise Busy(
+            wait = math.ceil(self._reserved * self._seconds_per_item)
+            raise QueueFull(
                 f"the queue for {self.name} is full ({self._reserved} of {self.limit}): try again later",
                 min(LONGEST_RETRY, max(1, wait)),
             )
@@ -93,8 +69,72 @@ class Batcher(Generic[Item, Result]):
         finally:
             self._reserved -= count
 
+    @abstractmethod
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """The result of each item, for which room was reserved. Items of a caller that is cancelled are not begun."""
+        """The result of each item, for which room was reserved. Cancelling this drops the items not yet begun."""
+
+    def _record(self, size: int, seconds: float) -> None:
+        """Note how long a batch took, for `Retry-After` and the metrics."""
+        each = seconds / size / self._workers
+        if self._seconds_per_item:
+            self._seconds_per_item += SMOOTHING * (each - self._seconds_per_item)
+        else:
+            self._seconds_per_item = each
+        self._watch(self.name, size, seconds)
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How a `Batcher` batches: a batch that is not full waits `window` seconds for more; `workers` run at a time."""
+
+    limit: int
+    max_batch: int = 1
+    window: float = 0.0
+    workers: int = 1
+
+
+class _Waiting(NamedTuple, Generic[Item, Result]):
+    item: Item
+    key: Hashable
+    future: asyncio.Future[Result]
+
+
+class Batcher(WorkQueue[Item, Result]):
+    """Runs `run`, which returns one result per item, on items of many callers.
+
+    `begin` is called first in each worker thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[list[Item]], Sequence[Result]],
+        limits: BatchLimits,
+        *,
+        begin: Callable[[], None] | None = None,
+        key: Callable[[Item], Hashable] = lambda item: None,
+        watch: Watch = _ignore,
+    ) -> None:
+        super().__init__(name, limits.limit, limits.workers, watch)
+        self._run, self._begin, self._key, self._limits = run, begin, key, limits
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._arrived = asyncio.Event()
+        self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix=self.name, initializer=self._begin)
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._workers)]
+
+    async def stop(self) -> None:
+        """Finish what was admitted, then end the threads."""
+        await super().stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._executor.shutdown)
+
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """See `WorkQueue.submit`."""
         loop = asyncio.get_running_loop()
         entries = [_Waiting[Item, Result](item, self._key(item), loop.create_future()) for item in items]
         self._waiting.extend(entries)
@@ -105,7 +145,7 @@ class Batcher(Generic[Item, Result]):
         finally:
             for future in futures:
                 if not future.cancel() and not future.cancelled():
-                    future.exception()  # looked at, so that asyncio does not complain of those behind the first
+                    future.exception()  # asyncio warns of exceptions that nobody retrieves
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -113,8 +153,8 @@ class Batcher(Generic[Item, Result]):
             while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
-            if self._window and len(self._waiting) < self._max_batch:
-                await asyncio.sleep(self._window)
+            if self._limits.window and len(self._waiting) < self._limits.max_batch:
+                await asyncio.sleep(self._limits.window)
             batch = self._take()
             if not batch:
                 continue
@@ -126,13 +166,13 @@ class Batcher(Generic[Item, Result]):
             else:
                 for entry, result in zip(batch, results, strict=True):
                     _settle(entry.future, result)
-            self._note(len(batch), time.perf_counter() - started)
+            self._record(len(batch), time.perf_counter() - started)
 
     def _take(self) -> list[_Waiting[Item, Result]]:
-        """The oldest item and those behind it with its key, out of the queue; who has left is dropped."""
+        """Take the oldest item and those with its key out of the queue; items whose caller has left are dropped."""
         batch: list[_Waiting[Item, Result]] = []
         others: list[_Waiting[Item, Result]] = []
-        while self._waiting and len(batch) < self._max_batch:
+        while self._waiting and len(batch) < self._limits.max_batch:
             entry = self._waiting.popleft()
             if entry.future.done():
                 continue
@@ -146,7 +186,7 @@ class Batcher(Generic[Item, Result]):
         return results
 
     async def _run_alone(self, batch: list[_Waiting[Item, Result]], error: Exception) -> None:
-        """After a batch failed: each item by itself, so that one client's input fails for that client only."""
+        """Run each item of a failed batch by itself, so that one client's input fails for that client only."""
         loop = asyncio.get_running_loop()
         for entry in batch:
             if entry.future.done():
@@ -161,14 +201,6 @@ class Batcher(Generic[Item, Result]):
                     entry.future.set_exception(own)
             else:
                 _settle(entry.future, results[0])
-
-    def _note(self, size: int, seconds: float) -> None:
-        each = seconds / size / self._workers
-        if self._seconds_an_item:
-            self._seconds_an_item += SMOOTHING * (each - self._seconds_an_item)
-        else:
-            self._seconds_an_item = each
-        self._watch(self.name, size, seconds)
 
 
 def _settle(future: asyncio.Future[Result], result: Result) -> None:

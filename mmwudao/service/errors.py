@@ -1,14 +1,26 @@
-"""Errors that a client is told of, in the form of OpenAI's API, and never with a traceback."""
+"""Errors as clients read them: in the form of OpenAI's API, and never with a traceback.
+
+`as_http_error` is the one place that decides what an exception is answered with: routes, streams and the replicas of
+Ray Serve all use it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+
+from data.images import ImageTooLarge
+from generation.drawing.memory import NotEnoughMemory
+from retrieval.collections.base import IdsThere
+
+OUR_PACKAGES = frozenset({"data", "vqvae", "generation", "retrieval", "mmwudao"})
 
 
 class ServiceError(HTTPException):
@@ -29,7 +41,7 @@ class ServiceError(HTTPException):
 
 
 class BadInput(ServiceError):
-    """Something in the request cannot be used."""
+    """The request cannot be answered as it is."""
 
 
 class Unauthorized(ServiceError):
@@ -43,19 +55,19 @@ class Unauthorized(ServiceError):
 
 
 class Forbidden(ServiceError):
-    """Asked from where nobody may ask."""
+    """The request comes under a host name that is not allowed."""
 
     status = 403
 
 
 class NotFound(ServiceError):
-    """No such item, model, or ability of this server."""
+    """This server has no such item, model or ability."""
 
     status = 404
 
 
-class Slow(ServiceError):
-    """The body does not arrive."""
+class BodyTimeout(ServiceError):
+    """The body did not arrive in time."""
 
     status = 408
 
@@ -65,25 +77,25 @@ class Slow(ServiceError):
 
 
 class Conflict(ServiceError):
-    """What was to be added is there already."""
+    """An item to be added exists already."""
 
     status = 409
 
 
 class TooLarge(ServiceError):
-    """Beyond a cap on bytes or pixels."""
+    """The request exceeds a limit on bytes or pixels."""
 
     status = 413
 
 
 class ClientGone(ServiceError):
-    """The client left; nobody reads the answer. The status is nginx's."""
+    """The client left before the answer. The status is nginx's."""
 
     status = 499
 
 
-class Busy(ServiceError):
-    """A full queue: try again after `retry_after` seconds."""
+class QueueFull(ServiceError):
+    """A queue, or the service, is full: try again after `retry_after` seconds."""
 
     status = 429
     kind = "rate_limit_error"
@@ -93,24 +105,87 @@ class Busy(ServiceError):
         self.headers = {"Retry-After": str(retry_after)}
 
 
-class Late(ServiceError):
-    """Accepted, but not done by the deadline."""
+class Unavailable(ServiceError):
+    """The server cannot answer now, through no fault of the client's."""
+
+    status = 503
+    kind = "server_error"
+
+
+class ReplicaLost(Unavailable):
+    """A replica of Ray Serve ended under a request."""
+
+
+class DeadlineExceeded(ServiceError):
+    """The request was accepted, but not done by the deadline."""
 
     status = 504
     kind = "timeout_error"
 
 
-def error_record(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+class ClientsGone(Exception):
+    """All clients that waited for a picture or a caption have left."""
+
+
+def as_http_error(error: Exception) -> HTTPException:
+    """What the client is told of an exception: a user's mistake is a 4xx, anything unexpected a 500 without details."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, RequestValidationError):
+        return invalid(error)
+    if isinstance(error, ValueError) and is_users_mistake(error):
+        return refusal(error)
+    return HTTPException(500, "the server failed")
+
+
+def is_users_mistake(error: ValueError) -> bool:
+    """Whether our own code raised this: there a `ValueError` means bad input. One that a library raised is our bug."""
+    if type(error).__module__.partition(".")[0] in OUR_PACKAGES:
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return str(module).partition(".")[0] in OUR_PACKAGES
+
+
+def refusal(error: ValueError, param: str | None = None) -> ServiceError:
+    """The 4xx for a user's mistake in the field `param` of the request, with the message of `error`.
+
+    Too little memory is the operator's affair: 503.
+    """
+    if isinstance(error, NotEnoughMemory):
+        return Unavailable("the server has too little memory left: try again later")
+    kind: type[ServiceError] = BadInput
+    if isinstance(error, ImageTooLarge):
+        kind = TooLarge
+    elif isinstance(error, IdsThere):
+        kind = Conflict
+    return kind(str(error), param=param)
+
+
+@contextmanager
+def refusals(param: str | None = None) -> Iterator[None]:
+    """A user's mistake inside raises a `ServiceError` that names the field `param` of the request."""
+    try:
+        yield
+    except ValueError as error:
+        if not is_users_mistake(error):
+            raise
+        raise refusal(error, param) from error
+
+
+def error_record(error: HTTPException) -> dict[str, Any]:
     """The JSON of an error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    kind = getattr(error, "kind", "invalid_request_error" if error.status_code < 500 else "server_error")
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
 def error_response(error: HTTPException) -> Response:
     """The response for an error of ours or of the framework."""
-    kind = getattr(error, "kind", "invalid_request_error" if error.status_code < 500 else "server_error")
-    record = error_record(str(error.detail), kind, getattr(error, "param", None), getattr(error, "code", None))
     # ASCII: what a client sent may hold lone surrogates, which UTF-8 cannot
-    return Response(json.dumps(record), error.status_code, error.headers, "application/json")
+    return Response(json.dumps(error_record(error)), error.status_code, error.headers, "application/json")
 
 
 def invalid(error: RequestValidationError | ValidationError) -> BadInput:

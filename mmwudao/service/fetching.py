@@ -28,7 +28,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, also inside an address that wraps another."""
+    """Whether an IP address belongs to the public internet; an address inside another (NAT64, 6to4, ...) counts."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -45,7 +45,7 @@ def is_public(address: str) -> bool:
 
 
 class PublicBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to public addresses only, to the very address that was checked: a name is resolved once."""
+    """Connects to public addresses only. A name is resolved once, so the address used is the one that was checked."""
 
     def __init__(self, resolve: Resolve = resolve, backend: httpcore2.AsyncNetworkBackend | None = None) -> None:
         self._resolve = resolve

@@ -1,4 +1,4 @@
-"""Who may ask: bearer keys, and which addresses may be listened on without one."""
+"""Bearer keys, and the addresses that a service without keys may listen on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ KEYS_VARIABLE = "MMWUDAO_KEYS"
 SHORTEST_KEY = 16  # characters
 
 
-def read_keys(path: Path | None) -> tuple[str, ...]:
+def read_keys(path: Path | str | None) -> tuple[str, ...]:
     """Keys of a file, one a line ('#' begins a comment), and of the environment variable, separated by spaces.
 
     Raises `ValueError` for a file that is missing or holds no key, and for a key that is short or not plain ASCII.
     """
     keys = os.environ.get(KEYS_VARIABLE, "").split()
     if path is not None:
+        path = Path(path)
         if not path.is_file():
             raise ValueError(f"no file of keys at {path}")
         try:
@@ -36,7 +37,7 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class KeyRing:
-    """The known keys, as digests: what is compared has one length, whatever was sent."""
+    """The known keys, as digests: all that is compared has the same length."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [sha256(key.encode()).digest() for key in keys]
@@ -45,10 +46,10 @@ class KeyRing:
         return bool(self._digests)
 
     def accepts(self, authorization: bytes) -> bool:
-        """Whether the value of an `Authorization` header is `Bearer` and a known key; in a time that tells nothing."""
+        """Whether the value of an `Authorization` header is `Bearer` and a known key, in time that reveals nothing."""
         scheme, _, given = authorization.partition(b" ")
         digest = sha256(given.strip()).digest()
-        # all are compared: no early end
+        # compare with all keys: an early end would reveal which one matched
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(found)
 
@@ -64,7 +65,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_binding(host: str, keys: Sequence[str]) -> None:
-    """`ValueError` for an address that others can reach, unless a key is asked for."""
+    """Raises `ValueError` for an address that others can reach, unless there are keys."""
     if not keys and not is_loopback(host):
         raise ValueError(
             f"listening on {host} lets others in: give keys (--keys-file, or {KEYS_VARIABLE}), or keep to 127.0.0.1"

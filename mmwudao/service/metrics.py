@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests, batches, queues, pictures."""
+"""Metrics for Prometheus: requests, batches and queues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """One service's counters, in a registry of their own."""
+    """The metrics of one service, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

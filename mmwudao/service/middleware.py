@@ -1,4 +1,4 @@
-"""What every request passes before any of it is parsed: the key, the caps on bodies, and the books afterwards."""
+"""ASGI middleware around the application: it checks keys and bounds bodies, counts requests, and logs them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmwudao.service.errors import (
     BadInput,
-    Busy,
+    BodyTimeout,
     ClientGone,
     Forbidden,
+    QueueFull,
     ServiceError,
-    Slow,
     TooLarge,
     Unauthorized,
     error_response,
@@ -24,15 +24,15 @@ from mmwudao.service.keys import KeyRing, is_loopback
 from mmwudao.service.metrics import Metrics
 from mmwudao.service.settings import ServiceConfig
 
-# what may be asked without a key: nothing in it is anybody's
+# these need no key: they hold nothing private
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_FOLDER = "/static-offline-docs/"  # the script and style of /docs
 
 log = logging.getLogger("mmwudao.service.access")
 
 
-class Gate:
-    """ASGI middleware. It sees a request before FastAPI reads its body, which FastAPI does before any dependency."""
+class AdmissionMiddleware:
+    """Admits requests. FastAPI reads a body before it calls any dependency, so no dependency could bound it."""
 
     def __init__(self, app: ASGIApp, config: ServiceConfig, metrics: Metrics) -> None:
         self._app, self.config, self._metrics = app, config, metrics
@@ -44,89 +44,89 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(self, scope, receive, send)
+        context = _RequestContext(self, scope, receive, send)
         self._requests += 1
         self._metrics.in_flight.inc()
         try:
             try:
-                self._admit(visit)
-                await self._app(scope, visit.receive, visit.send)
+                self._admit(context)
+                await self._app(scope, context.receive, context.send)
             except ServiceError as error:
-                if visit.status:
+                if context.status:
                     raise
-                await error_response(error)(scope, receive, visit.send)
+                await error_response(error)(scope, receive, context.send)
         except Exception:
-            visit.failed = True  # the framework's answer is sent outside of this
+            context.failed = True  # the framework sends its answer outside this middleware
             raise
         finally:
             self._requests -= 1
-            self._bodies -= visit.held
+            self._bodies -= context.held
             self._metrics.in_flight.dec()
-            self._write_down(visit)
+            self._record(context)
 
-    def _admit(self, visit: _Visit) -> None:
-        if visit.scope["path"] in OPEN_PATHS or visit.scope["path"].startswith(OPEN_FOLDER):
+    def _admit(self, context: _RequestContext) -> None:
+        if context.scope["path"] in OPEN_PATHS or context.scope["path"].startswith(OPEN_FOLDER):
             return
         if self._keys:
-            if not self._keys.accepts(visit.header(b"authorization")):
+            if not self._keys.accepts(context.header(b"authorization")):
                 raise Unauthorized("a known key is needed: send it as 'Authorization: Bearer KEY'")
-        elif not is_loopback(_host(visit.header(b"host"))):
+        elif not is_loopback(_host(context.header(b"host"))):
             # a web page may point a name of its own at this machine (DNS rebinding)
             raise Forbidden("without keys this service answers only to localhost")
-        if self._requests > self.config.max_requests and visit.scope["path"] != "/metrics":
-            raise Busy(f"{self.config.max_requests} requests are being answered: try again later")
-        length = visit.header(b"content-length")
+        if self._requests > self.config.max_requests and context.scope["path"] != "/metrics":
+            raise QueueFull(f"{self.config.max_requests} requests are being answered: try again later")
+        length = context.header(b"content-length")
         if length:
             if not length.isdigit():
                 raise BadInput("Content-Length must be a number")
-            visit.hold(int(length[:20]))
+            context.hold(int(length[:20]))
 
-    def hold(self, visit: _Visit, size: int) -> None:
-        """Count bytes of a body before they are read. Raises `TooLarge`, `Busy`."""
-        if visit.held + size > self.config.max_body:
+    def hold(self, context: _RequestContext, size: int) -> None:
+        """Count bytes of a body before they are read. Raises `TooLarge` and `QueueFull`."""
+        if context.held + size > self.config.max_body:
             raise TooLarge(f"the body of a request may have {self.config.max_body} bytes")
         if self._bodies + size > self.config.max_bodies:
-            raise Busy("too much is being sent by all clients together: try again later")
-        visit.held += size
+            raise QueueFull("too much is being sent by all clients together: try again later")
+        context.held += size
         self._bodies += size
 
-    def _write_down(self, visit: _Visit) -> None:
-        seconds = time.perf_counter() - visit.started
-        # the path as declared: paths themselves hold ids
-        route = getattr(visit.scope.get("route"), "path", "none")
-        status = visit.status or (500 if visit.failed else ClientGone.status)
-        self._metrics.requests.labels(_method(visit.scope["method"]), route, str(status)).inc()
+    def _record(self, context: _RequestContext) -> None:
+        seconds = time.perf_counter() - context.started
+        # the path as declared: actual paths hold ids
+        route = getattr(context.scope.get("route"), "path", "none")
+        status = context.status or (500 if context.failed else ClientGone.status)
+        self._metrics.requests.labels(_method(context.scope["method"]), route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
-        if status == ClientGone.status or not (visit.finished or visit.failed):
+        if status == ClientGone.status or not (context.finished or context.failed):
             self._metrics.left.labels(route).inc()
-        log.info("%s %s %s %.1f ms", visit.scope["method"], route, status, 1000 * seconds)
+        log.info("%s %s %s %.1f ms", context.scope["method"], route, status, 1000 * seconds)
 
 
-class _Visit:
-    """One request on its way: how much of its body is held, what was answered."""
+class _RequestContext:
+    """One request: how much of its body is held in memory, and how far its answer is."""
 
-    def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, admission: AdmissionMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.started = scope, time.perf_counter()
         self.status, self.arrived, self.finished, self.failed = 0, False, False, False
         self.held, self.read = 0, 0  # bytes of the body
-        self._gate, self._receive, self._send = gate, receive, send
+        self._admission, self._receive, self._send = admission, receive, send
 
     def header(self, name: bytes) -> bytes:
         headers: Iterable[tuple[bytes, bytes]] = self.scope["headers"]
         return next((value for key, value in headers if key == name), b"")
 
     def hold(self, size: int) -> None:
-        self._gate.hold(self, size)
+        self._admission.hold(self, size)
 
     async def receive(self) -> Message:
         if self.arrived:
             return await self._receive()  # waits until the client leaves
-        seconds = self._gate.config.body_deadline
+        seconds = self._admission.config.body_deadline
         try:
             async with asyncio.timeout(self.started + seconds - time.perf_counter()):
                 message = await self._receive()
         except TimeoutError as error:
-            raise Slow(f"the body did not arrive within {seconds:g} s") from error
+            raise BodyTimeout(f"the body did not arrive within {seconds:g} s") from error
         if message["type"] == "http.request":
             self.arrived = not message.get("more_body", False)
             self.read += len(message.get("body", b""))
@@ -151,5 +151,5 @@ def _host(value: bytes) -> str:
 
 
 def _method(method: str) -> str:
-    """A method's name for the books: what clients invent is one kind."""
+    """The method's name for metrics; clients may send any, so unknown ones share the name "other"."""
     return method if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH") else "other"

@@ -1,4 +1,4 @@
-"""What is served, without HTTP: the models and the collection, each behind a bounded queue of its own."""
+"""The models and the collection, each behind a bounded queue of its own; no HTTP."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from generation.drawing.decoding import full_block
-from mmwudao.pipeline import Pipeline
-from mmwudao.service.batching import Batcher
-from mmwudao.service.drawing import Commission, draw_block
+from mmwudao.service.batching import Batcher, BatchLimits, WorkQueue
 from mmwudao.service.errors import NotFound
+from mmwudao.service.generators import DrawingQueue, Generator
 from mmwudao.service.metrics import Metrics
 from mmwudao.service.settings import ServiceConfig
 from retrieval.collections.opening import Collection
@@ -25,11 +23,11 @@ from retrieval.towers.base import Towers, to_device
 from vqvae.storage.parts import content_hash
 
 T = TypeVar("T")
-Watch = Callable[[str, int, float], None]  # of a `Batcher`
+JobQueue = WorkQueue[Callable[[], Any], Any]  # runs functions
 
 
 class Embedded(NamedTuple):
-    """A vector, float32 [D] of unit length, and the tokens that were read for it."""
+    """A vector, float32 [D] of unit length, and the number of tokens read for it."""
 
     vector: NDArray[numpy.float32]
     tokens: int
@@ -37,16 +35,16 @@ class Embedded(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """What one server has; what is None it cannot do."""
+    """What one server has. A part that is None makes its routes answer 404."""
 
     name: str
     towers: Towers | None = None
-    pipeline: Pipeline | None = None
+    generator: Generator | None = None
     collection: Collection | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for nothing at all, and for a collection of other towers' vectors."""
-        if self.towers is None and self.pipeline is None:
+        """Raises `ValueError` when there is no model, and for a collection of other towers' vectors."""
+        if self.towers is None and self.generator is None:
             raise ValueError("nothing to serve: give a model")
         if self.collection is None or self.towers is None:
             return
@@ -65,92 +63,93 @@ class Served:
     @property
     def abilities(self) -> list[str]:
         """Among embed, draw, caption, search."""
-        describes = self.pipeline is not None and self.pipeline.config.describes != "no"
-        having = {"embed": self.towers, "draw": self.pipeline, "caption": describes, "search": self.collection}
-        return [name for name, there in having.items() if there is not None and there is not False]
+        describes = self.generator is not None and self.generator.config.describes != "no"
+        able = {
+            "embed": self.towers is not None,
+            "draw": self.generator is not None,
+            "caption": describes,
+            "search": self.collection is not None,
+        }
+        return [name for name, there in able.items() if there]
+
+    def close(self) -> None:
+        """Close the collection."""
+        if self.collection is not None:
+            self.collection.close()
 
 
-class Engine:
+class ServiceQueues:
     """The queues in front of what is served."""
 
     def __init__(self, served: Served, config: ServiceConfig, metrics: Metrics) -> None:
         self.served, self.config = served, config
-        watch, threads = metrics.watch_batch, torch.get_num_threads()
-        self._threads = threads
-        # several passes at a time, not all threads at one: those wait for each other at every layer, and spin,
-        # while requests and decoding need the cores
-        on_cpu = served.towers is not None and served.towers.device.type == "cpu"
-        workers = min(config.tower_workers, threads) if on_cpu else 1
-        share = partial(torch.set_num_threads, threads // workers)
-        self._whole = partial(torch.set_num_threads, threads)
-        self.texts: Batcher[str, Embedded] = Batcher(
-            "texts", self._embed_texts, max_batch=config.batch_texts, limit=config.waiting_texts,
-            window=config.window, workers=workers, begin=share, watch=watch,
-        )  # fmt: skip
-        self.images: Batcher[Tensor, Embedded] = Batcher(
-            "images", self._embed_images, max_batch=config.batch_images, limit=config.waiting_images,
-            window=config.window, workers=workers, begin=share, watch=watch,
-        )  # fmt: skip
-        self.drawings: Batcher[Commission, Any] = self._drawing_queue(watch)
-        self.tasks: Batcher[Callable[[], Any], Any] = self._task_queue(watch)
-        # pictures for tasks stay as large as they were sent: one request's are ready while another's are looked at
+        self._watch, self._threads = metrics.watch_batch, torch.get_num_threads()
+        self.texts = self._tower_queue("texts", self._embed_texts, config.waiting_texts, config.batch_texts)
+        self.images = self._tower_queue("images", self._embed_images, config.waiting_images, config.batch_images)
+        generator = served.generator
+        self._drawings = generator.drawing_queue(config, self._watch) if generator is not None else None
+        workers = generator.concurrent_tasks if generator is not None else 1
+        self.tasks = self._job_queue("tasks", config.waiting_tasks, workers)
+        # pictures for tasks keep the size they were sent in: two requests at a time hold theirs in memory
         self.decoded_tasks = asyncio.Semaphore(2)
-        self.searches: Batcher[Callable[[], Any], Any] = Batcher(
-            "searches", call_jobs, max_batch=1, limit=config.waiting_searches, workers=2, watch=watch
-        )
-        # one after the other: writers of a collection exclude each other
-        self.writes: Batcher[Callable[[], Any], Any] = Batcher(
-            "writes", call_jobs, max_batch=1, limit=config.waiting_searches, watch=watch
-        )
-        self._batchers: list[Batcher[Any, Any]] = [
-            self.texts, self.images, self.drawings, self.tasks, self.searches, self.writes
-        ]  # fmt: skip
-        for batcher in self._batchers:
-            metrics.watch_queue(batcher.name, lambda batcher=batcher: batcher.reserved)  # type: ignore[misc]
+        self.searches = self._job_queue("searches", config.waiting_searches, workers=2)
+        # one worker: writers of a collection exclude each other
+        self.writes = self._job_queue("writes", config.waiting_searches)
+        queues = (self.texts, self.images, self._drawings, self.tasks, self.searches, self.writes)
+        self._queues: list[WorkQueue[Any, Any]] = [queue for queue in queues if queue is not None]
+        for queue in self._queues:
+            metrics.watch_queue(queue.name, lambda queue=queue: queue.reserved)  # type: ignore[misc]
 
-    def _drawing_queue(self, watch: Watch) -> Batcher[Commission, Any]:
-        pipeline, config = self.served.pipeline, self.config
-        # a guided picture takes two rows of a block
-        block = full_block(pipeline.generator.config, pipeline.grid) // 2 if pipeline else 1
-        return Batcher(
-            "drawings", self._draw, max_batch=block, limit=config.waiting_drawings, window=config.drawing_window,
-            key=lambda commission: commission.drawing.options, begin=self._whole, watch=watch,
-        )  # fmt: skip
+    def _tower_queue(
+        self, name: str, run: Callable[[list[T]], list[Embedded]], limit: int, batch: int
+    ) -> Batcher[T, Embedded]:
+        # several passes at a time, each with a share of the threads: the threads of a single pass wait for each other
+        # at every layer, and spin, while requests and decoding need the cores
+        on_cpu = self.served.towers is not None and self.served.towers.device.type == "cpu"
+        workers = min(self.config.tower_workers, self._threads) if on_cpu else 1
+        share = partial(torch.set_num_threads, self._threads // workers)
+        limits = BatchLimits(limit, batch, self.config.window, workers)
+        return Batcher(name, run, limits, begin=share, watch=self._watch)
 
-    def _task_queue(self, watch: Watch) -> Batcher[Callable[[], Any], Any]:
-        limit = self.config.waiting_tasks
-        return Batcher("tasks", call_jobs, max_batch=1, limit=limit, begin=self._whole, watch=watch)
+    def _job_queue(self, name: str, limit: int, workers: int = 1) -> JobQueue:
+        all_threads = partial(torch.set_num_threads, self._threads)
+        return Batcher(name, run_jobs, BatchLimits(limit, workers=workers), begin=all_threads, watch=self._watch)
 
     def start(self) -> None:
-        for batcher in self._batchers:
-            batcher.start()
+        for queue in self._queues:
+            queue.start()
 
     async def stop(self) -> None:
         """Finish what was accepted."""
-        for batcher in self._batchers:
-            await batcher.stop()
-        torch.set_num_threads(self._threads)  # what a thread sets for itself is also what later threads begin with
+        for queue in self._queues:
+            await queue.stop()
+        torch.set_num_threads(self._threads)  # a new thread begins with what the last call set, in whichever thread
 
     @property
     def towers(self) -> Towers:
-        return _there(self.served.towers, "towers: it makes no vectors")
+        """Raises `NotFound` when the server has none; so do `generator`, `drawings` and `collection`."""
+        return _require(self.served.towers, "towers: it makes no vectors")
 
     @property
-    def pipeline(self) -> Pipeline:
-        return _there(self.served.pipeline, "generator: it does not draw or describe")
+    def generator(self) -> Generator:
+        return _require(self.served.generator, "generator: it does not draw or describe")
+
+    @property
+    def drawings(self) -> DrawingQueue:
+        return _require(self._drawings, "generator: it does not draw or describe")
 
     @property
     def collection(self) -> Collection:
-        return _there(self.served.collection, "collection: it does not search")
+        return _require(self.served.collection, "collection: it does not search")
 
     def check_model(self, name: str | None) -> None:
-        """`NotFound` for a model that is not the one served."""
+        """Raises `NotFound` for a model that is not the one served."""
         if name is not None and name != self.served.name:
             message = f"no model of that name here: this server has {self.served.name!r}"
             raise NotFound(message, param="model", code="model_not_found")
 
-    async def run_task(self, queue: Batcher[Callable[[], Any], Any], job: Callable[[], T]) -> T:
-        """`job` in a thread of `queue`. Raises `Busy`."""
+    async def run_job(self, queue: JobQueue, job: Callable[[], T]) -> T:
+        """The result of `job`, which runs in a thread of `queue`. Raises `QueueFull`, and what `job` raises."""
         async with queue.reserve(1):
             result: T = (await queue.submit([job]))[0]
             return result
@@ -158,7 +157,7 @@ class Engine:
     def _embed_texts(self, texts: list[str]) -> list[Embedded]:
         towers = self.towers
         tokens = towers.tokenize(texts)
-        read = (tokens if isinstance(tokens, Tensor) else tokens["ids"]) != 0  # all kinds pad with 0
+        read = (tokens if isinstance(tokens, Tensor) else tokens["ids"]) != 0  # all kinds of towers pad with 0
         with torch.inference_mode():
             vectors = towers.encode_tokens(to_device(tokens, towers.device)).cpu().numpy()
         return [Embedded(*both) for both in zip(vectors, read.sum(dim=1).tolist(), strict=True)]
@@ -168,15 +167,12 @@ class Engine:
             vectors = self.towers.encode_image(torch.stack(pixels), len(pixels)).numpy()
         return [Embedded(vector, 0) for vector in vectors]
 
-    def _draw(self, block: list[Commission]) -> list[Any]:
-        return draw_block(self.pipeline, block)
 
-
-def call_jobs(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+def run_jobs(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     return [job() for job in jobs]
 
 
-def _there(part: T | None, missing: str) -> T:
+def _require(part: T | None, missing: str) -> T:
     if part is None:
         raise NotFound(f"this server has no {missing}")
     return part

@@ -12,16 +12,16 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from mmwudao.service import schemas
-from mmwudao.service.answering import ERRORS, answer_in_time, engine_of, incoming_of, json_response, log_prompt
+from mmwudao.service.answering import ERRORS, Backend, answer_in_time, backend_of, json_response
 from mmwudao.service.errors import BadInput, invalid
-from mmwudao.service.incoming import Incoming, Source, split_input
-from mmwudao.service.queues import Embedded, Engine
+from mmwudao.service.inputs import Source, split_input
+from mmwudao.service.queues import Embedded
 
 router = APIRouter(responses=ERRORS, tags=["vectors"])
 
 
 def _request_body() -> dict[str, Any]:
-    """What the route reads by itself, since FastAPI reads one content type a route."""
+    """The description of the body, which the route reads itself: FastAPI reads one content type per route."""
     as_json = schemas.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     as_json.pop("$defs")  # they are among the components, see `add_parts`
     files = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
@@ -36,7 +36,7 @@ def _request_body() -> dict[str, Any]:
 
 
 def add_parts(openapi: dict[str, Any]) -> None:
-    """Put what `_request_body` refers to among the components of a description."""
+    """Add the schemas that `_request_body` refers to, to the components of a description."""
     defs = schemas.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")["$defs"]
     openapi["components"]["schemas"].update(defs)
 
@@ -47,47 +47,42 @@ async def embeddings(request: Request) -> Response:
 
     Pictures are sent as data URIs in JSON, or uploaded as `file` (once or more) in multipart/form-data.
     """
-    # not dependencies: of this route clients ask most, and FastAPI's way to them takes a tenth of its time
-    engine, incoming = await engine_of(request), await incoming_of(request)
+    # not a dependency: clients call this route most, and FastAPI's dependencies take a tenth of its time
+    backend = await backend_of(request)
     sources: Sequence[Source]
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
-        body, sources = await _uploaded(request, engine)
+        body, sources = await _uploaded(request, backend)
     else:
         body = await _json_body(request)
         sources = split_input(body.input)
-    engine.check_model(body.model)
-    incoming.check_count(len(sources), engine.config.max_inputs, "input")
-    dim = engine.towers.embed_dim
+    backend.queues.check_model(body.model)
+    backend.decoder.check_count(len(sources), backend.config.max_inputs, "input")
+    dim = backend.queues.towers.embed_dim
     if body.dimensions not in (None, dim):
         raise BadInput(f"this model's vectors have {dim} dimensions", param="dimensions")
-    found = await answer_in_time(request, embed(engine, incoming, sources, "input"), engine.config.deadline)
-    return json_response(_answer(found, body.encoding_format, engine.served.name))
+    found = await answer_in_time(request, embed(backend, sources, "input"), backend.config.deadline)
+    return json_response(_response(found, body.encoding_format, backend.served.name))
 
 
-async def embed(
-    engine: Engine,
-    incoming: Incoming,
-    sources: Sequence[Source],
-    param: str,
-) -> list[Embedded]:
-    """The vector of each text, picture, or uploaded picture (bytes). Raises `ServiceError`s."""
-    towers = engine.towers
-    words = [incoming.text(source.text, param) for source in sources if isinstance(source, schemas.TextPart)]
+async def embed(backend: Backend, sources: Sequence[Source], param: str) -> list[Embedded]:
+    """The vector of each text, picture, or uploaded picture (bytes). Raises `ServiceError`s that name `param`."""
+    queues, towers = backend.queues, backend.queues.towers
+    words = [backend.decoder.text(source.text, param) for source in sources if isinstance(source, schemas.TextPart)]
     pictures = [
         source.image if isinstance(source, schemas.ImagePart) else source
         for source in sources
         if not isinstance(source, schemas.TextPart)
     ]
     for text in words:
-        log_prompt(engine, param, text)
-    # both or none: what would wait in vain takes no room
-    async with engine.texts.reserve(len(words)), engine.images.reserve(len(pictures)):
+        backend.log_prompt(param, text)
+    # room in both queues or in none: a request that is refused by one must not fill the other
+    async with queues.texts.reserve(len(words)), queues.images.reserve(len(pictures)):
         if not pictures:
-            return await engine.texts.submit(words)
-        pixels = await incoming.pictures(pictures, towers.preprocess, param)
+            return await queues.texts.submit(words)
+        pixels = await backend.decoder.pictures(pictures, towers.preprocess, param)
         if not words:
-            return await engine.images.submit(pixels)
-        both = await asyncio.gather(engine.texts.submit(words), engine.images.submit(pixels))
+            return await queues.images.submit(pixels)
+        both = await asyncio.gather(queues.texts.submit(words), queues.images.submit(pixels))
     of_texts, of_images = map(iter, both)
     return [next(of_texts if isinstance(source, schemas.TextPart) else of_images) for source in sources]
 
@@ -101,9 +96,9 @@ async def _json_body(request: Request) -> schemas.EmbeddingRequest:
         raise invalid(error) from None
 
 
-async def _uploaded(request: Request, engine: Engine) -> tuple[schemas.EmbeddingRequest, Sequence[Source]]:
-    """The options and the pictures of a form. Files have names of the client's, which are not looked at."""
-    config = engine.config
+async def _uploaded(request: Request, backend: Backend) -> tuple[schemas.EmbeddingRequest, Sequence[Source]]:
+    """The options and the pictures of a form. Clients' names of files are ignored."""
+    config = backend.config
     async with request.form(max_files=config.max_inputs, max_fields=8, max_part_size=config.max_text) as form:
         files: list[bytes] = []
         options: dict[str, str] = {}
@@ -124,8 +119,8 @@ async def _uploaded(request: Request, engine: Engine) -> tuple[schemas.Embedding
         raise invalid(error) from None
 
 
-def _answer(found: list[Embedded], encoding: str, model: str) -> dict[str, Any]:
-    """An `EmbeddingList`, as a plain dictionary: building models of it takes longer than writing it."""
+def _response(found: list[Embedded], encoding: str, model: str) -> dict[str, Any]:
+    """An `EmbeddingList` as a plain dictionary: building pydantic models of it takes longer than writing it."""
     tokens = sum(one.tokens for one in found)
     data = []
     for index, (vector, _) in enumerate(found):

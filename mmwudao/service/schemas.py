@@ -1,23 +1,36 @@
-"""What clients send and get. Unknown fields are refused, so that a misspelt option is not ignored.
+"""The bodies of requests and responses. Unknown fields are refused, so that a misspelt option is not ignored.
 
-The caps written here are those that hold for every server; `ServiceConfig` has the ones that an operator may change.
+The limits here hold for every server; `ServiceConfig` has those that an operator may change.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from generation.drawing.sampling import SamplingOptions
 
 
-class Request(BaseModel):
-    """The base of all that clients send."""
+class RequestBody(BaseModel):
+    """The base of what clients send."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Answer(BaseModel):
-    """The base of all that they get."""
+class ResponseBody(BaseModel):
+    """The base of what clients get."""
 
 
 def _no_whole_number(value: object) -> object:
@@ -44,13 +57,13 @@ Where = Annotated[
 ]
 
 
-class TextPart(Request):
-    """A text, whatever it begins with."""
+class TextPart(RequestBody):
+    """A text, even if it begins with data:image/."""
 
     text: str
 
 
-class ImagePart(Request):
+class ImagePart(RequestBody):
     """A picture: a data URI (data:image/png;base64,...), or a URL where the server allows it."""
 
     image: str
@@ -59,7 +72,7 @@ class ImagePart(Request):
 Content = str | TextPart | ImagePart
 
 
-class EmbeddingRequest(Request):
+class EmbeddingRequest(RequestBody):
     """A string is a text, or a picture if it begins with data:image/."""
 
     input: Content | Annotated[list[Content], Field(min_length=1)]
@@ -69,7 +82,7 @@ class EmbeddingRequest(Request):
     user: User = None
 
 
-class Embedding(Answer):
+class Embedding(ResponseBody):
     """One vector of unit length: numbers, or base64 of little-endian float32."""
 
     object: Literal["embedding"] = "embedding"
@@ -77,21 +90,37 @@ class Embedding(Answer):
     embedding: list[float] | str
 
 
-class Usage(Answer):
+class Usage(ResponseBody):
     """Tokens of texts; pictures have none."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingList(Answer):
+class EmbeddingList(ResponseBody):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
     usage: Usage
 
 
-class GenerationRequest(Request):
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingOptions))
+
+
+def _sampling_fields() -> dict[str, Any]:
+    """The fields of `SamplingOptions` for pydantic, each optional, with its limits and its help."""
+    hints, made = get_type_hints(SamplingOptions), {}
+    for field in fields(SamplingOptions):
+        least, most, above = (field.metadata[name] for name in ("least", "most", "above"))
+        described = Field(ge=least, le=most, gt=above, description=field.metadata["help"])
+        made[field.name] = (Annotated[hints[field.name] | None, described], None)
+    return made
+
+
+SamplingRequest: Any = create_model("SamplingRequest", __base__=RequestBody, **_sampling_fields())
+
+
+class GenerationRequest(SamplingRequest):
     """What to draw. What is not given is the model's own default."""
 
     prompt: str
@@ -100,32 +129,34 @@ class GenerationRequest(Request):
     size: Annotated[str | None, Field(description="auto, the model's own size, or twice that if it enlarges.")] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**62)] = None
     style: Annotated[str | None, Field(description="A picture family that the model knows.")] = None
-    temperature: Annotated[float | None, Field(ge=0, le=100, description="0, or from 0.01 on.")] = None
-    top_k: Annotated[int | None, Field(ge=0, lt=2**31)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    guidance: Annotated[float | None, Field(ge=0, le=100)] = None
     response_format: Annotated[Literal["b64_json"] | None, Field(description="URLs are not offered.")] = None
     output_format: Literal["png"] | None = None
     stream: Annotated[bool | None, Field(description="Server-sent events with pictures so far.")] = None
     partial_images: Annotated[int | None, Field(ge=0, le=3, description="Previews in a stream.")] = None
     user: User = None
 
-    @field_validator("temperature")
+    @field_validator(*SAMPLING_NAMES)
     @classmethod
-    def _divides(cls, temperature: float | None) -> float | None:
-        if temperature is not None and 0 < temperature < 0.01:
-            raise ValueError("0 (greedy), or from 0.01 on: logits are divided by it")
-        return temperature
+    def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
+        """What the limits of a field cannot say."""
+        if value is not None:
+            SamplingOptions(**{str(info.field_name): value})
+        return value
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options that the request gives."""
+        return self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
 
 
-class DrawnImage(Answer):
+class DrawnImage(ResponseBody):
     """A PNG that holds its own recipe."""
 
     b64_json: str
     seed: int
 
 
-class ImagesAnswer(Answer):
+class ImagesResponse(ResponseBody):
     created: int
     data: list[DrawnImage]
     size: str
@@ -135,25 +166,25 @@ class ImagesAnswer(Answer):
 Pictures = Annotated[list[str | ImagePart], Field(min_length=1, description="Data URIs, or URLs where allowed.")]
 
 
-class CaptionRequest(Request):
+class CaptionRequest(RequestBody):
     images: Pictures
     language: Annotated[str | None, Field(description="One that the model knows; default: its first.")] = None
     model: ModelName = None
 
 
-class Caption(Answer):
+class Caption(ResponseBody):
     index: int
     language: str
     caption: str
 
 
-class CaptionList(Answer):
+class CaptionList(ResponseBody):
     object: Literal["list"] = "list"
     data: list[Caption]
     model: str
 
 
-class RerankRequest(Request):
+class RerankRequest(RequestBody):
     """Which pictures show the query best?"""
 
     query: str
@@ -165,12 +196,12 @@ class RerankRequest(Request):
     model: ModelName = None
 
 
-class Ranked(Answer):
+class Ranked(ResponseBody):
     index: int
     relevance_score: float
 
 
-class RerankAnswer(Answer):
+class RerankResponse(ResponseBody):
     """Best first. Scores compare pictures for one query, not queries."""
 
     object: Literal["list"] = "list"
@@ -178,7 +209,7 @@ class RerankAnswer(Answer):
     model: str
 
 
-# what `Described` checks, for readers of the description
+# what `TextImageOrVector` checks, in the OpenAPI description
 ONE_OF_THREE: dict[str, Any] = {
     "oneOf": [
         {"required": [name], "properties": {name: {"type": kind}}}
@@ -187,7 +218,7 @@ ONE_OF_THREE: dict[str, Any] = {
 }
 
 
-class Described(Request):
+class TextImageOrVector(RequestBody):
     """Exactly one of a text, a picture and a vector."""
 
     model_config = ConfigDict(json_schema_extra=ONE_OF_THREE)
@@ -203,25 +234,25 @@ class Described(Request):
         return self
 
 
-class SearchRequest(Described):
+class SearchRequest(TextImageOrVector):
     k: Annotated[int, Field(ge=1)] = 10
     where: Where = None
 
 
-class Found(Answer):
+class SearchHit(ResponseBody):
     id: str
     score: float
     metadata: dict[str, str | bool | int | float]
 
 
-class SearchAnswer(Answer):
+class SearchResponse(ResponseBody):
     """Best first; scores are cosines."""
 
     object: Literal["list"] = "list"
-    data: list[Found]
+    data: list[SearchHit]
 
 
-class ItemBody(Described):
+class ItemBody(TextImageOrVector):
     metadata: Metadata = {}
 
 
@@ -229,52 +260,52 @@ class NewItem(ItemBody):
     id: Identifier
 
 
-class BulkRequest(Request):
+class BulkRequest(RequestBody):
     items: Annotated[list[NewItem], Field(min_length=1)]
     mode: Annotated[Literal["upsert", "add"], Field(description="add refuses ids that are there already.")] = "upsert"
 
 
-class BulkAnswer(Answer):
+class BulkResponse(ResponseBody):
     stored: int
 
 
-class StoredItem(Answer):
+class StoredItem(ResponseBody):
     id: str
     metadata: dict[str, str | bool | int | float]
     vector: Annotated[list[float] | None, Field(description="Only if asked for.")] = None
 
 
-class DeletedItem(Answer):
+class DeletedItem(ResponseBody):
     id: str
     deleted: bool
 
 
-class CollectionAnswer(Answer):
+class CollectionResponse(ResponseBody):
     count: int
     dim: int
     model: str
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseBody):
     id: str
     object: Literal["model"] = "model"
     owned_by: Literal["mmwudao"] = "mmwudao"
     can: Annotated[list[str], Field(description="Among embed, draw, caption, search.")]
 
 
-class ModelList(Answer):
+class ModelList(ResponseBody):
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class ErrorBody(Answer):
+class ErrorBody(ResponseBody):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class Error(Answer):
+class Error(ResponseBody):
     """Every answer with a status from 400 on."""
 
     error: ErrorBody

@@ -1,4 +1,4 @@
-"""One process that listens: uvicorn around the application."""
+"""One process: uvicorn around the application."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
 
 KEEP_ALIVE = 75  # s; longer than a proxy's in front, or it would see connections close under its requests
-# their warnings quote what clients wrote
+# warnings of these loggers quote what clients wrote
 QUOTING_LOGGERS = ("mmwudao.loading.loaded", "retrieval")
 
 
@@ -31,12 +31,12 @@ def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> 
         host=host,
         port=port,
         log_config=None,
-        access_log=False,  # the gate writes its own, without ids and queries
+        access_log=False,  # our middleware logs without ids and queries
         server_header=False,
-        # a proxy's word for who asks is not needed, and cannot be trusted
+        # who asks is not needed, and what a proxy's headers say of it cannot be trusted
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE,
-        # past every deadline: only who does not read the answer is cut off
+        # past every deadline: only clients that do not read their answer are cut off
         timeout_graceful_shutdown=int(max(config.deadline, config.drawing_deadline)) + 5,
     )
     return uvicorn.Server(settings)
@@ -44,20 +44,20 @@ def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> 
 
 def run(server: uvicorn.Server) -> None:
     """Serve until SIGTERM or SIGINT, and finish what was accepted."""
-    # uvicorn repeats the signal when all is done, and the default would end the process before anything is closed
+    # uvicorn raises the signal again at its end; the default handler would end the process before anything is closed
     signal.signal(signal.SIGTERM, lambda *_: None)
-    # what is loaded stays: without this the garbage collector walks a million objects of PyTorch again and again
+    # loaded objects stay: without this the garbage collector walks a million objects of PyTorch again and again
     gc.collect()
     gc.freeze()
     server.run()
 
 
 def configure_logging(log_prompts: bool) -> None:
-    """Lines on stderr. Without `log_prompts`, nothing that clients wrote."""
-    # what the format below does not show is not looked up (Python's "Logging HOWTO", Optimization)
+    """Log to stderr. Without `log_prompts`, nothing that clients wrote is logged."""
+    # the format below needs none of these (Python's "Logging HOWTO", Optimization)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # what Pillow finds odd in clients' files is no news, and Python would remember each such line for ever
+    # Pillow warns of odd files of clients, and Python would keep each such line for ever
     warnings.filterwarnings("ignore", module="PIL")
     if not log_prompts:
         for name in QUOTING_LOGGERS:

@@ -1,59 +1,105 @@
-"""What the service allows: one place for every limit."""
+"""Every option of the service, written once: `mmwudao serve`, Ray Serve and the tests read these fields.
+
+Imports nothing heavy: the command line makes its options from `ServeSettings`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from data.config import load_config
+from data.config import ConfigError, load_config
+from data.options import check_options, option
 
 
-@dataclass(frozen=True)
-class ServiceConfig:
-    """Limits of one service. Sizes are bytes, times seconds; `waiting_*` counts what was accepted and is not done."""
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What is loaded, from where, and onto which device."""
 
-    keys: tuple[str, ...] = ()  # bearer keys; none: only clients on this machine, see `keys.check_binding`
-    allow_urls: bool = False
-    log_prompts: bool = False
+    model: str = option(
+        "emoji", "The model is a shipped name, a model directory, a hub id, or a folder of towers alone."
+    )
+    towers: str | None = option(None, "Use these towers for vectors and search instead of the model's own.")
+    collection: str | None = option(
+        None, "Search this collection, a folder, a bucket or a server; it is made if it is missing."
+    )
+    durable: bool = option(False, "Make writes to the collection survive a loss of power too, which is slower.")
+    adapter: str | None = option(None, "Draw in the style in this folder, which `mmwudao train style` wrote.")
+    device: str = option("auto", "The model runs on this device: auto, cpu, cuda or mps.")
+    dtype: str = option(
+        "auto", "The model computes in auto, float32, bfloat16 or float16; int8 is auto with weights of 8 bits."
+    )
+    # as in `generation.drawing.engines`, which imports PyTorch
+    engine: Literal["auto", "modules", "fused", "graph", "compile"] = option(
+        "auto",
+        "A step of drawing is run this way; on a GPU graph is faster than auto, and compile is faster still but takes "
+        "a minute first.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """Options of the running service that have an option of their own on the command line. Times are seconds."""
+
+    allow_urls: bool = option(False, "Fetch pictures that clients name by public URLs.")
+    log_prompts: bool = option(False, "Write the texts that clients send to the log.")
+    max_requests: int = option(1024, "Answer at most this many requests at a time; others get status 429.", least=1)
+    deadline: float = option(60.0, "Answer a request within this many seconds after its acceptance.", above=0)
+    drawing_deadline: float = option(
+        600.0, "Answer a request for pictures, captions or reranking within this many seconds.", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """How many replicas Ray Serve runs, and what it reserves for each."""
+
+    tower_replicas: int = option(1, "With --ray, run this many processes that compute vectors.", least=1)
+    generator_replicas: int = option(
+        1, "With --ray, run this many processes that draw; 0 serves vectors alone.", least=0
+    )
+    cpus: float = option(1.0, "With --ray, reserve this many cores for each replica.", least=0)
+    gpus: float = option(0.0, "With --ray, reserve this many GPUs, or a part of one, for each replica.", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig(RequestOptions):
+    """Limits of one service. Sizes are bytes, times seconds; `waiting_*` counts items accepted and not yet done."""
+
+    keys: tuple[str, ...] = ()  # bearer keys; without any, only clients on this machine (`keys.check_binding`)
 
     # of one request, checked before anything is decoded
-    max_body: int = 32 * 2**20
-    max_inputs: int = 256  # texts, pictures or items
-    max_text: int = 8192  # characters
-    max_pixels: int = 2**24
-    max_pictures: int = 10  # drawn
-    max_described: int = 16  # pictures to be captioned, or ranked
-    max_hits: int = 1000
+    max_body: int = option(32 * 2**20, "The body of a request has at most this many bytes.", least=1)
+    max_inputs: int = option(256, "A request has at most this many texts, pictures or items.", least=1)
+    max_text: int = option(8192, "A text has at most this many characters.", least=1)
+    max_pixels: int = option(2**24, "A picture has at most this many pixels.", least=1)
+    max_pictures: int = option(10, "A request draws at most this many pictures.", least=1)
+    max_described: int = option(16, "A request has at most this many pictures to caption or to rank.", least=1)
+    max_hits: int = option(1000, "A search returns at most this many items.", least=1)
 
     # of all requests together
-    max_requests: int = 1024
-    max_bodies: int = 256 * 2**20
-    body_deadline: float = 60.0  # for a body to arrive
-    waiting_texts: int = 1024
-    waiting_images: int = 512
-    waiting_drawings: int = 64
-    waiting_tasks: int = 32  # requests for captions and reranking
-    waiting_searches: int = 256
+    max_bodies: int = option(256 * 2**20, "All bodies together have at most this many bytes.", least=1)
+    body_deadline: float = option(60.0, "A body arrives within this many seconds.", above=0)
+    waiting_texts: int = option(1024, "At most this many texts wait for their vectors.", least=1)
+    waiting_images: int = option(512, "At most this many pictures wait for their vectors.", least=1)
+    waiting_drawings: int = option(64, "At most this many pictures wait to be drawn.", least=1)
+    waiting_tasks: int = option(32, "At most this many requests wait for captions or reranking.", least=1)
+    waiting_searches: int = option(256, "At most this many searches wait, and as many writes.", least=1)
 
     # how requests share a pass of the model
-    batch_texts: int = 64
-    batch_images: int = 32
-    window: float = 0.002  # how long a batch that is not full waits for more
-    drawing_window: float = 0.05
-    tower_workers: int = 2  # passes of a tower at a time, which share the CPU's threads; on a GPU one
+    batch_texts: int = option(64, "A pass of the text tower reads at most this many texts.", least=1)
+    batch_images: int = option(32, "A pass of the image tower reads at most this many pictures.", least=1)
+    window: float = option(0.002, "A batch that is not full waits this many seconds for more inputs.", least=0)
+    drawing_window: float = option(0.05, "Drawings wait this many seconds for others to share their batch.", least=0)
+    tower_workers: int = option(2, "This many passes of a tower share the CPU's threads; a GPU runs one.", least=1)
 
-    deadline: float = 60.0  # for an answer, after acceptance
-    drawing_deadline: float = 600.0
-
-    max_fetch: int = 16 * 2**20
-    fetch_deadline: float = 10.0
+    max_fetch: int = option(16 * 2**20, "A picture behind a URL has at most this many bytes.", least=1)
+    fetch_deadline: float = option(10.0, "A picture behind a URL arrives within this many seconds.", above=0)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and "window" in name)):
-                raise ValueError(f"{name} must be above 0, not {value}")
+        check_options(self)
         for most, waiting in (
             (self.max_inputs, "waiting_texts"),
             (self.max_inputs, "waiting_images"),
@@ -63,9 +109,48 @@ class ServiceConfig:
                 raise ValueError(f"{waiting} must be at least {most}: one request may ask for so many")
 
 
-def with_limits(limits: Sequence[str], **options: Any) -> ServiceConfig:
-    """A configuration of `options` and of NAME=NUMBER for other fields. Raises `ValueError`."""
-    for name in (limit.partition("=")[0].strip() for limit in limits):
-        if name in options:
-            raise ValueError(f"--limit {name}: that has an option of its own")
-    return replace(load_config(ServiceConfig, overrides=limits), **options)
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(ReplicaOptions, RequestOptions, SourceOptions):
+    """What is served, and how: the options of `mmwudao serve`, and the arguments of `ray.deployments.build`."""
+
+    keys_file: str | None = option(None, "Read bearer keys, one a line, from this file, and others from MMWUDAO_KEYS.")
+    limit: list[str] = option([], "Set any other limit by NAME=NUMBER, such as waiting_texts=4096; may be repeated.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check_mode(self, by_ray: bool) -> None:
+        """Raises `ValueError` for an option that only one process has, or only the replicas of Ray Serve."""
+        if by_ray and self.device != "auto":
+            raise ValueError("with --ray, replicas work on GPUs that --gpus reserves, else on CPUs: leave out --device")
+        replicas = (getattr(self, one.name) == one.default for one in dataclasses.fields(ReplicaOptions))
+        if not by_ray and not all(replicas):
+            raise ValueError("replicas are for --ray: without it, one process has one of each")
+
+    def config(self, keys: Sequence[str]) -> ServiceConfig:
+        """The limits of the running service. Raises `ValueError` for an entry of `limit` that names no other limit."""
+        own = {one.name: getattr(self, one.name) for one in dataclasses.fields(RequestOptions)}
+        for name in (limit.partition("=")[0].strip() for limit in self.limit):
+            if name in own or name == "keys":
+                raise ValueError(f"--limit {name}: that has an option of its own")
+        return dataclasses.replace(load_config(ServiceConfig, overrides=self.limit), keys=tuple(keys), **own)
+
+
+def parse_settings(arguments: Mapping[str, Any]) -> ServeSettings:
+    """Settings of a YAML file or of NAME=VALUE arguments, whose values may be strings ("2", "true").
+
+    Raises `ConfigError` (a `ValueError`) for an unknown name or a value that does not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    known = [one.name for one in dataclasses.fields(ServeSettings)]
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"unknown option {name}; known here: {', '.join(known)}")
+    try:
+        return TypeAdapter(ServeSettings).validate_python(dict(arguments))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error":  # from `__post_init__`, which names the option
+            raise ConfigError(str(first["ctx"]["error"])) from error
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

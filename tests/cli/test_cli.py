@@ -17,12 +17,13 @@ from PIL import Image
 
 from data import atomic
 from mmwudao import pictures
-from mmwudao.cli import draw as commands_draw
+from mmwudao.cli import output
 from mmwudao.cli.app import run
+from mmwudao.loading.devices import choose_threads
 from mmwudao.loading.model_dir import copy_model
 from mmwudao.pictures import read_recipe
 
-HEAVY = ("torch", "torchvision", "numpy", "PIL", "data", "generation", "vqvae", "huggingface_hub", "yaml", "lancedb")
+HEAVY = ("torch", "torchvision", "numpy", "PIL", "vqvae", "huggingface_hub", "yaml", "lancedb")
 COMMANDS = [
     [],
     ["generate"],
@@ -249,7 +250,7 @@ def test_a_disk_that_is_read_only_or_full(
     assert generate("a") == 2
     assert "No space left on device: out" in one_error(capsys)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(commands_draw.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", read_only)
     assert generate("a") == 2
     assert "Read-only file system: out" in one_error(capsys)
     assert not (tmp_path / "out").exists()
@@ -482,7 +483,7 @@ def test_threads_follow_the_environment(chosen: str | None, monkeypatch: pytest.
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     else:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    commands_draw.choose_threads()
+    choose_threads()
     assert asked == [] if chosen else 1 <= asked[0] <= 3
 
 

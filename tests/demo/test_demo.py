@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from data.shards import ShardWriter
+from generation.drawing.sampling import SamplingOptions
 from mmwudao.cli.app import run
 from mmwudao.demo import actions as actions_module
 from mmwudao.demo import app, library
@@ -91,7 +92,7 @@ def test_drawing_shows_previews_and_gives_pictures_that_can_be_drawn_again(actio
 
 
 def test_one_picture_is_its_own_download(actions):
-    result = last(actions.draw("cat", n=1, guidance=1.5, temperature=0.7))
+    result = last(actions.draw("cat", n=1, sampling={"guidance": 1.5, "temperature": 0.7}))
     assert result.pictures == [result.download]
     assert read_recipe(result.download)["guidance"] == 1.5
     assert read_recipe(result.download)["temperature"] == 0.7
@@ -262,7 +263,7 @@ def test_bad_words_and_numbers(actions, picture):
         (lambda: list(actions.draw("cat", candidates=MAX_CANDIDATES + 1)), f"from 1 to {MAX_CANDIDATES}"),
         (lambda: list(actions.draw("cat", style="cubism")), "unknown style"),
         (lambda: list(actions.draw("cat", seed=-1)), "the seed must lie in"),
-        (lambda: list(actions.draw("cat", temperature=-1)), "temperature"),
+        (lambda: list(actions.draw("cat", sampling={"temperature": -1})), "temperature"),
         (lambda: list(actions.complete(picture, "")), EN.refusals["no_prompt"]),
         (lambda: list(actions.complete(picture, "cat", "/etc", 0.5)), "say top:0.5"),
         (lambda: list(actions.complete(picture, "cat", "top", 0.01)), "the share must leave"),
@@ -308,8 +309,11 @@ def test_every_word_is_there_in_both_languages(field):
         assert english.strip()
         assert chinese.strip()
         assert set(re.findall(r"\{\w*\}", english)) == set(re.findall(r"\{\w*\}", chinese))
-    elif isinstance(english, dict):
+    elif field == "refusals":
         assert set(english) == set(chinese) == set(typing.get_args(Reason))
+    elif field == "sampling":
+        assert set(english) == set(chinese)
+        assert all(label and info for words in (english, chinese) for label, info in words.values())
     else:
         assert len(english) == len(chinese) > 2
 
@@ -368,15 +372,34 @@ def test_the_server_serves_what_the_model_can_and_nothing_else(address):
         assert httpx2.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
 
 
+def messages_of(url: str, demo: gr.Blocks, name: str, values: list) -> list[dict]:
+    """What the server sends to a page that calls the function `name` with the values of its fields."""
+    number = next(k for k, fn in demo.fns.items() if fn.name == name)
+    body = {"data": values, "fn_index": number, "session_hash": "x"}
+    assert httpx2.post(f"{url}gradio_api/queue/join", json=body).status_code == 200
+    with httpx2.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": "x"}, timeout=60) as events:
+        return [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")]
+
+
+def test_the_controls_of_the_page_reach_the_drawing(address, tmp_path):
+    url, demo = address
+    chosen = SamplingOptions(temperature=0.5, top_k=7, top_p=0.9, min_p=0.01, guidance=1.5, window=3)
+    values = ["cat", "", "7", 1, 1, *dataclasses.astuple(chosen)]
+    *_, done = [one for one in messages_of(url, demo, "draw", values) if one["msg"] == "process_completed"]
+    assert done["success"] is True, done
+    drawn = httpx2.get(f"{url}gradio_api/file={done['output']['data'][3]['value']['path']}")
+    path = tmp_path / "picture.png"
+    path.write_bytes(drawn.content)
+    recipe = read_recipe(path)
+    assert recipe["seed"] == 7
+    assert {name: recipe[name] for name in dataclasses.asdict(chosen)} == dataclasses.asdict(chosen)
+
+
 @pytest.mark.parametrize("path", [__file__, "http://127.0.0.1:9/x.png", "../x.png"])
 def test_a_client_cannot_name_a_file(address, path):
     url, demo = address
-    number = next(k for k, fn in demo.fns.items() if fn.name == "caption")
     upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [upload, ["zh"]], "fn_index": number, "session_hash": "x"}
-    assert httpx2.post(f"{url}gradio_api/queue/join", json=body).status_code == 200
-    with httpx2.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": "x"}, timeout=30) as events:
-        messages = [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")]
+    messages = messages_of(url, demo, "caption", [upload, ["zh"]])
     (done,) = [message for message in messages if message["msg"] == "process_completed"]
     assert done["success"] is False
     assert "Traceback" not in json.dumps(messages)

@@ -16,6 +16,7 @@ import uvicorn
 from PIL import Image
 
 from mmwudao.pipeline import Pipeline, load
+from mmwudao.service.generators import LocalGenerator
 from mmwudao.service.queues import Served
 from mmwudao.service.server import make_server
 from mmwudao.service.settings import ServiceConfig
@@ -92,7 +93,7 @@ def tiny_pipeline(folder: Path) -> Pipeline:
 
 def tiny_served(folder: Path) -> Served:
     """Everything there is to serve, called "tiny"."""
-    return Served("tiny", ColourTowers().eval(), tiny_pipeline(folder), MemoryCollection())
+    return Served("tiny", ColourTowers().eval(), LocalGenerator(tiny_pipeline(folder)), MemoryCollection())
 
 
 @contextlib.contextmanager

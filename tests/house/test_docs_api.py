@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mmwudao.service.app import create_app
+from mmwudao.service.generators import LocalGenerator
 from mmwudao.service.queues import Served
 from retrieval.collections.opening import open_collection
 from tests.helpers.service_server import png, running, tiny_pipeline
@@ -32,7 +33,7 @@ def address(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "cat.png").write_bytes(png("red"))
     monkeypatch.chdir(tmp_path)
     with open_collection(tmp_path / "pictures", create=True, dim=8) as collection:
-        served = Served("emoji", ColourTowers().eval(), tiny_pipeline(tiny_model_dir), collection)
+        served = Served("emoji", ColourTowers().eval(), LocalGenerator(tiny_pipeline(tiny_model_dir)), collection)
         with running(served) as url:
             yield url
 

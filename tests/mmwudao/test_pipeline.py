@@ -22,7 +22,7 @@ from mmwudao.loading.devices import choose_dtype
 from mmwudao.loading.info import describe
 from mmwudao.loading.model_dir import assemble, copy_model, find_model, load_tokenizer, read_model_config
 from mmwudao.pictures import differing_pixels, encode_png, file_stem, grid, read_recipe, unused_path
-from mmwudao.pipeline import MAX_PICTURES, MAX_PROMPT, Pipeline, Progress
+from mmwudao.pipeline import MAX_PICTURES, MAX_PROMPT, DrawingProgress, Pipeline
 from vqvae.storage.parts import ModelError
 
 
@@ -39,7 +39,7 @@ def pixels(image: Image.Image) -> bytes:
 
 
 def test_generate_returns_pictures_with_recipes(pipe: Pipeline, tiny_model_dir: Path) -> None:
-    images = pipe.generate(["红心", "a red apple"], n=2, seed=7, style="noto", top_k=5)
+    images = pipe.generate(["红心", "a red apple"], n=2, seed=7, style="noto", sampling={"top_k": 5})
     assert [image.size for image in images] == [(32, 32)] * 4
     assert [image.info["seed"] for image in images] == [7, 8, 9, 10]
     assert [image.info["text"] for image in images[1:3]] == ["红心, noto 风格", "a red apple, noto style"]
@@ -74,7 +74,7 @@ def test_progress_counts_every_step_and_previews_grow(pipe: Pipeline) -> None:
     seen: list[tuple[int, int, int]] = []
     previews: list[list[Image.Image]] = []
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: DrawingProgress) -> None:
         seen.append((progress.done, progress.total, progress.rows))
         previews.append(progress.preview())
 
@@ -101,10 +101,11 @@ def test_progress_counts_every_step_and_previews_grow(pipe: Pipeline) -> None:
         ({"n": MAX_PICTURES + 1}, f"at most {MAX_PICTURES}"),
         ({"style": "cubism"}, "unknown style 'cubism'; this model knows: noto, twemoji"),
         ({"seed": -1}, "the seed must lie in"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"guidance": -1.0}, "guidance"),
+        ({"sampling": {"temperature": -1.0}}, "temperature"),
+        ({"sampling": {"top_k": -1}}, "top_k"),
+        ({"sampling": {"top_p": 1.5}}, "top_p"),
+        ({"sampling": {"guidance": -1.0}}, "guidance"),
+        ({"sampling": {"heat": 1.0}}, "unknown sampling option 'heat'; choose from temperature"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(pipe: Pipeline, change: dict[str, object], message: str) -> None:
@@ -307,7 +308,7 @@ def test_load_tokenizer_from_a_model_and_from_a_part(tiny_model_dir: Path) -> No
 
 
 def test_the_recipe_survives_the_png(pipe: Pipeline, tmp_path: Path) -> None:
-    image = pipe.generate("戴墨镜的笑脸 😎 قلب", seed=5, temperature=1 / 3)[0]
+    image = pipe.generate("戴墨镜的笑脸 😎 قلب", seed=5, sampling={"temperature": 1 / 3})[0]
     path = tmp_path / "picture.png"
     path.write_bytes(encode_png(image))
     recipe = read_recipe(path)

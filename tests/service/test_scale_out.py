@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,19 +21,15 @@ import pytest
 import torch
 
 from mmwudao.cli.app import run
-from mmwudao.cli.serve import load_served
-from mmwudao.pipeline import load
-from mmwudao.service.drawing import Commission
-from mmwudao.service.errors import Busy
-from mmwudao.service.settings import ServiceConfig
+from mmwudao.service.opening import open_served
+from mmwudao.service.settings import ServeSettings, ServiceConfig
 from retrieval.towers.base import save_towers
 from tests.helpers.service_server import data_uri, png, running
 from tests.helpers.tiny_towers import tiny_towers
 
 ray = pytest.importorskip("ray")
 
-from mmwudao.service.ray.deployments import ScaleOut, application, queues  # noqa: E402
-from mmwudao.service.ray.remote import GeneratorWorker, Lost, RemoteDrawings, RemotePipeline  # noqa: E402
+from mmwudao.service.ray.deployments import build, share_limits  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
@@ -50,175 +44,38 @@ def wait_for(condition, what, seconds=120):
         time.sleep(0.2)
 
 
-# the generator's side and the application's, without Ray between them
-
-
-class Response:
-    """As Ray Serve's, of a streaming call."""
-
-    def __init__(self, generator):
-        self.generator, self.cancelled = generator, False
-
-    def __aiter__(self):
-        return self.generator
-
-    def cancel(self):
-        self.cancelled = True
-
-
-class Handle:
-    """As Ray Serve's, to one worker in this process."""
-
-    def __init__(self, worker):
-        self.worker, self.responses = worker, []
-        self.draw = self
-
-    def options(self, stream):
-        assert stream
-        return self
-
-    def remote(self, wanted):
-        self.responses.append(Response(self.worker.draw(wanted)))
-        return self.responses[-1]
-
-
-def test_drawings_are_those_of_the_pipeline(tiny_model_dir):
-    pipeline = load(tiny_model_dir, "cpu", "float32")
-
-    async def draw():
-        worker = GeneratorWorker("tiny", pipeline, ServiceConfig())
-        remote: Any = RemotePipeline(cast(Any, Handle(worker)), await worker.describe())
-        assert remote.grid == pipeline.grid
-        drawings = remote.plan("红心", 3, seed=5)
-        assert drawings == pipeline.plan("红心", 3, seed=5)
-        shown = []
-        queue = RemoteDrawings(remote.handle, 4)
-        commissions = [
-            Commission(one, partial(lambda k, image: shown.append((k, image.size)), k), frozenset({1, 3}))
-            for k, one in enumerate(drawings)
-        ]
-        async with queue.reserve(3):
-            images = await queue.submit(commissions)
-            with pytest.raises(Busy):
-                async with queue.reserve(2):
-                    pass
-        assert remote.handle.responses[0].cancelled
-        return images, shown
-
-    images, shown = asyncio.run(draw())
-    assert sorted(shown) == sorted([(k, (32, 32)) for k in range(3)] * 2)
-    for image, expected in zip(images, pipeline.generate("红心", 3, seed=5), strict=True):
-        assert image.tobytes() == expected.tobytes()
-        assert image.info == expected.info
-
-
-def test_who_leaves_stops_the_drawing(tiny_model_dir):
-    pipeline = load(tiny_model_dir, "cpu", "float32")
-    begun, go_on, stopped = threading.Event(), threading.Event(), threading.Event()
-
-    def draw(drawings, on_token):
-        begun.set()
-        go_on.wait(30)
-        try:
-            on_token(1, torch.zeros(1, 4, 4))
-        except Exception:
-            stopped.set()
-            raise
-        return []
-
-    pipeline.draw = draw  # type: ignore[method-assign, assignment]
-
-    async def leave():
-        worker = GeneratorWorker("tiny", pipeline, ServiceConfig())
-        stream = worker.draw([(one, frozenset()) for one in pipeline.plan("红心", 1)])
-        waiting = asyncio.ensure_future(anext(stream))
-        await asyncio.to_thread(begun.wait, 30)
-        waiting.cancel()  # as Ray does with a cancelled call
-        await asyncio.gather(waiting, return_exceptions=True)
-        go_on.set()
-        assert await asyncio.to_thread(stopped.wait, 30)
-
-    asyncio.run(leave())
-
-
-def test_a_lost_generator_is_a_503():
-    class Gone:
-        draw = caption = property(lambda self: self)
-
-        def options(self, stream):
-            return self
-
-        def remote(self, *_):
-            return self
-
-        def result(self, timeout_s=None):
-            raise ray.exceptions.RayActorError
-
-        async def __aiter__(self):
-            raise ray.exceptions.RayActorError
-            yield
-
-        def cancel(self):
-            pass
-
-    with pytest.raises(Lost, match="try again"):
-        asyncio.run(RemoteDrawings(cast(Any, Gone()), 1).submit([]))
-    pipeline = object.__new__(RemotePipeline)
-    pipeline.handle = cast(Any, Gone())
-    with pytest.raises(Lost, match="try again"):
-        pipeline.caption([])
-    with pytest.raises(Lost, match="try again"):
-        pipeline.caption([], on_step=lambda: None)
-
-
-def test_who_leaves_cancels_a_caption():
-    class Slow:
-        caption = property(lambda self: self)
-        cancelled = False
-
-        def remote(self, *_):
-            return self
-
-        def result(self, timeout_s):
-            raise TimeoutError
-
-        def cancel(self):
-            self.cancelled = True
-
-    def leave():
-        looks.append(1)
-        if len(looks) == 3:
-            raise asyncio.CancelledError
-
-    looks: list[int] = []
-    slow, pipeline = Slow(), object.__new__(RemotePipeline)
-    pipeline.handle = cast(Any, slow)
-    with pytest.raises(asyncio.CancelledError):
-        pipeline.caption([], on_step=leave)
-    assert slow.cancelled
-
-
 # what is refused before anything is started
 
 
 def test_bad_settings(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.delenv("MMWUDAO_KEYS", raising=False)
     towers = str(save_towers(tiny_towers(), tmp_path / "tower", torch.float32))
-    settings = ScaleOut(model=str(tiny_model_dir), keyless=True)
+    settings = {"model": str(tiny_model_dir), "keyless": True}
     for changes, problem in (
         ({"keyless": False}, "give keys"),
-        ({"generator_replicas": 0}, "no towers: give --towers"),
-        ({"collection": "c"}, "no towers: give --towers"),
+        ({"keyless": "maybe"}, "keyless must be true or false"),
+        ({"generator_replicas": 0}, "no towers .* give --towers"),
+        ({"collection": "c"}, "no towers .* give --towers"),
         ({"model": "nothing"}, "no model 'nothing'"),
-        ({"model": towers, "towers": towers}, "takes no --towers"),
-        ({"model": towers, "adapter": "style"}, "without one there is no --adapter"),
-        ({"deadline": 0}, "deadline must be above 0"),
+        ({"model": towers, "towers": towers}, "takes neither --towers nor --adapter"),
+        ({"model": towers, "adapter": "style"}, "takes neither --towers nor --adapter"),
+        ({"generator_replicas": 0, "towers": towers, "adapter": "style"}, "without one there is no --adapter"),
+        ({"durable": "true"}, "give --collection"),
+        ({"device": "cpu"}, "leave out --device"),
+        ({"deadline": 0}, "deadline must be a number above 0"),
+        ({"tower_replicas": 0}, "tower_replicas must be a whole number of at least 1"),
+        ({"generator_replicas": -1}, "generator_replicas must be"),
+        ({"cpus": "many"}, "cpus: .* valid number"),
+        ({"replicas": 2}, "unknown option replicas"),
     ):
-        with pytest.raises(ValueError, match=problem):
-            application(settings.model_copy(update=changes))
-    for fields in ({"tower_replicas": 0}, {"generator_replicas": -1}, {"replicas": 2}):
-        with pytest.raises(ValueError, match=next(iter(fields))):
-            ScaleOut.model_validate(fields)
+        with pytest.raises(ValueError, match=problem) as error:
+            build(settings | changes)
+        assert "\n" not in str(error.value)
+
+
+def test_arguments_may_be_strings(tiny_model_dir, monkeypatch):
+    monkeypatch.delenv("MMWUDAO_KEYS", raising=False)
+    assert build({"model": str(tiny_model_dir), "keyless": "true", "tower_replicas": "2", "cpus": "0.5"}) is not None
 
 
 def test_bad_commands_are_one_line(tiny_model_dir, monkeypatch, capsys):
@@ -242,7 +99,7 @@ def test_bad_commands_are_one_line(tiny_model_dir, monkeypatch, capsys):
 def test_queues_are_bounded_by_what_is_behind_them():
     plain = ServiceConfig(waiting_drawings=64, waiting_tasks=32, max_pictures=10)
     for towers, generators, drawings, tasks in ((1, 1, 64, 32), (2, 1, 32, 16), (1, 3, 192, 96), (32, 1, 10, 1)):
-        front, behind = queues(plain, ScaleOut(tower_replicas=towers, generator_replicas=generators))
+        front, behind = share_limits(plain, ServeSettings(tower_replicas=towers, generator_replicas=generators))
         assert (front.waiting_drawings, front.waiting_tasks) == (drawings, tasks)
         assert (behind.waiting_drawings, behind.waiting_tasks) == (towers * drawings, towers * tasks)
         assert front.waiting_texts == plain.waiting_texts
@@ -329,7 +186,7 @@ def test_answers_are_those_of_one_server(address, options):
         "/nowhere": None,
     }
     assert ask(address, "/v1/items", {"items": described}).json() == {"stored": 3}
-    served = load_served(options["model"], options["towers"], options["collection"], None, "cpu", "auto")
+    served = open_served(ServeSettings(**options, device="cpu"))
     with running(served, ServiceConfig(keys=(KEY,))) as alone:
         for path, body in asked.items():
             found, expected = ask(address, path, body), ask(alone, path, body)
@@ -337,8 +194,7 @@ def test_answers_are_those_of_one_server(address, options):
             assert nearly(found.json(), expected.json()), path
         drawn, expected = (ask(url, "/v1/images/generations", ASKED).json()["data"] for url in (address, alone))
         assert [one["b64_json"] for one in drawn] == [one["b64_json"] for one in expected]
-    assert served.collection is not None
-    served.collection.close()
+    served.close()
     refused = ask(address, "/v1/models", key="another-key-of-16-characters")
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
@@ -371,8 +227,7 @@ def test_the_openai_client_and_both_replicas(address, client):
 
     wait_for(both, "one replica does all the work")
     kinds = [
-        event.type
-        for event in client.images.generate(model=MODEL, prompt="红心", n=1, stream=True, partial_images=2)
+        event.type for event in client.images.generate(model=MODEL, prompt="红心", n=1, stream=True, partial_images=2)
     ]
     assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert client.images.generate(model=MODEL, prompt="a red apple", n=2).size == "32x32"

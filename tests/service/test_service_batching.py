@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from mmwudao.service.batching import Batcher
-from mmwudao.service.errors import Busy
+from mmwudao.service.batching import Batcher, BatchLimits
+from mmwudao.service.errors import QueueFull
 
 
 class Recorder:
@@ -29,12 +29,12 @@ class Recorder:
         return [2 * item for item in items]
 
 
-def with_batcher(scenario, **settings):
+def with_batcher(scenario, window=0.0, **options):
     """Run `scenario(batcher, run)` on a started batcher; what it returns."""
     run = Recorder()
 
     async def main():
-        batcher = Batcher("numbers", run, **({"max_batch": 8, "limit": 16} | settings))
+        batcher = Batcher("numbers", run, BatchLimits(limit=16, max_batch=8, window=window), **options)
         batcher.start()
         try:
             return await scenario(batcher, run)
@@ -86,7 +86,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
         run.go.clear()
         accepted = asyncio.create_task(ask(batcher, *range(12)))
         await until(lambda: batcher.reserved == 12)
-        with pytest.raises(Busy, match=r"12 of 16") as refused:
+        with pytest.raises(QueueFull, match=r"12 of 16") as refused:
             await ask(batcher, *range(5))
         assert int((refused.value.headers or {})["Retry-After"]) >= 1
         run.go.set()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx2
 import pytest
 
-from mmwudao.cli.serve import load_served
+from mmwudao.service.opening import open_served
 from mmwudao.service.queues import Served
+from mmwudao.service.settings import ServeSettings
 from retrieval.collections.lance import LanceCollection
 from retrieval.collections.opening import open_collection
 from retrieval.towers.base import save_towers
@@ -58,9 +61,10 @@ def test_metadata_that_does_not_fit_is_the_clients_mistake(address):
 
 def test_the_service_takes_durable_for_its_collection(tmp_path):
     towers = str(save_towers(tiny_towers(), tmp_path / "towers"))
-    served = load_served(towers, None, str(tmp_path / "items"), None, "cpu", "auto", durable=True)
+    settings = ServeSettings(model=towers, collection=str(tmp_path / "items"), device="cpu", durable=True)
+    served = open_served(settings)
     assert isinstance(served.collection, LanceCollection)
     assert served.collection.durable
-    served.collection.close()
+    served.close()
     with pytest.raises(ValueError, match="give --collection"):
-        load_served(towers, None, None, None, "cpu", "auto", durable=True)
+        open_served(replace(settings, collection=None))

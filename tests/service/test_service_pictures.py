@@ -19,7 +19,9 @@ from generation.captions import describe
 from generation.drawing.decoding import generate_codes
 from generation.drawing.sampling import SamplingOptions
 from mmwudao.loading.model_dir import Part
-from mmwudao.service.drawing import Commission, NobodyWaits, draw_block, rows_of_previews
+from mmwudao.service.draw_requests import DrawRequest, draw_block, rows_of_previews
+from mmwudao.service.errors import ClientsGone
+from mmwudao.service.generators import LocalGenerator
 from mmwudao.service.settings import ServiceConfig
 from tests.helpers.service_server import data_uri, png, running, tiny_pipeline, tiny_served
 from tests.helpers.tiny_towers import ColourTowers
@@ -84,9 +86,9 @@ def test_an_exception_of_on_token_stops_drawing(pipe):
     def stop(step, codes):
         seen.append(step)
         if step == 3:
-            raise NobodyWaits
+            raise ClientsGone
 
-    with pytest.raises(NobodyWaits):
+    with pytest.raises(ClientsGone):
         generate_codes(pipe.generator, [[1], [2]], [1, 2], SamplingOptions(), grid=(4, 4), on_token=stop)
     assert seen == [1, 2, 3]
     assert not pipe.generator.training
@@ -94,7 +96,7 @@ def test_an_exception_of_on_token_stops_drawing(pipe):
 
 def test_pictures_of_different_clients_in_one_block_are_what_they_are_alone(pipe):
     drawings = [*pipe.plan("红心", 2, seed=5), *pipe.plan("a red apple", 1, seed=9, style="noto")]
-    together = draw_block(pipe, [Commission(one) for one in drawings])
+    together = draw_block(pipe, [DrawRequest(one) for one in drawings])
     alone = [*pipe.generate("红心", 2, seed=5), *pipe.generate("a red apple", seed=9, style="noto")]
     assert [one.tobytes() for one in together] == [one.tobytes() for one in alone]
     assert [one.info for one in together] == [one.info for one in alone]
@@ -102,14 +104,35 @@ def test_pictures_of_different_clients_in_one_block_are_what_they_are_alone(pipe
 
 def test_a_block_goes_on_for_who_stays_and_stops_when_all_have_left(pipe):
     shown: list[Image.Image] = []
-    one, other = (Commission(drawing, shown.append, frozenset({1, 2})) for drawing in pipe.plan("cat", 2, seed=1))
+    one, other = (DrawRequest(drawing, shown.append, frozenset({1, 2})) for drawing in pipe.plan("cat", 2, seed=1))
     one.gone = True
     images = draw_block(pipe, [one, other])
     assert images[1].tobytes() == pipe.generate("cat", seed=2)[0].tobytes()
     assert len(shown) == 2  # of the one who stayed
     other.gone = True
-    with pytest.raises(NobodyWaits):
+    with pytest.raises(ClientsGone):
         draw_block(pipe, [one, other])
+
+
+class PassesOfAWindow:
+    """A pipeline of 4 x 4 codes whose passes end inside rows, or several rows further."""
+
+    grid = (4, 4)
+
+    def draw(self, drawings, on_token):
+        for step in (3, 7, 13, 16):
+            on_token(step, torch.zeros(1, *self.grid))
+        return []
+
+    def decode_partial(self, codes):
+        return [Image.new("RGB", (32, 32))]
+
+
+def test_a_pass_that_ends_inside_a_row_still_has_a_preview(pipe):
+    shown: list[Image.Image] = []
+    (drawing,) = pipe.plan("cat", seed=1, sampling={"window": 3})
+    draw_block(PassesOfAWindow(), [DrawRequest(drawing, shown.append, frozenset({1, 2, 3}))])
+    assert len(shown) == 2, "after row 1, and after rows 2 and 3 together"
 
 
 @pytest.mark.parametrize(("count", "rows"), [(0, set()), (1, {8}), (3, {4, 8, 12})])
@@ -147,7 +170,7 @@ def test_requests_share_a_decoding_batch(address, pipe):
         thread.join()
     assert metric(address, 'mmwudao_batch_size_count{queue="drawings"}') - before <= 2
     for seed, answer in answers.items():
-        expected = pipe.generate("cat", seed=seed, temperature=0.8)[0]
+        expected = pipe.generate("cat", seed=seed, sampling={"temperature": 0.8})[0]
         assert picture(answer["data"][0]["b64_json"]).convert("RGB").tobytes() == expected.tobytes()
 
 
@@ -370,8 +393,8 @@ def test_what_cannot_be_searched_or_stored_is_a_400(address, path, body, message
 
 def test_both_judges_where_the_model_has_towers(tiny_model_dir):
     served = tiny_served(tiny_model_dir)
-    pipe = served.pipeline
-    assert pipe is not None
+    assert isinstance(served.generator, LocalGenerator)
+    pipe = served.generator.pipeline
     pipe.config = replace(pipe.config, parts={**pipe.config.parts, "towers": Part("towers", "")})
     pipe.towers = ColourTowers().eval()
     documents = [data_uri(png(colour)) for colour in ("red", "blue")]

@@ -23,7 +23,7 @@ from mmwudao.service.errors import BadInput, ServiceError
 from mmwudao.service.keys import KeyRing, check_binding, read_keys
 from mmwudao.service.queues import Served
 from mmwudao.service.server import QUOTING_LOGGERS, configure_logging
-from mmwudao.service.settings import ServiceConfig, with_limits
+from mmwudao.service.settings import ServeSettings, ServiceConfig
 from tests.helpers.service_server import MemoryCollection, data_uri, png, running
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -115,7 +115,7 @@ def test_the_command_refuses_before_it_loads_anything(capsys, tmp_path):
     assert run(["serve", "--model", "no-such-model"]) == 2
     assert "give a shipped name" in capsys.readouterr().err
     assert run(["serve", "--deadline", "0"]) == 2
-    assert "deadline must be above 0" in capsys.readouterr().err
+    assert "deadline must be a number above 0" in capsys.readouterr().err
 
 
 def test_only_a_known_key_gets_in():
@@ -154,14 +154,14 @@ def test_without_keys_a_foreign_host_name_is_refused():
 
 
 def test_limits_must_make_sense():
-    with pytest.raises(ValueError, match="max_body must be above 0"):
+    with pytest.raises(ValueError, match="max_body must be a whole number of at least 1"):
         ServiceConfig(max_body=0)
     with pytest.raises(ValueError, match="waiting_texts must be at least 256"):
         ServiceConfig(waiting_texts=10)
 
 
 def test_any_limit_is_given_by_its_name():
-    config = with_limits(["waiting_texts=4096", "window=0", "body_deadline=1.5"], max_requests=7)
+    config = ServeSettings(limit=["waiting_texts=4096", "window=0", "body_deadline=1.5"], max_requests=7).config(())
     assert (config.waiting_texts, config.window, config.body_deadline, config.max_requests) == (4096, 0.0, 1.5, 7)
 
 
@@ -172,9 +172,9 @@ def test_any_limit_is_given_by_its_name():
         ("waiting_texts", "key=value"),
         ("waiting_texts=many", "a valid integer"),
         ("waiting_texts=2.5", "a valid integer"),
-        ("waiting_texts=0", "above 0"),
+        ("waiting_texts=0", "at least 1"),
         ("body_deadline=.inf", "above 0"),
-        ("window=-1", "above 0"),
+        ("window=-1", "at least 0"),
         ("max_inputs=5000", "waiting_texts must be at least 5000"),
         ("max_requests=5", "an option of its own"),
     ],

@@ -1,7 +1,7 @@
-"""A generator that works in other processes: what the application asks of a `Pipeline` and of an `Engine`, sent there.
+"""A generator whose work is done by the replicas of Ray Serve: the worker in a replica, and the client of it.
 
-The application with its keys, caps and queues is that of one server; only drawings and tasks leave the process. Room in
-the queues is given here, so that a full one is a 429 at once.
+Keys, limits and routes are those of one server; only drawings and tasks leave its process. Each server also admits
+what it sends, so that a full queue is a 429 at once.
 """
 
 from __future__ import annotations
@@ -11,39 +11,36 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from mmwudao.loading.model_dir import ModelConfig
-from mmwudao.pipeline import Drawing, Pipeline
-from mmwudao.service.batching import Batcher
-from mmwudao.service.drawing import Commission
-from mmwudao.service.errors import ServiceError
+from mmwudao.pipeline import Pipeline
+from mmwudao.planning import Drawing
+from mmwudao.service.batching import Watch, WorkQueue
+from mmwudao.service.draw_requests import DrawRequest
+from mmwudao.service.errors import ReplicaLost, ServiceError, refusals
+from mmwudao.service.generators import DrawingQueue, LocalGenerator
 from mmwudao.service.metrics import Metrics
-from mmwudao.service.queues import Engine, Served, Watch, call_jobs
+from mmwudao.service.queues import Served, ServiceQueues
 from mmwudao.service.settings import ServiceConfig
-from mmwudao.tasks import Judge, Writer
+from mmwudao.tasks import Judge
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
-LOOK_AGAIN = 0.5  # s, between two looks at whether anybody still waits for a caption
-Wanted = tuple[Drawing, frozenset[int]]  # the rows of codes after which a preview is sent
+T = TypeVar("T")
 
-
-class Lost(ServiceError):
-    """A replica ended under a request."""
-
-    status = 503
-    kind = "server_error"
+POLL_SECONDS = 0.5  # how often a waiting call looks whether its client has left
+Wanted = tuple[Drawing, frozenset[int]]  # a drawing, and the rows of codes after which a preview is sent
 
 
 @dataclass(frozen=True)
-class Described:
-    """What is to be known of a generator in order to check requests for it."""
+class GeneratorDescription:
+    """What a server must know of a generator to check requests for it."""
 
     source: str
     config: ModelConfig
@@ -51,109 +48,107 @@ class Described:
 
 
 class GeneratorWorker:
-    """The queues for drawings and tasks in front of a pipeline, for the applications of other processes.
+    """The queues for drawings and tasks in front of a pipeline, called from other processes.
 
-    Made inside the event loop that it is used in.
+    A user's mistake leaves it as a `ServiceError`. Create it inside the event loop that it is used in.
     """
 
     def __init__(self, name: str, pipeline: Pipeline, config: ServiceConfig) -> None:
         self._pipeline = pipeline
-        self._engine = Engine(Served(name, pipeline=pipeline), config, Metrics())
-        self._engine.start()
+        self._queues = ServiceQueues(Served(name, generator=LocalGenerator(pipeline)), config, Metrics())
+        self._queues.start()
 
-    async def describe(self) -> Described:
-        return Described(self._pipeline.source, self._pipeline.config, self._pipeline.grid)
+    async def describe(self) -> GeneratorDescription:
+        return GeneratorDescription(self._pipeline.source, self._pipeline.config, self._pipeline.grid)
 
     async def draw(self, wanted: Sequence[Wanted]) -> AsyncGenerator[tuple[int, bool, Image.Image]]:
-        """Previews (False) and then the pictures (True), each with its place; closing it stops the drawing."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Image.Image] | None]()
+        """Previews (False), then the pictures (True), each with its index; closing the generator stops the drawing."""
+        loop, previews = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Image.Image] | None]()
 
-        def commission(index: int, drawing: Drawing, rows: frozenset[int]) -> Commission:
+        def draw_request(index: int, drawing: Drawing, rows: frozenset[int]) -> DrawRequest:
             def preview(image: Image.Image) -> None:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, image))
+                loop.call_soon_threadsafe(previews.put_nowait, (index, image))
 
-            return Commission(drawing, preview, rows)
+            return DrawRequest(drawing, preview, rows)
 
-        commissions = [commission(index, *one) for index, one in enumerate(wanted)]
-        async with self._engine.drawings.reserve(len(commissions)):
-            work = asyncio.create_task(self._engine.drawings.submit(commissions))
-            work.add_done_callback(lambda _: queue.put_nowait(None))
+        requests = [draw_request(index, *one) for index, one in enumerate(wanted)]
+        async with self._queues.drawings.reserve(len(requests)):
+            work = asyncio.create_task(self._queues.drawings.submit(requests))
+            work.add_done_callback(lambda _: previews.put_nowait(None))
             try:
-                while (entry := await queue.get()) is not None:
+                while (entry := await previews.get()) is not None:
                     yield entry[0], False, entry[1]
-                for index, image in enumerate(work.result()):
+                with refusals():
+                    images = work.result()
+                for index, image in enumerate(images):
                     yield index, True, image
             finally:
                 work.cancel()
-                for one in commissions:
+                for one in requests:
                     one.gone = True
 
-    async def caption(self, images: list[Image.Image], language: str | None, by: Writer) -> list[str]:
-        return await self._task(lambda: self._pipeline.caption(images, language, by))
+    async def caption(self, images: list[Image.Image], language: str) -> list[str]:
+        return await self._run(lambda: self._pipeline.caption(images, language))
 
     async def rerank(self, prompt: str, images: list[Image.Image], by: Judge) -> list[float]:
-        return await self._task(lambda: self._pipeline.rerank(prompt, images, by))
+        return await self._run(lambda: self._pipeline.rerank(prompt, images, by))
 
-    async def upscale(self, images: list[Image.Image], prompt: str | None, seed: int | None) -> list[Image.Image]:
-        return await self._task(lambda: self._pipeline.upscale(images, prompt, seed))
+    async def upscale(self, images: list[Image.Image]) -> list[Image.Image]:
+        return await self._run(lambda: self._pipeline.upscale(images))
 
-    async def _task(self, job: Callable[[], Any]) -> Any:
-        return await self._engine.run_task(self._engine.tasks, job)
+    async def _run(self, job: Callable[[], T]) -> T:
+        with refusals():
+            return await self._queues.run_job(self._queues.tasks, job)
 
 
-class RemotePipeline(Pipeline):
-    """The part of `Pipeline` that the service uses, for generators behind `handle`. It has no weights.
+class RemoteGenerator:
+    """A `mmwudao.service.generators.Generator` behind a handle of Ray Serve, to `replicas` workers."""
 
-    `plan` and the checks work as ever; `caption`, `rerank` and `upscale` wait for an answer and are called in threads;
-    drawings go through `RemoteDrawings`.
-    """
+    def __init__(self, handle: DeploymentHandle[Any], description: GeneratorDescription, replicas: int) -> None:
+        self._handle = handle
+        self.source, self.config, self.grid = description.source, description.config, description.grid
+        self.concurrent_tasks = replicas  # a thread that waits for each
 
-    def __init__(self, handle: DeploymentHandle[Any], described: Described) -> None:
-        self.handle = handle
-        self.source, self.config, self.grid = described.source, described.config, described.grid
+    def drawing_queue(self, config: ServiceConfig, watch: Watch) -> DrawingQueue:
+        """`watch` is told nothing: batches are made in the replicas."""
+        return RemoteDrawings(self._handle, config.waiting_drawings)
 
-    def caption(
-        self,
-        images: Sequence[Image.Image],
-        language: str | None = None,
-        by: Writer = "auto",
-        on_step: Callable[[], None] | None = None,
-    ) -> list[str]:
-        """`on_step` is called while the generator works: what it raises cancels the call if it has not begun."""
-        response = self.handle.caption.remote(list(images), language, by)
-        with _losses_told():
-            told: list[str] = response.result() if on_step is None else _watched(response, on_step)
+    def caption(self, images: Sequence[Image.Image], language: str, on_step: Callable[[], None]) -> list[str]:
+        """`on_step` is called while the replica works: an exception it raises cancels a call not yet begun."""
+        with _errors_of_replica():
+            told: list[str] = _poll(self._handle.caption.remote(list(images), language), on_step)
             return told
 
-    def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge = "caption") -> list[float]:
-        with _losses_told():
-            scores: list[float] = self.handle.rerank.remote(prompt, list(images), by).result()
+    def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge) -> list[float]:
+        with _errors_of_replica():
+            scores: list[float] = self._handle.rerank.remote(prompt, list(images), by).result()
             return scores
 
-    def upscale(
-        self, images: Sequence[Image.Image], prompt: str | None = None, seed: int | None = None
-    ) -> list[Image.Image]:
-        with _losses_told():
-            larger: list[Image.Image] = self.handle.upscale.remote(list(images), prompt, seed).result()
+    def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        with _errors_of_replica():
+            larger: list[Image.Image] = self._handle.upscale.remote(list(images)).result()
             return larger
 
 
-class RemoteDrawings(Batcher[Commission, Any]):
-    """The queue for drawings: those of one request go to one generator, which draws them with other requests'."""
+class RemoteDrawings(WorkQueue[DrawRequest, Image.Image]):
+    """The queue for drawings. Those of one request go to one replica, which draws them with other requests'."""
 
     def __init__(self, handle: DeploymentHandle[Any], limit: int) -> None:
-        super().__init__("drawings", lambda items: [], max_batch=1, limit=limit)
+        super().__init__("drawings", limit)
         self._handle = handle
 
-    async def submit(self, items: Sequence[Commission]) -> list[Any]:
-        """See `Batcher.submit`; when this is cancelled, the generator stops."""
+    def start(self) -> None:
+        """Nothing to begin: the replicas run."""
+
+    async def submit(self, items: Sequence[DrawRequest]) -> list[Image.Image]:
+        """See `WorkQueue.submit`; when this is cancelled, the replica stops drawing."""
         started = time.perf_counter()
         wanted: list[Wanted] = [(one.drawing, one.preview_rows if one.preview else frozenset()) for one in items]
         drawn: list[Image.Image] = []
         response = self._handle.options(stream=True).draw.remote(wanted)
         try:
-            with _losses_told():
-                async for index, done, image in response:  # type: ignore[union-attr]  # a generator, if asked to stream
+            with _errors_of_replica():
+                async for index, done, image in response:  # type: ignore[union-attr]  # with stream=True it iterates
                     preview = items[index].preview
                     if done:
                         drawn.append(image)
@@ -161,43 +156,29 @@ class RemoteDrawings(Batcher[Commission, Any]):
                         preview(image)
         finally:
             response.cancel()
-        self._note(len(items), time.perf_counter() - started)
+        self._record(len(items), time.perf_counter() - started)
         return drawn
 
 
-class FrontEngine(Engine):
-    """An engine whose pipeline, if any, is a `RemotePipeline` of `generators` replicas."""
-
-    def __init__(self, served: Served, config: ServiceConfig, metrics: Metrics, generators: int) -> None:
-        self._generators = generators
-        super().__init__(served, config, metrics)
-
-    def _drawing_queue(self, watch: Watch) -> Batcher[Commission, Any]:
-        if not isinstance(self.served.pipeline, RemotePipeline):
-            return super()._drawing_queue(watch)
-        return RemoteDrawings(self.served.pipeline.handle, self.config.waiting_drawings)
-
-    def _task_queue(self, watch: Watch) -> Batcher[Callable[[], Any], Any]:
-        # a thread that waits for each generator
-        return Batcher(
-            "tasks", call_jobs, max_batch=1, limit=self.config.waiting_tasks, workers=self._generators, watch=watch
-        )
-
-
-def _watched(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any], on_step: Callable[[], None]) -> Any:
+def _poll(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any], on_step: Callable[[], None]) -> Any:
     try:
         while True:
             on_step()
             with suppress(TimeoutError):
-                return response.result(timeout_s=LOOK_AGAIN)
+                return response.result(timeout_s=POLL_SECONDS)
     finally:
         response.cancel()
 
 
 @contextmanager
-def _losses_told() -> Iterator[None]:
-    """`Lost` for a replica that ended or does not come; what the generator itself raised stays."""
+def _errors_of_replica() -> Iterator[None]:
+    """Raise a `ServiceError` of the replica as it was raised there, and `ReplicaLost` when the replica ended."""
     try:
         yield
+    except RayTaskError as error:
+        # Ray's wrapper has a traceback for a message
+        if isinstance(error.cause, ServiceError):
+            raise error.cause from error
+        raise
     except (RayActorError, RayServeException) as error:
-        raise Lost("a replica of the generator was lost: try again") from error
+        raise ReplicaLost("a replica of the generator was lost: try again") from error

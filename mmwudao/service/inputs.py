@@ -1,4 +1,4 @@
-"""What clients send, checked against the caps and turned into texts and pictures."""
+"""Input decoding: what clients send is checked against the limits and turned into texts and pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from PIL import Image
 
-from data.images import CorruptImage, ImageTooLarge, open_image
-from mmwudao.service.errors import BadInput, TooLarge
+from data.images import open_image
+from mmwudao.service.errors import BadInput, refusals
 from mmwudao.service.fetching import fetch
 from mmwudao.service.schemas import ImagePart, TextPart
 from mmwudao.service.settings import ServiceConfig
@@ -26,12 +26,12 @@ Part = TextPart | ImagePart
 Source = Part | bytes  # bytes: an uploaded picture
 
 
-class Incoming:
-    """The checks of one service; pictures are decoded in threads of its own."""
+class InputDecoder:
+    """Checks inputs against the limits of one service, and decodes pictures in threads of its own."""
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        # a picture is too small for several threads of PyTorch's
+        # a picture is too small for PyTorch to share among threads
         self._executor = ThreadPoolExecutor(
             os.cpu_count() or 1, thread_name_prefix="decode", initializer=partial(torch.set_num_threads, 1)
         )
@@ -40,12 +40,12 @@ class Incoming:
         self._executor.shutdown()
 
     def check_count(self, count: int, most: int, param: str) -> None:
-        """`BadInput` for more than `most`."""
+        """Raises `BadInput` for more than `most`."""
         if count > most:
             raise BadInput(f"{count} of them in one request: at most {most}", param=param)
 
     def text(self, text: str, param: str = "input") -> str:
-        """The text, if it is neither empty nor too long."""
+        """The text as it is. Raises `BadInput` for an empty or overlong one."""
         if not text.strip():
             raise BadInput("an empty text", param=param)
         if len(text) > self._config.max_text:
@@ -81,16 +81,12 @@ class Incoming:
 
     def _decode(self, source: str | bytes, param: str) -> Image.Image:
         encoded = data_uri(source, param) if isinstance(source, str) else source
-        try:
+        with refusals(param):
             return open_image(encoded, self._config.max_pixels)
-        except ImageTooLarge as error:
-            raise TooLarge(str(error), param=param) from error
-        except CorruptImage as error:
-            raise BadInput(str(error), param=param) from error
 
 
 def split_input(content: str | Part | Sequence[str | Part]) -> list[Part]:
-    """Each part of an embedding request as what it is: a string that begins with data:image/ is a picture."""
+    """The texts and pictures of an embedding request: a string that begins with data:image/ is a picture."""
 
     def split(part: str | Part) -> Part:
         if not isinstance(part, str):

@@ -1,4 +1,4 @@
-"""Pictures of several clients in one decoding batch: who has left is drawn no further, who watches gets previews."""
+"""Pictures of several clients in one decoding batch; each client may leave, or get previews."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from mmwudao.pipeline import Drawing, Pipeline
-
-
-class NobodyWaits(Exception):
-    """All clients of a block have left."""
+from mmwudao.pipeline import Pipeline
+from mmwudao.planning import Drawing
+from mmwudao.service.errors import ClientsGone
 
 
 @dataclass
-class Commission:
+class DrawRequest:
     """A picture that a client waits for. `gone` may be set at any time, from any thread.
 
     `preview(image)` is called in the drawing thread after each of `preview_rows` rows of codes.
@@ -29,22 +27,26 @@ class Commission:
 
 
 def rows_of_previews(count: int, height: int) -> frozenset[int]:
-    """After which of `height` rows `count` previews are shown: evenly spread, none when all is drawn."""
+    """After which of `height` rows `count` previews are sent: evenly spread, and none after the last row."""
     return frozenset(round(height * k / (count + 1)) for k in range(1, count + 1)) - {0, height}
 
 
-def draw_block(pipeline: Pipeline, block: Sequence[Commission]) -> list[Image.Image]:
-    """Draw pictures of the same options, at most a block of `generate_codes`. Raises `NobodyWaits`."""
-    width = pipeline.grid[1]
+def draw_block(pipeline: Pipeline, block: Sequence[DrawRequest]) -> list[Image.Image]:
+    """Draw pictures with the same sampling options, at most a block of `generate_codes`.
+
+    Raises `ClientsGone` at the first step at which every client has left.
+    """
+    width, before = pipeline.grid[1], 0
 
     def on_token(step: int, codes: Tensor) -> None:
+        nonlocal before
         if all(one.gone for one in block):
-            raise NobodyWaits
-        row, column = divmod(step, width)
-        if column:
-            return
+            raise ClientsGone
+        # a pass with a window may end inside a row, or several rows further
+        finished = frozenset(range(before + 1, step // width + 1))
+        before = step // width
         for k, one in enumerate(block):
-            if one.preview is not None and row in one.preview_rows and not one.gone:
+            if one.preview is not None and finished & one.preview_rows and not one.gone:
                 one.preview(pipeline.decode_partial(codes[k : k + 1])[0])
 
     return pipeline.draw([one.drawing for one in block], on_token)
