@@ -143,7 +143,7 @@ def write_pictures(folder: Path, images: Sequence[Image.Image], stems: Sequence[
 def write_pictures_and_sheet(
     folder: Path, images: Sequence[Image.Image], columns: int | None = None
 ) -> tuple[list[Path], Path]:
-    """Write drawn pictures and grid.png, a sheet of all (see `grid`), all or none; returns the paths and the sheet's."""
+    """Write drawn pictures and grid.png, a sheet of all (see `grid`), all or none; returns paths and sheet."""
     files = _named_files(folder, images)
     paths, sheet = list(files), unused_path(folder, "grid", taken=frozenset(files))
     write_files({**files, sheet: encode_png(grid(images, columns))})
