@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from data.images import ImageTooLarge
 from generation.drawing.memory import NotEnoughMemory
-from retrieval.collections.base import IdsThere
+from retrieval.collections.base import ExistingIdsError
 
 OUR_PACKAGES = frozenset({"data", "vqvae", "generation", "retrieval", "mmwudao"})
 
@@ -159,7 +159,7 @@ def refusal(error: ValueError, param: str | None = None) -> ServiceError:
     kind: type[ServiceError] = BadInput
     if isinstance(error, ImageTooLarge):
         kind = TooLarge
-    elif isinstance(error, IdsThere):
+    elif isinstance(error, ExistingIdsError):
         kind = Conflict
     return kind(str(error), param=param)
 
