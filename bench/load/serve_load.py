@@ -1,7 +1,7 @@
 """Vectors a second of `mmwudao serve` against the bare forward pass, and what becomes of it at several times the load.
 
-    python bench/load/serve_load.py [--towers FOLDER] [--kind image] [--inputs 1] [--clients 32] [--seconds 20] [--factor 10]
-        [--limit NAME=NUMBER ...]
+    python bench/load/serve_load.py [--towers FOLDER] [--kind image] [--inputs 1] [--clients 32] [--seconds 20]
+        [--factor 10] [--limit NAME=NUMBER ...]
 
 Without --towers, our default architecture with random weights. Three measurements:
 * bare: the towers alone on full batches of what the service would batch, already decoded and in memory. Its speed is

@@ -1,4 +1,6 @@
-"""Enlarging measured: `python bench/quality/upscale_psnr.py MODEL SHARDS256 --split test-family --sheet docs/upscale.png`.
+"""Enlarging measured.
+
+    python bench/quality/upscale_psnr.py MODEL SHARDS256 --split test-family --sheet docs/upscale.png
 
 Mean PSNR and SSIM of the model's upscaler, bicubic and Lanczos (Pillow) against the pictures of SHARDS256, from the
 same pictures at half the size: scaled down, and scaled down and then coded and decoded by the image tokenizer, as

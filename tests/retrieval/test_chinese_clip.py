@@ -169,8 +169,8 @@ def test_another_image_size(published, tmp_path):
     assert torch.equal(towers.state_dict()["visual.positional_embedding"], resize_positions(positions, 7))
     assert towers.encode_image(pictures()).shape == (6, 48)
     for source, size in (("vit", 60), ("rn", 96)):
+        settings = ChineseClipImport(configs=configs(source), image_size=size)
         with pytest.raises(ModelError, match="multiple of its patch size"):
-            settings = ChineseClipImport(configs=configs(source), image_size=size)
             import_chinese_clip(published / f"{source}.pt", tmp_path / "no", settings)
 
 
