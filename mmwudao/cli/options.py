@@ -89,19 +89,22 @@ def option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer in which each parameter that is a group has become the options of its fields.
 
     A parameter annotated with a dataclass gets an instance of it; one annotated with `SomeOf` of a dataclass gets a
-    dictionary, and each of its options says that without it the model's own default holds.
+    dictionary of the options that are given.
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        kind, some = parameter.annotation, False
+        kind: Any = parameter.annotation
+        some = False
         if get_origin(kind) is Annotated and isinstance(get_args(kind)[1], SomeOf):
             kind, some = get_args(kind)[1].group, True
-        if not dataclasses.is_dataclass(kind):
+        is_group = dataclasses.is_dataclass(kind)
+        if not is_group:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
         options = list(_group_parameters(kind, some))
-        groups[parameter.name] = (_given if some else kind, [option.name for option in options])
+        build: Callable[..., Any] = _given if some else kind
+        groups[parameter.name] = build, [option.name for option in options]
         parameters += options
 
     @functools.wraps(command)

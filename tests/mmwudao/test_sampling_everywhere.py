@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from generation.drawing.sampling import SamplingOptions
 from mmwudao import load
@@ -90,7 +90,8 @@ def test_a_recipe_from_before_an_option_draws_the_same_picture(pipe: Pipeline, t
 
 
 def _remove_text(path: Path, names: tuple[str, ...]) -> None:
-    with PngImagePlugin.PngImageFile(path) as image:
+    with Image.open(path) as image:
+        assert isinstance(image, PngImagePlugin.PngImageFile)
         image.load()
         kept = PngImagePlugin.PngInfo()
         for name, value in image.text.items():

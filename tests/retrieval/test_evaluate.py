@@ -25,7 +25,6 @@ from mmwudao.evaluation import (
     r_precision,
 )
 from mmwudao.loading.model_dir import ModelConfig
-from mmwudao.pipeline import Pipeline
 from retrieval.evaluation.evaluate import (
     RetrievalEvalConfig,
     classify,
@@ -197,7 +196,7 @@ def test_towers_of_a_model_directory(tiny_model_dir, tmp_path):
 # the generator
 
 
-class Painter(Pipeline):
+class Painter:
     """A pipeline without models: paints the colour that the prompt names, or always the same one."""
 
     def __init__(self, always=None):
