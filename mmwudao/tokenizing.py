@@ -14,7 +14,7 @@ from data.atomic import write_files
 from data.shards import MANIFEST_NAME, Manifest, read_manifest
 from mmwudao.pictures import encode_png, unused_path
 from vqvae.model import VQVAE
-from vqvae.tokenize import tensor_to_image, tokenize_image, tokenize_shards
+from vqvae.tokenize import TokenizeSettings, tensor_to_image, tokenize_image, tokenize_shards
 
 
 def tokenize_files(tokenizer: VQVAE, sources: Sequence[Path], out: Path, size: int | None = None) -> list[str]:
@@ -62,7 +62,7 @@ def read_codes(path: Path) -> torch.Tensor:
 def tokenize_folder(
     tokenizer: VQVAE, shards: Path, out: Path, size: int | None = None, **options: Any
 ) -> Manifest:
-    """`tokenize_shards` with the pictures' own size where `size` is None, and its other options.
+    """`tokenize_shards` with the pictures' own size where `size` is None; `options` are those of `TokenizeSettings`.
 
     Raises `ValueError` for a folder that holds no shards, and for shards of pictures of many sizes without a `size`.
     """
@@ -71,4 +71,4 @@ def tokenize_folder(
     image_size = size or read_manifest(shards).image_size
     if image_size is None:
         raise ValueError("these shards hold pictures of many sizes: say which with --size")
-    return tokenize_shards(tokenizer, shards, out, image_size=image_size, **options)
+    return tokenize_shards(tokenizer, shards, out, TokenizeSettings(image_size, **options))

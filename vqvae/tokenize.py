@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.atomic import check_unused, new_folder
-from data.batches import encode_shards
+from data.batches import Batch, encode_shards
 from data.codes import CodedSample
 from data.images import open_image, to_batch, to_square, to_tensor
 from data.reading import Skip, SkipLog, expand_shards
@@ -59,70 +60,82 @@ def tensor_to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array)
 
 
-def tokenize_shards(
-    model: VQVAE,
-    shards: Path,
-    out: Path,
-    *,
-    image_size: int,
-    batch_size: int = 64,
-    samples_per_shard: int = 10_000,
-    workers: int | None = None,
-    device: str = "cpu",
-    progress: bool = True,
-    strict: bool = False,
-    draft: bool = False,
-) -> Manifest:
+@dataclass(frozen=True)
+class TokenizeSettings:
+    """How shards are encoded: pictures of `image_size` px square, `batch_size` at a time.
+
+    `workers` threads each decode and encode a batch; None: one a core. With `draft`, large JPEGs are decoded at a
+    fraction of their size, at least twice `image_size`, and pixels come out a few grey levels off. `strict` stops at
+    the first unreadable picture. `progress` shows a bar.
+    """
+
+    image_size: int
+    batch_size: int = 64
+    samples_per_shard: int = 10_000
+    workers: int | None = None
+    device: str = "cpu"
+    progress: bool = True
+    strict: bool = False
+    draft: bool = False
+
+
+def tokenize_shards(model: VQVAE, shards: Path, out: Path, settings: TokenizeSettings) -> Manifest:
     """Write shards of codes for every split of the folder `shards` into the new folder `out`.
 
-    The manifest names the tokenizer by content hash. Unreadable pictures are skipped, counted in the manifest and
-    named in the log; `strict` raises `DataError` at the first. `workers` threads each decode and encode a batch;
-    default: one a core. With `draft`, large JPEGs are decoded at a fraction of their size, at least twice
-    `image_size`, and pixels come out a few grey levels off; the manifest says so.
+    The manifest names the tokenizer by content hash, and says whether pictures were decoded as drafts. Unreadable
+    pictures are skipped, counted in the manifest and named in the log. Raises `DataError` for a folder without a
+    manifest or an output that is there already, and at the first unreadable picture if `settings.strict`.
     """
     from tqdm import tqdm
 
     shards, out = Path(shards), Path(out)
     check_unused(out)
     source = read_manifest(shards)
-    name = content_hash(model)
+    sources = source.sources | {"tokenizer": content_hash(model)}
+    if settings.draft:
+        sources["decoding"] = "draft"
     # the nearest code is looked for in float32, whatever the weights are stored in
-    model = model.to(device=device, dtype=torch.float32)
-    dtype = numpy.uint16 if model.config.codebook_size <= 65536 else numpy.int32
-
-    def prepare(image: Image.Image) -> NDArray[numpy.uint8]:
-        return numpy.asarray(to_square(image, image_size))
-
-    def encode(pictures: list[NDArray[numpy.uint8]]) -> NDArray[numpy.integer]:
-        return model.encode(to_batch(pictures, device)).cpu().numpy().astype(dtype)
-
+    model = model.to(device=settings.device, dtype=torch.float32)
     with new_folder(out) as building:
         log = SkipLog(building / "skipped.log")
         splits = {}
         for split in source.splits:
             if not source.splits[split]:
                 continue
-            bar = tqdm(total=source.samples(split), desc=split, disable=not progress)
-            batches = encode_shards(
-                expand_shards(shards, split),
-                prepare,
-                encode,
-                batch_size=batch_size,
-                workers=workers,
-                device=device,
-                least_side=2 * image_size if draft else None,
-            )
-            with ShardWriter(building, split, samples_per_shard) as writer, bar, closing(batches):
+            bar = tqdm(total=source.samples(split), desc=split, disable=not settings.progress)
+            batches = _encoded(model, expand_shards(shards, split), settings)
+            with ShardWriter(building, split, settings.samples_per_shard) as writer, bar, closing(batches):
                 for entry in (entry for batch in batches for entry in batch.entries):
                     if isinstance(entry, Skip):
-                        log.take(entry, strict)
+                        log.take(entry, settings.strict)
                         continue
                     sample, codes = entry
                     writer.write_members(sample.id, CodedSample(sample, codes).to_members())
                     bar.update()
             splits[split] = writer.shards
-        sources = source.sources | {"tokenizer": name} | ({"decoding": "draft"} if draft else {})
-        manifest = Manifest(source.name, image_size, splits, sources, dict(log.counts))
+        manifest = Manifest(source.name, settings.image_size, splits, sources, dict(log.counts))
         write_manifest(building, manifest)
     return manifest
 
+
+def _encoded(
+    model: VQVAE, shards: Iterable[Path], settings: TokenizeSettings
+) -> Generator[Batch[NDArray[numpy.integer]]]:
+    """The samples of shards with their codes [h, w], in order, batch by batch."""
+    dtype = numpy.uint16 if model.config.codebook_size <= 65536 else numpy.int32
+
+    def prepare(image: Image.Image) -> NDArray[numpy.uint8]:
+        return numpy.asarray(to_square(image, settings.image_size))
+
+    def encode(pictures: list[NDArray[numpy.uint8]]) -> NDArray[numpy.integer]:
+        return model.encode(to_batch(pictures, settings.device)).cpu().numpy().astype(dtype)
+
+    return encode_shards(
+        shards,
+        prepare,
+        encode,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        device=settings.device,
+        least_side=2 * settings.image_size if settings.draft else None,
+    )

@@ -26,7 +26,7 @@ from data.images import open_image, to_batch, to_square
 from data.reading import expand_shards, read_shard
 from data.shards import Manifest, ShardInfo, file_sha256, write_manifest
 from mmwudao.loading.model_dir import load_tokenizer
-from vqvae.tokenize import tokenize_shards
+from vqvae.tokenize import TokenizeSettings, tokenize_shards
 
 
 def main() -> None:
@@ -59,8 +59,8 @@ def main() -> None:
             "bare": lambda: [model.encode(batch).cpu() for batch in batches],
             "side by side": lambda: list(in_order(lambda batch: model.encode(batch).cpu(), batches, workers)),
             "tokenize": lambda: tokenize_shards(
-                model, shards, Path(scratch) / "codes", image_size=size, batch_size=arguments.batch_size,
-                workers=workers, device=arguments.device, progress=False,
+                model, shards, Path(scratch) / "codes",
+                TokenizeSettings(size, arguments.batch_size, workers=workers, device=arguments.device, progress=False),
             ),
         }  # fmt: skip
         model.encode(batches[0])  # warm

@@ -15,7 +15,7 @@ from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import content_hash
-from vqvae.tokenize import tokenize_image, tokenize_shards
+from vqvae.tokenize import TokenizeSettings, tokenize_image, tokenize_shards
 
 
 @pytest.fixture
@@ -51,6 +51,10 @@ def write_shards(folder, train, test=()):
     return folder
 
 
+def settings(image_size: int = 16, **changes) -> TokenizeSettings:
+    return TokenizeSettings(image_size, progress=False, **changes)
+
+
 def test_one_picture(model, tmp_path):
     picture(1).save(tmp_path / "a.png")
     found = tokenize_image(model, tmp_path / "a.png")
@@ -80,7 +84,7 @@ def test_pictures_that_cannot_be_tokenized(model, tmp_path):
 def test_shards_to_codes_and_back(model, tmp_path):
     shards = write_shards(tmp_path / "shards", map(sample, range(7)), map(sample, range(7, 9)))
     name = content_hash(model)
-    manifest = tokenize_shards(model, shards, tmp_path / "codes", image_size=16, batch_size=4, progress=False)
+    manifest = tokenize_shards(model, shards, tmp_path / "codes", settings(batch_size=4))
     assert manifest == read_manifest(tmp_path / "codes")
     assert (manifest.samples("train"), manifest.samples("test")) == (7, 2)
     assert manifest.sources == {"by": "hand", "tokenizer": name}
@@ -98,7 +102,7 @@ def test_shards_to_codes_and_back(model, tmp_path):
 
 def test_pictures_are_resized(model, tmp_path):
     shards = write_shards(tmp_path / "shards", [sample(1, png(picture(1, (40, 24))))])
-    tokenize_shards(model, shards, tmp_path / "codes", image_size=24, progress=False)
+    tokenize_shards(model, shards, tmp_path / "codes", settings(image_size=24))
     (coded,) = read_codes(tmp_path / "codes", "train")
     expected = model.encode(to_tensor(to_square(picture(1, (40, 24)), 24)).unsqueeze(0))[0]
     assert numpy.array_equal(coded.codes, expected)
@@ -108,8 +112,7 @@ def test_pictures_are_resized(model, tmp_path):
 def test_neither_batch_nor_shard_size_nor_repetition_changes_codes(model, tmp_path):
     shards = write_shards(tmp_path / "shards", map(sample, range(7)))
     for name, batch_size, per_shard in (("a", 7, 100), ("b", 2, 3), ("c", 7, 100)):
-        tokenize_shards(model, shards, tmp_path / name, image_size=16, batch_size=batch_size,
-                        samples_per_shard=per_shard, progress=False)  # fmt: skip
+        tokenize_shards(model, shards, tmp_path / name, settings(batch_size=batch_size, samples_per_shard=per_shard))
     grids = {name: [c.codes.tolist() for c in read_codes(tmp_path / name, "train")] for name in "abc"}
     assert grids["a"] == grids["b"]
     assert read_manifest(tmp_path / "a") == read_manifest(tmp_path / "c")
@@ -120,14 +123,14 @@ def test_a_bfloat16_tokenizer_keeps_its_name(model, tmp_path):
     model = model.bfloat16()
     name = content_hash(model)
     shards = write_shards(tmp_path / "shards", [sample(1)])
-    manifest = tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)
+    manifest = tokenize_shards(model, shards, tmp_path / "codes", settings())
     assert manifest.sources["tokenizer"] == name
 
 
 def test_more_codes_than_uint16_holds(tmp_path):
     big = VQVAE(VQVAEConfig(channels=[4, 8], residual_blocks=0, code_dim=2, codebook_size=70_000))
     shards = write_shards(tmp_path / "shards", [sample(1)])
-    tokenize_shards(big, shards, tmp_path / "codes", image_size=16, progress=False)
+    tokenize_shards(big, shards, tmp_path / "codes", settings())
     (coded,) = read_codes(tmp_path / "codes", "train")
     assert coded.codes.dtype == numpy.int32
     assert numpy.array_equal(coded.codes, big.encode(to_tensor(picture(1)).unsqueeze(0))[0])
@@ -136,7 +139,7 @@ def test_more_codes_than_uint16_holds(tmp_path):
 def test_a_corrupt_picture_is_skipped_and_counted(model, tmp_path):
     bad = sample(1, png(picture(1))[:60])
     shards = write_shards(tmp_path / "shards", [sample(0), bad, sample(2), sample(3)])
-    manifest = tokenize_shards(model, shards, tmp_path / "codes", image_size=16, batch_size=2, progress=False)
+    manifest = tokenize_shards(model, shards, tmp_path / "codes", settings(batch_size=2))
     assert manifest.samples("train") == 3
     assert manifest.skipped == {"corrupt image": 1}
     assert [coded.sample.id for coded in read_codes(tmp_path / "codes", "train")] == ["s.0", "s.2", "s.3"]
@@ -145,23 +148,23 @@ def test_a_corrupt_picture_is_skipped_and_counted(model, tmp_path):
 def test_strict_stops_and_leaves_nothing(model, tmp_path):
     shards = write_shards(tmp_path / "shards", [sample(0), sample(1, png(picture(1))[:60])])
     with pytest.raises(DataError, match=r"s.1"):
-        tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False, strict=True)
+        tokenize_shards(model, shards, tmp_path / "codes", settings(strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
 def test_the_output_is_not_overwritten(model, tmp_path):
     shards = write_shards(tmp_path / "shards", [sample(0)])
     (tmp_path / "codes").mkdir()
-    tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)  # an empty folder is fine
+    tokenize_shards(model, shards, tmp_path / "codes", settings())  # an empty folder is fine
     before = read_manifest(tmp_path / "codes")
     with pytest.raises(DataError, match="exists and is not empty"):
-        tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)
+        tokenize_shards(model, shards, tmp_path / "codes", settings())
     assert read_manifest(tmp_path / "codes") == before
 
 
 def test_a_folder_without_manifest(model, tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json"):
-        tokenize_shards(model, tmp_path, tmp_path / "codes", image_size=16, progress=False)
+        tokenize_shards(model, tmp_path, tmp_path / "codes", settings())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,7 +184,7 @@ def test_any_number_of_workers_writes_the_same_bytes(model, tmp_path):
     cut.write_bytes(cut.read_bytes()[:4096])
     for workers in (1, 2, 5):
         out = tmp_path / str(workers)
-        tokenize_shards(model, shards, out, image_size=16, batch_size=2, workers=workers, progress=False)
+        tokenize_shards(model, shards, out, settings(batch_size=2, workers=workers))
         assert contents(out) == contents(tmp_path / "1")
     lines = (tmp_path / "5" / "skipped.log").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == [
@@ -195,8 +198,7 @@ def test_strict_names_the_first_of_several(model, tmp_path):
     items[7] = Sample("s.7", png(picture(7)), "png")  # read before the fifth is decoded
     shards = write_shards(tmp_path / "shards", items)
     with pytest.raises(DataError, match=r"sample s.5: not a picture"):
-        tokenize_shards(model, shards, tmp_path / "codes", image_size=16, batch_size=1, workers=4, strict=True,
-                        progress=False)  # fmt: skip
+        tokenize_shards(model, shards, tmp_path / "codes", settings(batch_size=1, workers=4, strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
@@ -212,7 +214,7 @@ def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_shards(model, shards, tmp_path / "codes", image_size=16, batch_size=1, workers=2, progress=False)
+        tokenize_shards(model, shards, tmp_path / "codes", settings(batch_size=1, workers=2))
     assert 3 <= len(calls) < 40
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
     assert threading.active_count() == before
@@ -222,14 +224,14 @@ def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
 def test_a_size_that_the_model_cannot_take(model, tmp_path):
     shards = write_shards(tmp_path / "shards", map(sample, range(8)))
     with pytest.raises(ValueError, match="multiples of 4, not 18x18"):
-        tokenize_shards(model, shards, tmp_path / "codes", image_size=18, batch_size=1, workers=3, progress=False)
+        tokenize_shards(model, shards, tmp_path / "codes", settings(image_size=18, batch_size=1, workers=3))
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
 def test_an_empty_shard_between_others(model, tmp_path):
     shards = write_shards(tmp_path / "shards", map(sample, range(9)))
     (shards / "train-00001.tar").write_bytes(bytes(10240))
-    manifest = tokenize_shards(model, shards, tmp_path / "codes", image_size=16, workers=2, progress=False)
+    manifest = tokenize_shards(model, shards, tmp_path / "codes", settings(workers=2))
     assert (manifest.samples("train"), manifest.skipped) == (6, {})
     assert [coded.sample.id for coded in read_codes(tmp_path / "codes", "train")] == [
         "s.0", "s.1", "s.2", "s.6", "s.7", "s.8"
@@ -242,8 +244,8 @@ def test_draft_decodes_large_jpegs_smaller_and_says_so(model, tmp_path):
     large.save(buffer, "JPEG", quality=95)
     captions = {"en": Caption("a gradient")}
     shards = write_shards(tmp_path / "shards", [Sample("a", buffer.getvalue(), "jpg", captions), sample(1)])
-    tokenize_shards(model, shards, tmp_path / "codes", image_size=16, progress=False)
-    manifest = tokenize_shards(model, shards, tmp_path / "draft", image_size=16, draft=True, progress=False)
+    tokenize_shards(model, shards, tmp_path / "codes", settings())
+    manifest = tokenize_shards(model, shards, tmp_path / "draft", settings(draft=True))
     assert manifest.sources["decoding"] == "draft"
     assert "decoding" not in read_manifest(tmp_path / "codes").sources
     whole, (first, second) = (list(read_codes(tmp_path / name, "train")) for name in ("codes", "draft"))
