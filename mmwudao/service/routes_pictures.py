@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def generations(body: schemas.GenerationRequest, request: Request, backend: TheBackend) -> Response:
-    """Pictures of a prompt. The same prompt, options and seed give the same picture, whoever else is served.
+    """Pictures of a prompt. The same prompt, options and seed give the same picture, whatever other clients ask for.
 
     With `stream`, server-sent events as of OpenAI: image_generation.partial_image, white below what is drawn so far,
     and image_generation.completed; `index` says which of n pictures.
@@ -200,7 +200,7 @@ async def captions(body: schemas.CaptionRequest, request: Request, backend: TheB
 
     work = _run_task(backend, sources, describe, "images")
     told = await answer_in_time(request, work, backend.config.drawing_deadline)
-    data = [schemas.Caption(index=k, language=language, caption=caption) for k, caption in enumerate(told)]
+    data = [schemas.PictureCaption(index=k, language=language, caption=caption) for k, caption in enumerate(told)]
     return json_response(schemas.CaptionList(data=data, model=backend.served.name))
 
 

@@ -172,7 +172,7 @@ class CaptionRequest(RequestBody):
     model: ModelName = None
 
 
-class Caption(ResponseBody):
+class PictureCaption(ResponseBody):
     index: int
     language: str
     caption: str
@@ -180,7 +180,7 @@ class Caption(ResponseBody):
 
 class CaptionList(ResponseBody):
     object: Literal["list"] = "list"
-    data: list[Caption]
+    data: list[PictureCaption]
     model: str
 
 

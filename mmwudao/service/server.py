@@ -33,7 +33,7 @@ def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> 
         log_config=None,
         access_log=False,  # our middleware logs without ids and queries
         server_header=False,
-        # who asks is not needed, and what a proxy's headers say of it cannot be trusted
+        # the client's address is not needed, and a proxy's headers about it cannot be trusted
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE,
         # past every deadline: only clients that do not read their answer are cut off

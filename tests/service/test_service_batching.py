@@ -1,4 +1,4 @@
-"""The micro-batcher: who shares a batch, who is refused, who is dropped, and who fails."""
+"""The micro-batcher: which requests share a batch, and which are refused, dropped, or fail."""
 
 from __future__ import annotations
 

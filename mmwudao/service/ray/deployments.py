@@ -92,7 +92,8 @@ def application(settings: ServeSettings, keys: Sequence[str]) -> Application:
     Raises `ValueError` for a model that is not there and for options that do not go together.
     """
     settings.check_mode(by_ray=True)
-    places = {name: _absolute(getattr(settings, name)) for name in ("model", "towers", "collection", "adapter")}
+    names = ("model", "towers", "collection", "adapter")
+    places: dict[str, Any] = {name: _absolute(getattr(settings, name)) for name in names}
     settings = replace(settings, **places, device="cuda" if settings.gpus else "cpu")
     sources = find_sources(settings)
     config = settings.config(keys)
