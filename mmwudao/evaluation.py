@@ -106,7 +106,7 @@ def evaluate_generator(
 def _prompt(sample: Sample, language: str, styles: Sequence[str]) -> str:
     """The sample's name in `language`, with its family if the model can draw it."""
     name = sample.captions[language].name
-    return with_style(name, sample.family, language) if sample.family in styles else name
+    return with_style(name, sample.family, language) if sample.family and sample.family in styles else name
 
 
 def _draw(pipe: Pipeline, prompts: list[str], seed: int, progress: bool) -> list[Image.Image]:

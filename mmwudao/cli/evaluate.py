@@ -70,7 +70,7 @@ def eval_generator(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """R-precision of drawn pictures, beside real and random ones, and their nearest training pictures."""
+    """Measure the R-precision of drawn, real and random pictures, and find the nearest training pictures."""
     from data.atomic import write_files
     from mmwudao.evaluation import GeneratorEvalConfig, evaluate_generator, format_generator_table
     from mmwudao.loading.towers import load_model_towers

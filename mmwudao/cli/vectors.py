@@ -19,7 +19,7 @@ TowersModel = Annotated[str, typer.Option(help="Use this shipped model, model di
 TowersDtype = Annotated[str, typer.Option(help="Run the towers in float32, bfloat16 or float16.")]
 
 
-def _option(settings: type, name: str, **extra: Any) -> Any:
+def _option(settings: type[EmbedSettings] | type[RaySettings], name: str, **extra: Any) -> Any:
     """The command line option of a settings field, with the help of the field."""
     return typer.Option(help=settings.__dataclass_fields__[name].metadata["help"], **extra)
 

@@ -146,7 +146,7 @@ def test_places_that_do_not_answer(milvus):
 
 @pytest.mark.slow
 def test_kills_lose_nothing():
-    script = Path(__file__).parents[2] / "bench" / "collection_kills.py"
+    script = Path(__file__).parents[2] / "bench" / "load" / "collection_kills.py"
     options = ["--kills", "5", "--items", "4000", "--batch", "200", "--dim", "16", "--index-from", "300"]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=True)
     record = json.loads(done.stdout.splitlines()[-1])

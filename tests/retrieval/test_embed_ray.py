@@ -165,7 +165,7 @@ def test_bad_calls_are_one_line(tmp_path, monkeypatch, capsys):
     for options, problem in (
         (["--ray", "local"], "pip install 'mmwudao[ray]'"),
         (["--replicas", "2"], "--replicas is for --ray"),
-        (["--ray", "local", "--replicas", "0"], "replicas must be a number of at least 1"),
+        (["--ray", "local", "--replicas", "0"], "replicas must be a whole number of at least 1"),
         (["--ray", "local", "--device", "mps"], "auto, cpu or cuda"),
     ):
         assert run([*command, *options]) == 2
