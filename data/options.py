@@ -37,13 +37,13 @@ def check_options(config: Any) -> None:
     Raises `ValueError` that names the field, what it may hold and what it holds.
     """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        whole = "int" in str(field.type)
-        if "help" not in field.metadata or not (isinstance(value, int | float) and not isinstance(value, bool)):
+        value, kinds = getattr(config, field.name), str(field.type)
+        if "help" not in field.metadata or not ("int" in kinds or "float" in kinds) or value is None:
             continue
-        if not (math.isfinite(value) and within(field, value) and (not whole or value == int(value))):
+        whole, number = "int" in kinds, isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and within(field, value) and (not whole or value == int(value))):
             kind = "a whole number" if whole else "a number"
-            raise ValueError(f"{field.name} must be {kind}{describe_limits(field)}, not {value}")
+            raise ValueError(f"{field.name} must be {kind}{describe_limits(field)}, not {value!r}")
 
 
 def within(field: dataclasses.Field[Any], value: Number) -> bool:
