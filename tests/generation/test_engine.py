@@ -15,8 +15,7 @@ from generation.drawing.ragged_cache import RaggedCache
 from generation.drawing.sampling import SamplingOptions
 from generation.transformer.int8 import is_quantised, quantise
 from generation.transformer.model import Transformer, TransformerConfig
-from tests.generation.test_decoding import GRID, PROMPTS, SEEDS
-from tests.generation.test_generator import PRESETS, make_model
+from tests.helpers.generators import GRID, PRESETS, PROMPTS, SEEDS, make_model
 
 SAMPLED = SamplingOptions(temperature=0.9, top_k=20, guidance=2.0)
 

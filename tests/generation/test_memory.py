@@ -137,7 +137,8 @@ def test_loading_makes_no_second_copy(tmp_path: Path):
 
 def test_nothing_is_imported_to_make_an_empty_module():
     """PyTorch's compiler, which random numbers on the meta device need, takes seconds to import."""
-    code = "import sys; from generation.cogview.rows import cogview_config; from generation.transformer.model import Transformer\n"
+    code = "import sys; from generation.cogview.rows import cogview_config\n"
+    code += "from generation.transformer.model import Transformer\n"
     code += "from vqvae.storage.parts import without_weights\nbefore = set(sys.modules)\n"
     code += "with without_weights(): Transformer(cogview_config('cogview-small'))\n"
     code += "print(len([name for name in set(sys.modules) - before if name.startswith('torch')]))"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from generation.transformer.attention import relaxed_attention
 from generation.transformer.model import KVCache, Transformer, TransformerConfig
 from generation.transformer.sparse import draw_pivots, sparse_attention
-from tests.generation.test_cogview_parity import GOLDEN, assert_close, load_generator
+from tests.helpers.cogview import GOLDEN, assert_close, load_generator
 
 PAD = 164  # of the golden vocabulary
 
