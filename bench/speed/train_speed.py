@@ -37,7 +37,8 @@ from generation.rows.texts import descriptions, draw_caption
 from generation.training.config import GeneratorTrainConfig
 from generation.training.flops import peak_flops, real_tokens, training_flops
 from generation.training.train_generator import LossModule
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from generation.transformer.packing import make_packing
 from vqvae.training.loop import Loop, LoopConfig
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from generation.cogview.rows import cogview_config
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 from vqvae.storage.parts import ModelError
 from vqvae.storage.published import Source, check_tensors, converted, read_checkpoint, stream_part
 

@@ -15,7 +15,8 @@ from generation.drawing.engines import make_cache
 from generation.drawing.logits import filter_logits
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import KVCache, Transformer
+from generation.transformer.cache import KVCache
+from generation.transformer.model import Transformer
 
 MEMORY = 2048  # tokens that a new one looks back on, in the original's scripts
 # (row block, column block, lines) of the super-resolution windows, in the order in which they are drawn

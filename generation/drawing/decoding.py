@@ -27,7 +27,9 @@ from generation.drawing.ragged_cache import RaggedCache
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.draw import prompt_row, row_positions
 from generation.rows.row import COMMANDS_IN_ROW
-from generation.transformer.model import KVCache, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 
 BLOCK_ROWS = 16  # a guided image takes two of them
 SMALL_BLOCKS = (2, 4, 8)

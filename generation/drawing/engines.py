@@ -18,7 +18,8 @@ from torch import Tensor
 
 from generation.drawing.fused_step import FusedStep, can_fuse
 from generation.drawing.ragged_cache import RaggedCache
-from generation.transformer.model import KVCache, Transformer
+from generation.transformer.cache import KVCache
+from generation.transformer.model import Transformer
 
 Kind = Literal["auto", "modules", "fused", "graph", "compile"]
 REACH = 256  # slots by which the attention of a recorded step grows

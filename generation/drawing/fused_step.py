@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import full_weight
-from generation.transformer.model import Block, KVCache, Transformer, TransformerConfig
+from generation.transformer.model import Block, Transformer
 
 MOST_NUMBERS = 2**27  # 512 MiB
 

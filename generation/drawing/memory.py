@@ -20,7 +20,8 @@ from generation.drawing.decoding import cache_shape, full_block
 from generation.drawing.fused_step import fused_numbers
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.row import COMMANDS_IN_ROW
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import without_weights
 

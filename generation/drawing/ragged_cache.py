@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from generation.drawing.jacobi import WindowCache
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 
 
 class RaggedCache(WindowCache):

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from data.atomic import write_files
 from data.config import ConfigError, from_dict, to_dict
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.storage.parts import ModelError
 
 FORMAT = "mmwudao-adapter/1"

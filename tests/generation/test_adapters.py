@@ -22,7 +22,8 @@ from generation.rows.texts import CaptionMix
 from generation.rows.vocabulary import Vocabulary
 from generation.training.train_style import StyleTrainConfig, train
 from generation.transformer.adapters import AdapterOptions, apply_adapter, make_trainable, save_adapter
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
 from mmwudao.loading.model_dir import assemble, read_model_config
 from mmwudao.pipeline import load

@@ -23,7 +23,9 @@ from generation.cogview.rows import (
     two_image_row,
 )
 from generation.rows.vocabulary import COMMANDS, Vocabulary
-from generation.transformer.model import KVCache, MaxScaledLayerNorm, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import MaxScaledLayerNorm, Transformer
 from tests.helpers.cogview import GOLDEN, assert_close, load_generator
 from vqvae.cogview import import_tokenizer, read_picture
 from vqvae.model import VQVAE, VQVAEConfig

@@ -14,7 +14,8 @@ from generation.cogview.importing import import_generator
 from generation.cogview.sampler import caption_scores, fill_sequence, forbidden_ids, magnify, step_probabilities
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.storage.parts import load_part
 
 SAMPLING = Path(__file__).parents[1] / "golden" / "cogview" / "sampling"

@@ -16,7 +16,8 @@ from generation.drawing.decoding import (
 from generation.drawing.engines import Engine, make_cache, make_step
 from generation.drawing.logits import guide
 from generation.drawing.sampling import SamplingOptions
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from tests.helpers.generators import GRID, PRESETS, PROMPTS, SEEDS, make_model
 
 

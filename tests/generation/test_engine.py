@@ -13,8 +13,9 @@ from generation.drawing.engines import Engine, Kind, StaticStep, make_cache, mak
 from generation.drawing.fused_step import can_fuse
 from generation.drawing.ragged_cache import RaggedCache
 from generation.drawing.sampling import SamplingOptions
+from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import is_quantised, quantise
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.model import Transformer
 from tests.helpers.generators import GRID, PRESETS, PROMPTS, SEEDS, make_model
 
 SAMPLED = SamplingOptions(temperature=0.9, top_k=20, guidance=2.0)

@@ -11,7 +11,9 @@ from torch import nn
 from generation.rows.draw import training_row
 from generation.rows.row import collate
 from generation.transformer.attention import relaxed_attention, rotate
-from generation.transformer.model import KVCache, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from tests.helpers.generators import PRESETS, SIZES, make_model
 
 

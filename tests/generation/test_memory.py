@@ -16,7 +16,9 @@ from generation.drawing import decoding, memory
 from generation.drawing.decoding import cache_shape, full_block, generate_codes
 from generation.drawing.memory import available_bytes, check_memory, plan_drawing
 from generation.drawing.sampling import SamplingOptions
-from generation.transformer.model import KVCache, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
 from mmwudao.loading.info import describe
 from mmwudao.pipeline import load

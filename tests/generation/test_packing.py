@@ -14,7 +14,9 @@ from generation.rows.describe import caption_row
 from generation.rows.draw import training_row
 from generation.rows.row import Row, RowBatch, collate, pack
 from generation.training.flops import measured_flops, peak_flops, real_tokens, training_flops
-from generation.transformer.model import Attention, Transformer, TransformerConfig
+from generation.transformer.attention import DenseAttention
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from generation.transformer.packing import make_packing, packed_attention, varlen_packing
 
 SIZES = {"num_image_codes": 32, "num_text_pieces": 70, "width": 32, "depth": 2, "heads": 2, "max_text": 9}
@@ -172,7 +174,7 @@ def test_xformers_is_given_its_layout_and_mask(monkeypatch):
     packing = make_packing(lengths, torch.device("cuda"), torch.bfloat16)
     assert (packing.kernel, packing.mask.lengths) == ("xformers", [3, 7, 1])
     q, k, v = torch.randn(3, 1, 2, 11, 8)
-    attend = Attention(PRESETS["modern"], layer=0).eval()._attend
+    attend = DenseAttention(PRESETS["modern"]).eval()
     found = packed_attention(q, k, v, packing, attend)
     by_rows = make_packing(lengths, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(found, packed_attention(q, k, v, by_rows, attend))
@@ -195,7 +197,7 @@ def test_pytorch_is_given_its_layout_and_offsets(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     lengths = (3, 7, 1)
     q, k, v = torch.randn(3, 1, 2, 11, 8)
-    attend = Attention(PRESETS["modern"], layer=0).eval()._attend
+    attend = DenseAttention(PRESETS["modern"]).eval()
     found = packed_attention(q, k, v, varlen_packing(lengths, torch.device("cpu")), attend)
     by_rows = make_packing(lengths, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(found, packed_attention(q, k, v, by_rows, attend))

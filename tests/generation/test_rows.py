@@ -6,12 +6,12 @@ import torch
 
 from data.sample import Caption, Sample
 from generation.rows.base import CodedPicture, Given
-from generation.rows.mixture import ROW_KINDS, Mixture
-from generation.transformer.model import TransformerConfig
 from generation.rows.draw import prompt_row, row_positions, training_row
+from generation.rows.mixture import ROW_KINDS, Mixture
 from generation.rows.noise import with_noise
 from generation.rows.row import collate
 from generation.rows.vocabulary import COMMANDS, Vocabulary
+from generation.transformer.config import TransformerConfig
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
 

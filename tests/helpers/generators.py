@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 
 SIZES = {
     "num_image_codes": 32,
