@@ -2,7 +2,7 @@
 
     python bench/speed/decode_speed.py [--shape emoji] [--dtype bfloat16] [--batches 1 8] [--runs 3]
     python bench/speed/decode_speed.py --shape 12x512 --batches 1 --contenders auto original --original-steps 64
-    python bench/speed/decode_speed.py --shape cogview-4b --device cuda --batches 1 64 --contenders graph compile int8 llama
+    python bench/speed/decode_speed.py --shape cogview-4b --device cuda --batches 1 64 --contenders graph compile llama
 
 All have random weights (but `emoji`), the same layers, width, heads, vocabulary and dtype, a prompt as long as the
 model's longest text, top-k 100 and, with `--guidance`, classifier-free guidance (ours in one pass with both rows,

@@ -5,7 +5,8 @@
 Each point is a process of its own that draws once with random weights, 256 wide, 6 layers, 256 codes, 1 picture but for
 what varies. `ms a code` is the mean of a step, early and late in the picture (its second and its last eighth):
 attention reads all codes before, so late steps may take longer, but no more than in proportion to the codes. Memory is
-the process's largest resident set, beside what it had before the model was made plus `generation.drawing.memory.plan_drawing`.
+the process's largest resident set, beside what it had before the model was made plus what `plan_drawing`
+(`generation.drawing.memory`) says.
 --full goes to 4096 codes, 256 pictures and 24 layers. The last line is JSON.
 """
 

@@ -41,7 +41,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def attend(self, layer: int, q: Tensor) -> Tensor | None:
-        """Attention of `q` [B, H, T, d] to what was stored, by a kernel of the cache's own; None where it has none."""
+        """Attention of `q` [B, H, T, d] to what was stored, by the cache's own kernel; None if it has none."""
         return None
 
     def advance(self, new: int) -> None:
@@ -54,7 +54,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def row(self, number: int) -> KVCache:
-        """The cache of one row alone, in the same memory; `advance` of one is not seen by the other."""
+        """The cache of one row, in the same memory, with a `used` of its own."""
         part = copy(self)
         rows = slice(number, number + 1)
         part.keys, part.values, part._bias = self.keys[:, rows], self.values[:, rows], self._bias[rows]
@@ -81,5 +81,5 @@ class KVCache:
         slots = torch.arange(end, device=bias.device)
         queries = slots[self.used :, None]
         bias = bias.masked_fill(slots > queries, -torch.inf)
-        # padding looks at itself: a row of nothing but minus infinity would become NaN and spread through V
+        # padding sees itself: a row of only minus infinity would become NaN and spread through V
         return bias.masked_fill(slots == queries, 0.0)

@@ -4,6 +4,8 @@ Shapes: B rows, T tokens, D width, H heads, d = D / H, V vocabulary (padded), N 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,17 @@ from generation.transformer.views import Inputs, View, choose_view
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
 # from the signature of `Transformer.__init__` to rebuild it from config.json.
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block `model` is in eval mode (no dropout, dense attention); after it, in the mode it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from generation.drawing.decoding import full_block
+from generation.drawing.blocks import full_block
 from mmwudao.pipeline import Pipeline
 from mmwudao.service.batching import Batcher
 from mmwudao.service.drawing import Commission, draw_block

@@ -4,21 +4,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from generation.drawing import decoding
-from generation.drawing.decoding import (
-    BLOCK_ROWS,
-    block_rows,
-    count_steps,
-    generate_codes,
-    naive_generate_codes,
-    prefill,
-)
+from generation.drawing import blocks, decoding
+from generation.drawing.blocks import BLOCK_ROWS, block_rows
+from generation.drawing.decoding import count_steps, generate_codes
 from generation.drawing.engines import Engine, make_cache, make_step
 from generation.drawing.logits import guide
+from generation.drawing.prompts import pad_prompts, prefill
 from generation.drawing.sampling import SamplingOptions
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
 from tests.helpers.generators import GRID, PRESETS, PROMPTS, SEEDS, make_model
+from tests.helpers.naive_decoding import naive_generate_codes
 
 
 @pytest.fixture(autouse=True)
@@ -110,15 +106,14 @@ def test_logits_do_not_depend_on_the_row_or_its_neighbours(wide_model, threads):
     torch.set_num_threads(threads)
     config = wide_model.config
 
-    def logits(prompts):
-        tokens, hidden, positions = decoding._left_padded(config, prompts, (6, 6))
+    def logits(texts):
+        prompts = pad_prompts(config, texts, (6, 6))
         kind = Engine().resolved(wide_model)
         assert kind == "fused"
-        cache = make_cache(kind, wide_model, hidden)
-        slots = tokens.shape[1]
-        first = prefill(wide_model, tokens, positions[:, :slots], cache)
-        step = make_step(kind, wide_model, positions[:, slots:], cache)
-        return torch.cat([first, step(torch.full((len(prompts),), 7), 0)], 1)
+        cache = make_cache(kind, wide_model, prompts.hidden)
+        first = prefill(wide_model, prompts, cache)
+        step = make_step(kind, wide_model, prompts.code_positions, cache)
+        return torch.cat([first, step(torch.full((len(texts),), 7), 0)], 1)
 
     rows = [PROMPTS[i % len(PROMPTS)] for i in range(BLOCK_ROWS)]
     with torch.inference_mode():
@@ -136,15 +131,15 @@ def test_a_small_block_is_used_only_where_the_trial_finds_equal_bits(monkeypatch
         sizes.append(rows)
         return torch.full((rows, 5), float(rows))
 
-    monkeypatch.setattr(decoding, "_trials", {})
-    monkeypatch.setattr(decoding, "_trial", unequal)
+    monkeypatch.setattr(blocks, "_trials", {})
+    monkeypatch.setattr(blocks, "_trial", unequal)
     assert block_rows(model, 3, GRID) == BLOCK_ROWS
     assert block_rows(model, 3, GRID) == BLOCK_ROWS
     assert sizes == [16, 4, 16, 8]  # each size once
     assert torch.equal(generate_codes(model, PROMPTS[:1], SEEDS[:1], grid=GRID), whole)
 
-    monkeypatch.setattr(decoding, "_trials", {})
-    monkeypatch.setattr(decoding, "_trial", lambda model, rows, grid, window, kind: torch.ones(rows, 5))
+    monkeypatch.setattr(blocks, "_trials", {})
+    monkeypatch.setattr(blocks, "_trial", lambda model, rows, grid, window, kind: torch.ones(rows, 5))
     assert [block_rows(model, needed, GRID) for needed in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
 
 
