@@ -30,7 +30,8 @@ def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
     """A whole model directory with random weights: 32 px pictures of 4 x 4 codes."""
     from data.text import TextTokenizer
     from generation.drawing.sampling import SamplingOptions
-    from generation.transformer.model import Transformer, TransformerConfig
+    from generation.transformer.config import TransformerConfig
+    from generation.transformer.model import Transformer
     from mmwudao.loading.model_dir import assemble
     from vqvae.model import VQVAE, VQVAEConfig
     from vqvae.storage.parts import save_part

@@ -27,7 +27,8 @@ def measure(model: str, width: int, depth: int) -> dict[str, object]:
     from generation.drawing.decoding import generate_codes
     from generation.drawing.memory import plan_drawing
     from generation.drawing.sampling import SamplingOptions
-    from generation.transformer.model import Transformer, TransformerConfig
+    from generation.transformer.config import TransformerConfig
+    from generation.transformer.model import Transformer
     from mmwudao.pipeline import load
     from vqvae.model import VQVAE, VQVAEConfig
 

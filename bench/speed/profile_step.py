@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from generation.drawing.decoding import _left_padded, prefill
 from generation.drawing.engines import Engine, make_cache, make_step
+from generation.drawing.prompts import pad_prompts, prefill
 from generation.transformer.model import Transformer
 from mmwudao.pipeline import load
 
@@ -46,17 +46,16 @@ def measure(model: Transformer, name: str, arguments: argparse.Namespace) -> dic
     config, device = model.config, model.embed.weight.device
     kind = Engine(name).resolved(model)  # type: ignore[arg-type]
     rows = [[1, 2, 3]] * arguments.rows
-    tokens, hidden, positions = _left_padded(config, rows, config.grid)
-    tokens, positions = tokens.to(device), positions.to(device)
-    cache, slots = make_cache(kind, model, hidden), tokens.shape[1]
-    prefill(model, tokens, positions[:, :slots], cache)
-    step = make_step(kind, model, positions[:, slots:], cache)
+    prompts = pad_prompts(config, rows, config.grid).to(device)
+    cache = make_cache(kind, model, prompts.hidden)
+    prefill(model, prompts, cache)
+    step = make_step(kind, model, prompts.code_positions, cache)
     codes = torch.zeros(arguments.rows, dtype=torch.int64, device=device)
     place = config.grid[0] * config.grid[1] // 2
     times = []
 
     def run() -> None:
-        cache.used = slots + place
+        cache.used = prompts.slots + place
         started = time.perf_counter()
         step(codes, place)
         times.append(time.perf_counter() - started)

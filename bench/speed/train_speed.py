@@ -1,13 +1,13 @@
 """Tokens a second and model-FLOPs utilisation (MFU) of training: ours, and Hugging Face's Trainer at the same shape.
 
     python bench/speed/train_speed.py [--shape emoji] [--variants plain packed peer]
-    python bench/speed/train_speed.py --shape 1b --device cuda --minutes 1 --variants plain compiled compiled+packed peer
+    python bench/speed/train_speed.py --shape 1b --device cuda --variants plain compiled compiled+packed peer
 
 A variant is `plain`, or of these joined by +: packed (rows behind one another, not padded), compiled, checkpointed,
 unfused (AdamW), muon. With `peer` first it is the Trainer with SDPA and padded rows, compiled or checkpointed at will:
 Llama, or GPT-2 for 4b, which is CogView's shape. All learn the same batches, one variant after the other, `--rounds`
 times. Captions are those of `--shards`, drawn as the shipped generator's were; the codes are random. Real tokens are no
-padding, and MFU counts them alone (`generation/training/flops.py`); the peer has logits over its whole vocabulary everywhere,
+padding, and MFU counts them alone (`bench/speed/flops.py`); the peer has logits over its whole vocabulary everywhere,
 ours where needed. Memory is the peak: allocated on CUDA, resident on a CPU. The last line is JSON.
 """
 
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from bench.speed.flops import peak_flops, real_tokens, training_flops
 from data.config import load_config
 from data.reading import open_shards
 from data.text import TextTokenizer
@@ -35,9 +36,9 @@ from generation.rows.draw import training_row
 from generation.rows.row import Row, RowBatch, collate, pack
 from generation.rows.texts import descriptions, draw_caption
 from generation.training.config import GeneratorTrainConfig
-from generation.training.flops import peak_flops, real_tokens, training_flops
 from generation.training.train_generator import LossModule
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from generation.transformer.packing import make_packing
 from vqvae.training.config import LoopConfig
 from vqvae.training.loop import Loop

@@ -1,4 +1,4 @@
-"""CogView's published transformer checkpoints: where the weights lie, what they are called, how they become ours.
+"""Imports CogView's published transformer checkpoints: finds the file, maps its tensors to ours, converts them.
 
 V vocabulary (padded), H width, P positions, L layers. The files hold float16 weights of model-parallel size 1.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from generation.cogview.rows import cogview_config
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 from vqvae.storage.parts import ModelError
 from vqvae.storage.published import Source, check_tensors, converted, read_checkpoint, stream_part
 
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest")  # the second is DeepSpeed's own
-HEAD_WIDTH = 64  # of every published model; the files do not say it
+HEAD_WIDTH = 64  # of every published model; the files do not contain it
 
 WORDS = "word_embeddings.weight"
 PLACES = "transformer.position_embeddings.weight"
@@ -80,7 +80,7 @@ def generator_config(
     grid: tuple[int, int] = (32, 32),
     heads: int | None = None,
 ) -> TransformerConfig:
-    """The sizes of published weights. `heads` is not to be seen in them: width / 64 if not given.
+    """The sizes of published weights. The number of heads does not show in them: width / 64 if `heads` is not given.
 
     Raises `ModelError` for weights that do not fit the two vocabularies, the grid or the heads.
     """

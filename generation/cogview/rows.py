@@ -19,7 +19,8 @@ from torch import Tensor
 
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.rows.vocabulary import COMMANDS, Vocabulary
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 
 POSITIONS = 1089  # rows of the published position table: 61 text pieces, 32 x 32 codes, four commands
 TEXT_SLOTS = 64  # of a row in the published binary training files

@@ -1,7 +1,8 @@
 """CogView's own sampler, on our KV cache: rows with given and missing tokens, super-resolution, caption scores.
 
-It differs from `generation.drawing.decoding` in what may follow (`forbidden_ids`), in the positions after [ROI2], and in that
-tokens may be given anywhere. Shapes: R rows, L tokens of a row, V vocabulary (padded).
+It differs from `generation.drawing.decoding` in three ways: in which tokens may follow (`forbidden_ids`), in the
+positions after [ROI2], and in that tokens may be given anywhere. Shapes: R rows, L tokens of a row, V vocabulary
+(padded).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from generation.drawing.engines import make_cache
 from generation.drawing.logits import filter_logits
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import KVCache, Transformer
+from generation.transformer.cache import KVCache
+from generation.transformer.model import Transformer, evaluation
 
 MEMORY = 2048  # tokens that a new one looks back on, in the original's scripts
 # (row block, column block, lines) of the super-resolution windows, in the order in which they are drawn
@@ -86,9 +88,7 @@ def fill_sequence(
     given: list[int] = []
     restart: int | None = None  # the last [ROI2]
     forbidden = forbidden_ids(vocab, given)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation(model):
         for index, wanted in enumerate(ids):
             if wanted >= 0:
                 if len(tokens) > 1:
@@ -116,8 +116,6 @@ def fill_sequence(
                 cache.take_rows(copies.to(device))
             scores = scores + probabilities.gather(1, drawn).squeeze(1).log()
             tokens = torch.cat([tokens, drawn], dim=1)
-    finally:
-        model.train(training)
     return tokens
 
 
@@ -209,14 +207,10 @@ def caption_scores(model: Transformer, rows: Tensor) -> Tensor:
     if start + 1 >= rows.shape[1]:
         raise ValueError("there is no text after [ROI1] to score")
     device = model.embed.weight.device
-    training = model.training
-    model.eval()
-    try:
+    with evaluation(model):
         positions = torch.arange(rows.shape[1]).expand(len(rows), -1)
         hidden = model(rows.to(device), positions.to(device))  # the last token too: it counts for the norms' maximum
         logits = model.logits(hidden[:, start:-1]).float().cpu()  # [B, text, V]
-    finally:
-        model.train(training)
     logits[..., : vocab.num_image_codes] = -torch.inf
     text = rows[:, start + 1 :].cpu().unsqueeze(-1)
     return logits.log_softmax(-1).gather(-1, text).squeeze(-1).sum(dim=1)

@@ -1,8 +1,9 @@
 """How one decoding step is run: by the model's modules, fused by hand on a CPU, or recorded or compiled on a GPU.
 
-Prefill is always `Transformer.forward` over many tokens, which all hardware does well. A step has one token a row, so
-little work that the time goes into starting it: each way here starts fewer, larger pieces. All give the numbers of
-`Transformer.forward` up to rounding, and the rounding is each way's own: a picture belongs to the way it was drawn.
+Prefill is always `Transformer.forward` over many tokens, which is fast on all hardware. A step has one token a row: so
+little work that most of the time goes into starting operations, and each way here starts fewer and larger ones. All
+give the numbers of `Transformer.forward` up to rounding. They round differently, so the same seed may give another
+picture with another engine.
 
 Shapes: R rows, T slots of the cache, S codes of a picture, N image codes.
 """
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from generation.drawing.fused_step import FusedStep, can_fuse
 from generation.drawing.ragged_cache import RaggedCache
-from generation.transformer.model import KVCache, Transformer
+from generation.transformer.cache import KVCache
+from generation.transformer.model import Transformer
 
 Kind = Literal["auto", "modules", "fused", "graph", "compile"]
 REACH = 256  # slots by which the attention of a recorded step grows
@@ -26,14 +28,14 @@ REACH = 256  # slots by which the attention of a recorded step grows
 
 @dataclass(frozen=True)
 class Engine:
-    """The way a step is run, and how many pictures are drawn side by side.
+    """How a step is run, and how many pictures are drawn side by side.
 
     `kind`: "modules" calls `Transformer.forward`; "fused" is `FusedStep`, for the models and CPUs it knows; "graph"
     replays a CUDA graph of the modules' step; "compile" has torch.compile fuse it first, which takes half a minute or
     more before the first picture of a shape. "auto" is "fused" or "modules".
 
-    `images` 0: blocks as `decoding.block_rows` says, and a picture does not depend on what else is drawn. Otherwise
-    blocks of so many pictures: fewer for latency, more for throughput, with another rounding each.
+    `images` 0: blocks as `blocks.block_rows` says, and a picture does not depend on what else is drawn. Otherwise
+    blocks have this many pictures: fewer for latency, more for throughput. Each number rounds differently.
     """
 
     kind: Kind = "auto"
@@ -46,29 +48,31 @@ class Engine:
             raise ValueError(f"images must be 0 (as the model says) or more, not {self.images}")
 
     def resolved(self, model: Transformer) -> Kind:
-        """The way that "auto" stands for. Raises `ValueError` for one that this model or device cannot go."""
+        """The engine to use ("auto" chosen). Raises `ValueError` for one that the model or device does not support."""
         if self.kind == "auto":
             return "fused" if can_fuse(model) else "modules"
         if self.kind == "fused" and not can_fuse(model):
-            raise ValueError("the fused engine knows models of the modern structure on a CPU: use modules or auto")
+            raise ValueError(
+                "the fused engine supports only models of the modern structure on a CPU: use modules or auto"
+            )
         device = model.embed.weight.device.type
         if self.kind == "graph" and device != "cuda":
             raise ValueError("the graph engine needs a CUDA device: use auto")
         if self.kind == "compile" and device not in ("cuda", "cpu"):
-            raise ValueError(f"the compile engine knows cuda and cpu, not {device}: use auto")
+            raise ValueError(f"the compile engine supports cuda and cpu, not {device}: use auto")
         return self.kind
 
 
 class Step(Protocol):
-    """One code of every row, which is number `place` of its picture: its numbers go into the cache."""
+    """Reads one code of every row, number `place` of its picture, into the cache."""
 
     def __call__(self, codes: Tensor, place: int) -> Tensor:
-        """Float32 logits [R, N] of the code after `codes` [R]; of a graph, until the next call."""
+        """Float32 logits [R, N] of the code after `codes` [R]. A graph overwrites them in the next call."""
         ...
 
 
 def cache_dtype(model: Transformer) -> torch.dtype:
-    """What keys and values are kept in."""
+    """The dtype of keys and values in the cache."""
     # on a CPU attention to one query is faster in float32, and the cache then saves converting it at every step
     return torch.float32 if model.embed.weight.device.type == "cpu" else model.embed.weight.dtype
 
@@ -110,7 +114,7 @@ def make_step(kind: Kind, model: Transformer, positions: Tensor, cache: KVCache)
 
 @dataclass
 class Recorded:
-    """The last block's, kept from one call to the next: recording and compiling take longer than a picture."""
+    """Cache and step of the last block, kept for the next call: recording and compiling take longer than a picture."""
 
     key: tuple[object, ...]
     cache: RaggedCache
@@ -138,10 +142,9 @@ class ModuleStep:
 class StaticStep:
     """A step whose tensors keep their shapes and addresses, so that it can be recorded once and replayed.
 
-    The place is a number on the device. PyTorch's attention goes over the slots up to the next multiple of `stride`
-    that the longest row needs, those behind a token masked: each such reach is a step of its own, recorded when it is
-    come to. `prepare` takes a function without arguments and gives one that does the same faster (`record`,
-    `compiled`).
+    The place is a number on the device. PyTorch's attention covers the slots up to the next multiple of `stride` that
+    the longest row needs, with the slots behind a token masked. Each such reach has a step of its own, recorded when it
+    is first needed. `prepare` takes a function without arguments and returns a faster one (`record`, `compiled`).
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class StaticStep:
         self._steps: dict[int, Callable[[], Tensor]] = {}
 
     def begin(self, positions: Tensor) -> None:
-        """Other pictures of the same shape."""
+        """Take the positions of other pictures of the same shape."""
         self._positions.copy_(positions)
 
     def __call__(self, codes: Tensor, place: int) -> Tensor:
@@ -184,7 +187,7 @@ def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A CUDA graph of `run`. Its result is overwritten by the next replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in the first calls, which cannot be recorded
+    with torch.cuda.stream(side):  # the first calls initialise libraries, which cannot be recorded
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
@@ -200,7 +203,7 @@ def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def compiled(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`run` through torch.compile, which keeps what it made on disk (TORCHINDUCTOR_CACHE_DIR)."""
+    """`run` through torch.compile, which caches its code on disk (TORCHINDUCTOR_CACHE_DIR)."""
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 

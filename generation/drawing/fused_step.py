@@ -1,12 +1,12 @@
 """One decoding step on a CPU in a quarter of the operations that the modules take.
 
-With one token a row a step is small: what counts is how many operations PyTorch starts and how often the weights are
-read. So one structure (`can_fuse`) is written out here: float32 matrices laid out as `addmm` reads them fastest, the
-residual added inside of it, keys and values stored by one copy each, the rotation and the weights of the q and k norms
-multiplied beforehand. It gives the numbers of `Transformer.forward` up to float32 rounding.
+With one token a row a step is small: its time depends on how many operations PyTorch starts and how often the weights
+are read. So the step of one structure (`can_fuse`) is written out here: float32 matrices in the layout that `addmm`
+reads fastest, which adds the residual too; keys and values stored by one copy each; the rotation multiplied with the
+weights of the q and k norms beforehand. It gives the numbers of `Transformer.forward` up to float32 rounding.
 
-The matrices are float32 whatever the model is stored in: a product of few rows costs a read of the weights and a call,
-and without AMX the float32 call is the faster one.
+The matrices are float32 whatever dtype the model is stored in: a product of few rows costs a read of the weights and a
+call, and without AMX the float32 call is faster.
 
 Shapes: R rows, D width, H heads, d = D / H, T slots of the cache filled so far, S codes of a picture, N image codes.
 """
@@ -19,21 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import full_weight
-from generation.transformer.model import Block, KVCache, Transformer, TransformerConfig
+from generation.transformer.model import Block, Transformer
 
 MOST_NUMBERS = 2**27  # 512 MiB
 
 
 def can_fuse(model: Transformer) -> bool:
-    """Whether `FusedStep` knows the model: the structure of `TransformerConfig.modern`, on a CPU, not too large."""
-    # an adapter or a library may have put its own layers in
+    """Whether `FusedStep` supports the model: the structure of `TransformerConfig.modern`, on a CPU, not too large."""
+    # an adapter or a library may have replaced layers
     plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
     return plain and fused_numbers(model.config) > 0 and model.embed.weight.device.type == "cpu"
 
 
 def fused_numbers(config: TransformerConfig) -> int:
-    """How many numbers `FusedStep` copies to float32; 0 for a model that it does not know, or that is too large."""
+    """How many numbers `FusedStep` copies to float32; 0 for a model that it does not support, or that is too large."""
     known = (
         config.norm == "rmsnorm"
         and config.qk_norm
@@ -47,7 +49,7 @@ def fused_numbers(config: TransformerConfig) -> int:
 
 
 class FusedStep:
-    """An `engine.Step` for the models that `can_fuse` names."""
+    """An `engines.Step` for the models that `can_fuse` accepts."""
 
     def __init__(self, model: Transformer, positions: Tensor, cache: KVCache) -> None:
         """`positions` [R, S, 2] are those of the codes; the `cache` (float32) is filled up to the first of them."""
@@ -67,7 +69,7 @@ class FusedStep:
         ]
         head = model.embed.weight if config.tie_embeddings else model.head.weight
         self._head = _columns(head[: config.num_image_codes], model.norm.weight)
-        # tensors: a Python number would be made one in every operation
+        # tensors, because every operation would convert a Python number to one
         self._eps = torch.tensor(config.norm_eps)
         self._shares = {size: torch.tensor(1 / size) for size in (config.width, config.head_width)}
 
@@ -100,7 +102,7 @@ class FusedStep:
 
 
 class _Layer:
-    """The weights of a block in float32, those of its norms multiplied in; and where its keys and values lie."""
+    """The weights of a block in float32, multiplied with those of its norms, and its part of the cache."""
 
     def __init__(self, block: Block, head_width: int, keys: Tensor, values: Tensor) -> None:
         attention, mlp = block.attention, block.mlp

@@ -39,7 +39,8 @@ def sample(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
     """Codes [...] from logits [..., N] and Gumbel noise [..., N] (`draw_noise`): the Gumbel-max trick.
 
     argmax(logits + noise) has exactly the softmax's distribution (Maddison et al. 2014, arXiv:1411.0030, section 2).
-    With the same noise, other logits mostly give the same code, which `generation.drawing.jacobi` lives on.
+    With the same noise, slightly different logits mostly give the same code, on which `generation.drawing.jacobi`
+    relies.
     """
     if options.temperature == 0:
         return logits.argmax(-1)
@@ -49,7 +50,7 @@ def sample(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
 def draw_noise(seed: int, places: int, num_codes: int) -> Tensor:
     """The random numbers of the image with this seed: standard Gumbel, float32 [places, num_codes], on the CPU."""
     uniforms = torch.rand(places, num_codes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    # of 0, which is one of 2**53 numbers, comes minus infinity: that code is not drawn
+    # a uniform of exactly 0 (one in 2**53) gives minus infinity: that code is not drawn
     return uniforms.log_().neg_().log_().neg_().float()
 
 

@@ -1,8 +1,9 @@
 """A cache for prompts of any lengths without padding: every row begins at slot 0, and its codes follow its own prompt.
 
-What a row has not reached yet is not looked at. On CUDA with xformers (extra `gpu`) attention of one query a row is
-its split-K kernel, which reads no further than each row goes; elsewhere PyTorch's, with a mask, over the longest row.
-Rows are not blocks that give the same bits in any company: `generation.drawing.decoding` pads on the left for that.
+Slots that a row has not reached yet are masked. On CUDA with xformers (extra `gpu`), its split-K kernel computes the
+attention of one query a row and reads no slot behind the row's last; elsewhere PyTorch's kernel reads as far as the
+longest row, with a mask. The bits of a row may depend on the others here; with the padded prompts of
+`generation.drawing.decoding` they do not.
 
 Shapes: R rows, P tokens of the longest prompt, T slots, H heads, d head width.
 """
@@ -16,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generation.drawing.jacobi import WindowCache
-from generation.transformer.model import TransformerConfig
+from generation.drawing.window_cache import WindowCache
+from generation.transformer.config import TransformerConfig
 
 
 class RaggedCache(WindowCache):
     """A `WindowCache` whose prompts come without the padding, `hidden` [R, T], that stands left of them.
 
-    Without `kernels` attention is PyTorch's everywhere, which is what torch.compile can look into.
+    Without `kernels`, attention is PyTorch's everywhere, which torch.compile can trace.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class RaggedCache(WindowCache):
         kernels: bool = True,
     ) -> None:
         super().__init__(config, torch.zeros_like(hidden), dtype=dtype, device=device)
-        # rows, slots and heads in this order in memory: what xformers takes for rows behind one another
+        # in memory: rows, slots, heads, which xformers reads as rows behind one another
         layers, rows, heads, slots, width = self.keys.shape
         shape = (layers, rows, slots, heads, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
@@ -54,7 +55,7 @@ class RaggedCache(WindowCache):
             ).to(self.keys.device)
 
     def begin(self, hidden: Tensor) -> None:
-        """Take other prompts: what is stored is not looked at any more."""
+        """Start with other prompts: what is stored is masked from now on."""
         padding = hidden.sum(dim=1)
         self.padding.copy_(padding)
         self.least_padding = int(padding.min())
@@ -62,13 +63,13 @@ class RaggedCache(WindowCache):
         self.reach = self.length
 
     def align(self, tokens: Tensor) -> Tensor:
-        """[R, P] or [R, P, 2] padded on the left, as `_left_padded` gives it, to the same padded on the right."""
+        """[R, P] or [R, P, 2] padded on the left, as in `PaddedPrompts`, to the same padded on the right."""
         places = torch.arange(tokens.shape[1], device=tokens.device) + self.padding[:, None]
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         return tokens[rows, places % tokens.shape[1]]
 
     def move_to(self, slot: int) -> None:
-        """The next token of every row is what `slot` would be if prompts were padded."""
+        """Put the next token of every row where it belongs without padding; `slot` is its place with padded prompts."""
         self.starts.copy_(slot - self.padding)
 
     def attend(self, layer: int, q: Tensor) -> Tensor | None:

@@ -23,7 +23,8 @@ from generation.rows.row import RowBatch
 from generation.training.batches import RowBatches, RowMaker, held_out_batches, mean_bits
 from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
 from generation.training.pairs import CodedPairs, unigram_bits
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.model import VQVAE
 from vqvae.storage.parts import content_hash, load_part, save_part
 from vqvae.training.loop import train_model

@@ -1,4 +1,4 @@
-"""The transformer: configuration, model, attention, caches, packed rows, 8-bit weights, adapters.
+"""The transformer: configuration, model, attention and its views, the cache, packed rows, 8-bit weights, adapters.
 
-Read `config.py` and `model.py` first.
+Read `config.py` first, then `model.py`, then `views.py` (which tokens a token sees).
 """

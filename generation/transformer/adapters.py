@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from data.atomic import write_files
 from data.config import ConfigError, from_dict, to_dict
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.storage.parts import ModelError
 
 FORMAT = "mmwudao-adapter/1"
@@ -38,7 +39,7 @@ Method = Literal["ptuning", "lora", "both"]
 
 @dataclass
 class AdapterOptions:
-    """What is trained. `prompt_vectors` and `encoder_width` are P-tuning's, `rank` and `alpha` LoRA's."""
+    """What is trained. `prompt_vectors` and `encoder_width` belong to P-tuning, `rank` and `alpha` to LoRA."""
 
     method: Method = "both"
     prompt_vectors: int = 8
@@ -65,7 +66,7 @@ class AdapterConfig:
 
     @property
     def hash(self) -> str:
-        """What a picture remembers its adapter by."""
+        """Identifies the adapter in the recipe of a picture."""
         return sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()
 
 
@@ -94,8 +95,8 @@ class PromptVectors(nn.Module):
 class PromptEncoder(nn.Module):
     """Prompt vectors [k, D] made by a small network, for training: MLP([forward LSTM, backward LSTM]) of k inputs.
 
-    The prompt encoder of P-tuning: vectors that are trained as they are, one by one, are hard to optimise. Only what
-    it gives is kept in the end.
+    This is the prompt encoder of P-tuning: vectors trained directly, one by one, are hard to optimise. Only its output
+    is kept after training.
     """
 
     def __init__(self, count: int, width: int, encoder_width: int) -> None:

@@ -1,4 +1,4 @@
-"""Attention and rotary positions as plain functions of tensors.
+"""Dense attention and rotary positions.
 
 Shapes: B rows, H heads, T tokens, S tokens that are looked at, d head width.
 """
@@ -9,7 +9,35 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from generation.transformer.config import TransformerConfig
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, d/2], see `rotate`
+
+
+class DenseAttention(nn.Module):
+    """Attention of each query to all keys that a bias leaves, by PyTorch's kernels or with PB-relax. No parameters.
+
+    A module, so that it knows whether it trains (dropout), and torch.compile takes its settings for constants.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def plain(self) -> bool:
+        """Neither dropout nor PB-relax, which not all kernels know."""
+        return not (self.config.pb_relax or (self.training and self.config.dropout))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, H, T, d] of `q` [B, H, T, d] and `k`, `v` [B, H, S, d]; `bias` is added to the scores, None is causal."""
+        dropout = self.config.dropout if self.training else 0.0
+        if self.config.pb_relax:
+            return relaxed_attention(q, k, v, bias, self.config.pb_relax, dropout)
+        bias = None if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
 
 
 def segment_bias(segments: Tensor) -> Tensor:
@@ -42,7 +70,7 @@ def single_query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Ten
     return (scores.softmax(-1) @ v).to(q.dtype)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (i, i + d/2) of `x` [B, H, T, d] by the angles whose cos and sin [B, 1, T, d/2] are given.
 
     Rotary positions (Su et al. 2021, arXiv:2104.09864, section 3.2.2); the first half of the pairs turns with the

@@ -1,8 +1,8 @@
 """Weights of 8 bits: the matrices of the blocks as int8 with one scale a row, computed in the model's own dtype.
 
-The weights are half as large as in bfloat16, so a GPU that draws one picture, and reads all of them for every code, has
-half to read (with the engine "compile", which multiplies them as they are). On a CPU it saves room on the disk and in
-memory alone: `fused_step` makes them float32 again.
+The weights are half as large as in bfloat16. A GPU that draws one picture reads all of them for every code, so half as
+much (with the engine "compile", which multiplies them as they are). On a CPU they only save space on disk and in
+memory: `fused_step` turns them back into float32.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def quantise(model: Transformer) -> Transformer:
 
 
 def is_quantised(model: Transformer) -> bool:
-    """Whether `quantise` has been at the model."""
+    """Whether the matrices of the blocks are 8-bit, as `quantise` makes them."""
     block = model.blocks[0]
     assert isinstance(block, Block)
     return type(block.attention.qkv.weight.data) is not Tensor
 
 
 def full_weight(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor: of 8 bits as the numbers that they stand for."""
+    """A weight as an ordinary tensor; 8-bit numbers are scaled back to the values they stand for."""
     return weight.data if type(weight.data) is Tensor else weight.dequantize()

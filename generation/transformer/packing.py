@@ -2,7 +2,7 @@
 
 The score matrix is block-diagonal, and only its blocks are computed. On CUDA one kernel does so: xformers' with its
 `BlockDiagonalCausalMask` (extra `gpu`) where it is installed, else PyTorch's own FlashAttention for variable lengths.
-Elsewhere, and for what these kernels cannot do, the rows are taken one by one.
+Elsewhere, and where these kernels do not apply, the rows are computed one by one.
 Shapes: T tokens of all rows, H heads, d head width.
 """
 
@@ -32,7 +32,7 @@ class Packing:
     longest: int = 0  # at least the longest row; for "varlen"
     mask: Any = None  # for "xformers"
     biases: tuple[Tensor, ...] | None = None  # for "rows"
-    uncompiled: Callable[..., Tensor] | None = None  # what torch.compile does not look into; for "rows" and "xformers"
+    uncompiled: Callable[..., Tensor] | None = None  # run outside of compiled code; for "rows" and "xformers"
 
 
 def make_packing(
@@ -59,7 +59,7 @@ def make_packing(
 def varlen_packing(lengths: tuple[int, ...], device: torch.device) -> Packing:
     """The packing that PyTorch's kernel for variable lengths takes."""
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-    # rounded: compiled code is made anew for an integer that it has not seen
+    # rounded, because torch.compile may compile again for every new integer
     return Packing(lengths, "varlen", offsets=offsets, longest=-(-max(lengths) // 128) * 128)
 
 
@@ -81,13 +81,13 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: 
 
 
 def _by_rows(lengths: tuple[int, ...], biases: tuple[Tensor, ...] | None) -> Packing:
-    # the lengths are other ones in every batch: compiled, the loop would be unrolled and compiled anew each time
+    # the lengths differ from batch to batch: torch.compile would unroll the loop and compile again each time
     return Packing(lengths, "rows", biases=biases, uncompiled=_uncompiled(_attention_by_row))
 
 
 @cache
 def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # not as a decorator: that would import PyTorch's compiler, which takes seconds, for drawing too
+    # not a decorator, which would import PyTorch's compiler (seconds) for drawing too
     return torch.compiler.disable(function)
 
 

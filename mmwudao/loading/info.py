@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from generation.cogview.rows import PRESETS, cogview_config
 from generation.drawing.memory import plan_drawing
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from mmwudao.loading.devices import choose_dtype
 from mmwudao.loading.loaded import ModelParts, load_parts
 from mmwudao.loading.model_dir import OPTIONAL_PARTS, check_hash

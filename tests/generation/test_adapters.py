@@ -15,17 +15,19 @@ from data.codes import CodedSample
 from data.config import ConfigError
 from data.sample import Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, write_manifest
-from generation.drawing.decoding import generate_codes, naive_generate_codes
+from generation.drawing.decoding import generate_codes
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.draw import prompt_row
 from generation.rows.texts import CaptionMix
 from generation.rows.vocabulary import Vocabulary
 from generation.training.train_style import StyleBase, StyleTrainConfig, train
 from generation.transformer.adapters import AdapterOptions, apply_adapter, make_trainable, save_adapter
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
 from mmwudao.loading.model_dir import assemble, read_model_config
 from mmwudao.pipeline import load
+from tests.helpers.naive_decoding import naive_generate_codes
 from vqvae.storage.parts import ModelError, content_hash, save_part
 from vqvae.training.config import LoopConfig
 

@@ -18,7 +18,8 @@ from generation.rows.draw import row_positions
 from generation.rows.row import collate
 from generation.rows.texts import descriptions
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from mmwudao.loading.model_dir import Part
 from mmwudao.pipeline import load
 from mmwudao.tasks import encode_pictures, kept_cells

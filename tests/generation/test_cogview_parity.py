@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from data.images import CorruptImage
 from data.text import TextTokenizer
-from generation.cogview.importing import import_generator
 from generation.cogview.rows import (
     PRESETS,
     cogview_config,
@@ -25,22 +23,16 @@ from generation.cogview.rows import (
     two_image_row,
 )
 from generation.rows.vocabulary import COMMANDS, Vocabulary
-from generation.transformer.model import KVCache, MaxScaledLayerNorm, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import MaxScaledLayerNorm, Transformer
+from tests.helpers.cogview import GOLDEN, assert_close, load_generator
 from vqvae.cogview import import_tokenizer, read_picture
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import load_part
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cogview"
 PUBLISHED = Vocabulary(8192, 50000)
 OUTLIER = 80  # the token whose embedding holds a 60: its own logit column is large
-
-
-def load_generator(folder: Path, name: str) -> Transformer:
-    import_generator(
-        GOLDEN / "transformer" / name, folder / "part", num_image_codes=64, num_text_pieces=100,
-        tokenizer_hash="t", text_hash="x", heads=4,
-    )  # fmt: skip
-    return load_part(Transformer, folder / "part").float()
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +73,6 @@ def incremental(model: Transformer, io: dict[str, torch.Tensor]) -> torch.Tensor
         logits.append(model.logits(hidden).detach())
         start += size
     return torch.cat(logits, dim=1)
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 # the image tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from generation.cogview.importing import import_generator
 from generation.cogview.sampler import caption_scores, fill_sequence, forbidden_ids, magnify, step_probabilities
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.vocabulary import Vocabulary
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.storage.parts import load_part
 
 SAMPLING = Path(__file__).parents[1] / "golden" / "cogview" / "sampling"
@@ -40,13 +42,17 @@ def golden() -> dict[str, torch.Tensor]:
     return load_file(SAMPLING / "filling_sequence.safetensors")
 
 
+def sampling_of(case: dict[str, Any]) -> SamplingOptions:
+    return SamplingOptions(temperature=case["temperature"], top_k=case["top_k"], top_p=case["top_p"])
+
+
 def filled(model: Transformer, golden: dict[str, torch.Tensor], name: str, steps: list | None = None) -> torch.Tensor:
     case = CASES[name]
     taken: list = [] if steps is None else steps
     return fill_sequence(
         model,
         golden[f"{name}.seq"],
-        SamplingOptions(case["temperature"], case["top_k"], case["top_p"]),
+        sampling_of(case),
         generator=torch.Generator().manual_seed(case["seed"] or 0),
         memory=case["max_memory_length"],
         on_step=lambda logits, probabilities: taken.append((logits, probabilities)),
@@ -86,7 +92,7 @@ def test_rows_go_from_one_to_many_to_the_best_and_again(model, golden):
 def test_probabilities_of_the_goldens_steps(golden):
     """Teacher forcing: the original's logits give the original's probabilities, whatever is drawn."""
     name = "beams_then_given"
-    options = SamplingOptions(CASES[name]["temperature"], CASES[name]["top_k"], CASES[name]["top_p"])
+    options = sampling_of(CASES[name])
     row = golden[f"{name}.seq"].tolist()
     logits, expected = golden[f"{name}.step_logits"], golden[f"{name}.step_probs"]
     for start, given in ((0, row[:7]), (21, row[13:15])):
@@ -100,7 +106,7 @@ def test_the_filter_keeps_ties(golden):
     images, text = torch.arange(256) >= 64, (torch.arange(256) < 64) | (torch.arange(256) >= 164)
     for name, forbidden, options in (
         ("topk10", nothing, SamplingOptions(top_k=10)),
-        ("topk10_temp1p02", nothing, SamplingOptions(1.02, top_k=10)),
+        ("topk10_temp1p02", nothing, SamplingOptions(temperature=1.02, top_k=10)),
         ("image_only_topk200", images, SamplingOptions(top_k=200)),
         ("text_only_topk10", text, SamplingOptions(top_k=10)),
         ("topp0p8_row0", nothing, SamplingOptions(top_p=0.8)),

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from generation.drawing.decoding import _left_padded, generate_codes, prefill
+from generation.drawing.decoding import generate_codes
 from generation.drawing.engines import Engine, Kind, StaticStep, make_cache, make_step
 from generation.drawing.fused_step import can_fuse
+from generation.drawing.prompts import pad_prompts, prefill
 from generation.drawing.ragged_cache import RaggedCache
 from generation.drawing.sampling import SamplingOptions
+from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import is_quantised, quantise
-from generation.transformer.model import Transformer, TransformerConfig
-from tests.generation.test_decoding import GRID, PROMPTS, SEEDS
-from tests.generation.test_generator import PRESETS, make_model
+from generation.transformer.model import Transformer
+from tests.helpers.generators import GRID, PRESETS, PROMPTS, SEEDS, make_model
 
 SAMPLED = SamplingOptions(temperature=0.9, top_k=20, guidance=2.0)
 
@@ -29,16 +30,15 @@ def modern() -> Transformer:
 @torch.inference_mode()
 def run(model: Transformer, kind: Kind, prepare=None, stride=1000) -> torch.Tensor:
     """Logits [R, S, N] of all places of `GRID` after three prompts, by made-up codes."""
-    tokens, hidden, positions = _left_padded(model.config, PROMPTS[:3], GRID)
-    cache = make_cache(kind, model, hidden)
-    slots = tokens.shape[1]
-    results = [prefill(model, tokens, positions[:, :slots], cache)]
+    prompts = pad_prompts(model.config, PROMPTS[:3], GRID)
+    cache = make_cache(kind, model, prompts.hidden)
+    results = [prefill(model, prompts, cache)]
     if prepare is None:
-        step = make_step(kind, model, positions[:, slots:], cache)
+        step = make_step(kind, model, prompts.code_positions, cache)
     else:
         assert isinstance(cache, RaggedCache)
-        cache.begin(hidden)
-        step = StaticStep(model, positions[:, slots:], cache, prepare, stride)
+        cache.begin(prompts.hidden)
+        step = StaticStep(model, prompts.code_positions, cache, prepare, stride)
     for place in range(GRID[0] * GRID[1] - 1):
         results.append(step((torch.arange(3) * 5 + place) % model.config.num_image_codes, place).clone())
     return torch.stack(results, dim=1)
@@ -74,8 +74,9 @@ def test_a_static_step_gives_the_modules_logits(preset):
 
 
 def test_prompts_of_different_lengths_are_not_padded(modern):
-    tokens, hidden, positions = _left_padded(modern.config, PROMPTS[:3], GRID)
-    cache = RaggedCache(modern.config, hidden, dtype=torch.float32, device="cpu")
+    prompts = pad_prompts(modern.config, PROMPTS[:3], GRID)
+    tokens, positions = prompts.tokens, prompts.positions
+    cache = RaggedCache(modern.config, prompts.hidden, dtype=torch.float32, device="cpu")
     padding = cache.padding.tolist()
     assert padding == [modern.config.max_text - length for length in map(len, PROMPTS[:3])]
     aligned = cache.align(tokens)

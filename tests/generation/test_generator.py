@@ -11,23 +11,10 @@ from torch import nn
 from generation.rows.draw import training_row
 from generation.rows.row import collate
 from generation.transformer.attention import relaxed_attention, rotate
-from generation.transformer.model import KVCache, Transformer, TransformerConfig
-
-SIZES = {
-    "num_image_codes": 32,
-    "num_text_pieces": 50,
-    "width": 64,
-    "depth": 2,
-    "heads": 4,
-    "max_text": 6,
-    "grid": (4, 4),
-}
-PRESETS = {
-    "cogview": TransformerConfig.cogview(**SIZES),
-    "cogview-relaxed": TransformerConfig.cogview(**SIZES, pb_relax=32.0),
-    "modern": TransformerConfig.modern(**SIZES),
-    "learned-2d": TransformerConfig.modern(**SIZES, position="learned_2d", tie_embeddings=False),
-}
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
+from tests.helpers.generators import PRESETS, SIZES, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +24,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_model(config: TransformerConfig, seed: int = 0) -> Transformer:
-    """A random model whose logits differ clearly: untrained ones are almost flat."""
-    torch.manual_seed(seed)
-    model = Transformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
-    return model
 
 
 def make_batch(config: TransformerConfig, texts=((1, 2, 3), (4,)), text_weight=0.5):

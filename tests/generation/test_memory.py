@@ -12,11 +12,15 @@ import torch
 
 from data.config import to_dict
 from generation.cogview.rows import cogview_config
-from generation.drawing import decoding, memory
-from generation.drawing.decoding import cache_shape, full_block, generate_codes
+from generation.drawing import blocks, decoding, memory
+from generation.drawing.blocks import cache_shape, full_block
+from generation.drawing.decoding import generate_codes
 from generation.drawing.memory import available_bytes, check_memory, plan_drawing
+from generation.drawing.prompts import pad_prompts
 from generation.drawing.sampling import SamplingOptions
-from generation.transformer.model import KVCache, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
 from mmwudao.loading.info import describe
 from mmwudao.pipeline import load
@@ -61,7 +65,7 @@ def test_weights_and_cache_are_exact():
     cache = KVCache(config, torch.zeros(rows, slots, dtype=torch.bool), dtype=torch.bfloat16, device="cpu")
     assert plan.cache == cache.keys.nbytes + cache.values.nbytes
     assert plan_drawing(config, TOKENIZER, torch.bfloat16, "cpu").cache == 2 * plan.cache, "float32 on a CPU"
-    assert decoding._left_padded(config, [[1]] * rows, (6, 6))[1].shape == (rows, slots)
+    assert pad_prompts(config, [[1]] * rows, (6, 6)).hidden.shape == (rows, slots)
 
 
 def test_decoding_a_picture():
@@ -85,18 +89,18 @@ def test_cogviews_four_billion_fit_a_card_of_16_gb():
 
 def test_small_models_draw_in_full_blocks(monkeypatch):
     config = CONFIGS["modern"]
-    assert full_block(config, (6, 6)) == decoding.BLOCK_ROWS
+    assert full_block(config, (6, 6)) == blocks.BLOCK_ROWS
     # a limit for six rows of this model: the next smaller half is four
-    monkeypatch.setattr(decoding, "MOST_CACHED", 2 * 2 * 6 * 78 * 256)
+    monkeypatch.setattr(blocks, "MOST_CACHED", 2 * 2 * 6 * 78 * 256)
     assert cache_shape(config, 6, (6, 6)) == (2, 6, 78, 256)
     assert full_block(config, (6, 6)) == 4
-    monkeypatch.setattr(decoding, "MOST_CACHED", 1)
+    monkeypatch.setattr(blocks, "MOST_CACHED", 1)
     assert full_block(config, (6, 6)) == 2
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_pictures_do_not_depend_on_the_batch_in_smaller_blocks(monkeypatch, guidance):
-    monkeypatch.setattr(decoding, "MOST_CACHED", 1)
+    monkeypatch.setattr(blocks, "MOST_CACHED", 1)
     torch.manual_seed(0)
     sizes = {"num_image_codes": 32, "num_text_pieces": 50, "width": 32, "depth": 1, "heads": 2, "max_text": 4}
     model = Transformer(TransformerConfig.modern(**sizes, grid=(2, 3))).eval()
@@ -137,7 +141,8 @@ def test_loading_makes_no_second_copy(tmp_path: Path):
 
 def test_nothing_is_imported_to_make_an_empty_module():
     """PyTorch's compiler, which random numbers on the meta device need, takes seconds to import."""
-    code = "import sys; from generation.cogview.rows import cogview_config; from generation.transformer.model import Transformer\n"
+    code = "import sys; from generation.cogview.rows import cogview_config\n"
+    code += "from generation.transformer.model import Transformer\n"
     code += "from vqvae.storage.parts import without_weights\nbefore = set(sys.modules)\n"
     code += "with without_weights(): Transformer(cogview_config('cogview-small'))\n"
     code += "print(len([name for name in set(sys.modules) - before if name.startswith('torch')]))"

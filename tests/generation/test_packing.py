@@ -1,4 +1,3 @@
-import random
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,41 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from generation.rows.describe import caption_row
-from generation.rows.draw import training_row
-from generation.rows.row import Row, RowBatch, collate, pack
-from generation.training.flops import measured_flops, peak_flops, real_tokens, training_flops
-from generation.transformer.model import Attention, Transformer, TransformerConfig
+from generation.rows.row import RowBatch, collate, pack
+from generation.transformer.attention import DenseAttention
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from generation.transformer.packing import make_packing, packed_attention, varlen_packing
-
-SIZES = {"num_image_codes": 32, "num_text_pieces": 70, "width": 32, "depth": 2, "heads": 2, "max_text": 9}
-PRESETS = {
-    "modern": TransformerConfig.modern(**SIZES, grid=(4, 4)),
-    "cogview": TransformerConfig.cogview(**SIZES, grid=(4, 4)),
-    "pb_relax": TransformerConfig.cogview(**SIZES, grid=(4, 4), pb_relax=8.0),
-    "sparse": TransformerConfig.cogview(**SIZES, grid=(4, 4), sparse_window=2, sparse_windows=2, sparse_pivots=3),
-}
-
-
-def rows_of(config: TransformerConfig, describe: bool = False, count: int = 5) -> list[Row]:
-    rng = random.Random(0)
-    rows = []
-    for index in range(count):
-        codes = torch.randint(32, config.grid, generator=torch.Generator().manual_seed(index))
-        texts = [[rng.randrange(70) for _ in range(rng.randrange(10))] for _ in range(3)]
-        if describe:
-            rows.append(caption_row(config.vocabulary, texts, codes, config.max_text, config.position_kind))
-        else:
-            rows.append(training_row(config.vocabulary, texts[0], codes, config.max_text, config.position_kind))
-    return rows
-
-
-def both(config: TransformerConfig, describe: bool = False) -> tuple[RowBatch, RowBatch]:
-    rows = rows_of(config, describe)
-    return collate(config.vocabulary, rows, 0.3), pack(config.vocabulary, rows, 0.3)
+from tests.helpers.packed_rows import PRESETS, SIZES, both, rows_of
 
 
 def loss_and_gradients(model: Transformer, batch: RowBatch) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -172,7 +143,7 @@ def test_xformers_is_given_its_layout_and_mask(monkeypatch):
     packing = make_packing(lengths, torch.device("cuda"), torch.bfloat16)
     assert (packing.kernel, packing.mask.lengths) == ("xformers", [3, 7, 1])
     q, k, v = torch.randn(3, 1, 2, 11, 8)
-    attend = Attention(PRESETS["modern"], layer=0).eval()._attend
+    attend = DenseAttention(PRESETS["modern"]).eval()
     found = packed_attention(q, k, v, packing, attend)
     by_rows = make_packing(lengths, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(found, packed_attention(q, k, v, by_rows, attend))
@@ -195,7 +166,7 @@ def test_pytorch_is_given_its_layout_and_offsets(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     lengths = (3, 7, 1)
     q, k, v = torch.randn(3, 1, 2, 11, 8)
-    attend = Attention(PRESETS["modern"], layer=0).eval()._attend
+    attend = DenseAttention(PRESETS["modern"]).eval()
     found = packed_attention(q, k, v, varlen_packing(lengths, torch.device("cpu")), attend)
     by_rows = make_packing(lengths, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(found, packed_attention(q, k, v, by_rows, attend))
@@ -243,49 +214,3 @@ def test_packed_rows_on_a_gpu(describe):
     torch.testing.assert_close(again["loss"], losses["loss"], rtol=1e-2, atol=1e-2)
     for one, other in zip(expected, found, strict=True):
         assert float((one - other).norm()) <= 0.05 * float(one.norm()) + 1e-4
-
-
-# floating-point operations
-
-
-@pytest.mark.parametrize("softmax", ["codes", "full"])
-@pytest.mark.parametrize("preset", ["modern", "cogview"])
-def test_flops_are_those_that_pytorch_counts(preset, softmax):
-    config = replace(PRESETS[preset], image_softmax=softmax)
-    rows = rows_of(config, count=1)
-    batch = collate(config.vocabulary, rows)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        Transformer(config).loss(batch)["loss"].backward()
-    flops = training_flops(config, batch)
-    # PyTorch counts the whole square of scores, half of which a causal row does not need
-    assert counter.get_total_flops() == flops.blocks + flops.head + 2 * flops.attention
-    assert flops.total == flops.blocks + flops.attention + flops.head
-
-
-def test_flops_count_no_padding():
-    config = PRESETS["modern"]
-    for describe in (False, True):
-        padded, packed = both(config, describe)
-        singles = [collate(config.vocabulary, [row]) for row in rows_of(config, describe)]
-        assert training_flops(config, padded) == training_flops(config, packed)
-        assert training_flops(config, padded).total == sum(training_flops(config, one).total for one in singles)
-        assert real_tokens(config, padded) == packed.tokens.numel() == sum(one.tokens.numel() for one in singles)
-
-
-def test_flops_of_a_row_that_describes_by_hand():
-    config = replace(PRESETS["modern"], grid=(1, 1))
-    row = caption_row(config.vocabulary, [[1, 2], [3]], torch.tensor([[5]]), config.max_text)
-    # [SIZE] [BOI1] code [EOI1], then [ROI1] and 2 pieces, then [ROI1] and 1: 4 tokens all see, 3 and 2 alone
-    pairs = 4**2 / 2 + 3 * (4 + 3 / 2) + 2 * (4 + 2 / 2)
-    assert training_flops(config, collate(config.vocabulary, [row])).attention == 12 * 32 * 2 * pairs
-
-
-def test_peak_of_known_and_unknown_devices(monkeypatch):
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12}
-    for name, peak in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(torch.device("cuda"), torch.bfloat16) == (peak, "table")
-    peak, source = peak_flops(torch.device("cpu"), torch.float32)
-    assert source == "measured"
-    assert peak > 1e8
-    assert measured_flops(torch.device("cpu"), torch.float32, size=64, runs=1) > 0

@@ -17,7 +17,7 @@ from generation.training import batches as batches_module
 from generation.training.batches import RowBatches, RowMaker, held_out_batches
 from generation.training.pairs import CodedPairs, unigram_bits
 from generation.training.train_generator import train
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 from tests.helpers.tiny_codes import CODES, coded, make_config, sample, write_codes, write_workspace
 
 

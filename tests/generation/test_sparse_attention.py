@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from generation.transformer.attention import relaxed_attention
-from generation.transformer.model import KVCache, Transformer, TransformerConfig
+from generation.transformer.cache import KVCache
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from generation.transformer.sparse import draw_pivots, sparse_attention
-from tests.generation.test_cogview_parity import GOLDEN, assert_close, load_generator
+from tests.helpers.cogview import GOLDEN, assert_close, load_generator
 
 PAD = 164  # of the golden vocabulary
 
@@ -100,7 +102,7 @@ def test_the_originals_logits(tmp_path, monkeypatch, case, count):
     model = Transformer(config).train()
     model.load_state_dict(dense.state_dict())
     recorded = iter(pivots)
-    monkeypatch.setattr("generation.transformer.model.draw_pivots", lambda *_: next(recorded))
+    monkeypatch.setattr("generation.transformer.views.draw_pivots", lambda *_: next(recorded))
     logits = model.logits(model(tokens, golden["position_ids"])).detach()
     assert next(recorded, None) is None, "one draw a layer"
     assert_close(logits[:, ::8], golden[f"{case}.logits"], 5e-5)

@@ -46,9 +46,10 @@ def test_training_from_codes_to_a_folder(workspace, tmp_path):
     assert folder == tmp_path / "run" / "generator"
     model = load_part(Transformer, folder)
     text = TextTokenizer(workspace / "text.model")
-    assert model.config.tokenizer_hash == json.loads((workspace / "codes" / "manifest.json").read_text())["sources"][
-        "tokenizer"
-    ]
+    assert (
+        model.config.tokenizer_hash
+        == json.loads((workspace / "codes" / "manifest.json").read_text())["sources"]["tokenizer"]
+    )
     assert model.config.text_hash == text.content_hash
     assert (model.config.num_image_codes, model.config.num_text_pieces) == (CODES, text.vocab_size)
     assert model.config.grid == (4, 4)

@@ -12,7 +12,7 @@ from data.shards import Manifest, ShardWriter, write_manifest
 from data.text import TextTokenizer
 from generation.rows.texts import CaptionMix
 from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import save_part
 from vqvae.training.config import LoopConfig

@@ -5,7 +5,7 @@ import torch
 
 from bench.speed import decode_speed, growth_speed
 from generation.rows.draw import training_row
-from tests.generation.test_generator import PRESETS, make_model
+from tests.helpers.generators import PRESETS, make_model
 
 
 @pytest.mark.parametrize("preset", PRESETS)

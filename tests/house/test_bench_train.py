@@ -8,7 +8,8 @@ import torch
 from bench.speed import train_pictures_speed, train_speed
 from data.text import TextTokenizer
 from generation.rows.row import collate
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 
 SHARDS = Path(__file__).parents[2] / "data/samples/emoji"
 

@@ -183,7 +183,8 @@ def test_a_config_that_does_not_fit(saved, tmp_path, change):
 
 
 def test_another_kind_of_model(saved, tmp_path):
-    from generation.transformer.model import Transformer, TransformerConfig
+    from generation.transformer.config import TransformerConfig
+    from generation.transformer.model import Transformer
 
     config = TransformerConfig(num_image_codes=8, num_text_pieces=300, width=16, depth=1, heads=1)
     save_part(Transformer(config), tmp_path / "generator")

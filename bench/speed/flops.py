@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from generation.rows.row import RowBatch
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 
 # part of the name that `torch.cuda.get_device_name` gives -> FLOP/s of dense bfloat16 products (NVIDIA's data sheets)
 PEAKS = {

@@ -1,0 +1,133 @@
+"""How many rows the model sees at once, so that a picture has the same bits in any company.
+
+Floating-point products may add up in another order when a matrix has another shape. So rows come in blocks of a fixed
+number, `full_block`; a smaller block is used only where a trial on this CPU finds the same bits in it (`block_rows`).
+
+Shapes: R rows of a block, P prompt slots, S = h * w codes of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generation.drawing.engines import Kind, make_cache, make_step
+from generation.drawing.prompts import pad_prompts, prefill
+from generation.drawing.sampling import SamplingOptions
+from generation.drawing.window_cache import WindowCache
+from generation.rows.row import COMMANDS_IN_ROW
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
+
+BLOCK_ROWS = 16  # a guided image takes two of them
+SMALL_BLOCKS = (2, 4, 8)
+MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
+
+
+def cache_shape(config: TransformerConfig, rows: int, grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Layers, rows, slots and width of the keys (and of the values) that drawing keeps."""
+    return config.depth, rows, config.max_text + COMMANDS_IN_ROW + grid[0] * grid[1] - 2, config.width
+
+
+def full_block(config: TransformerConfig, grid: tuple[int, int]) -> int:
+    """The rows of a full block: `BLOCK_ROWS`, halved until the cache holds at most `MOST_CACHED` numbers; 2 at least.
+
+    The model decides, not the memory that is free: a picture would differ between two cards.
+    """
+    rows = BLOCK_ROWS
+    while rows > 2 and 2 * math.prod(cache_shape(config, rows, grid)) > MOST_CACHED:
+        rows //= 2
+    return rows
+
+
+def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: int = 1, kind: Kind = "modules") -> int:
+    """The rows of a block for `needed` of them: `full_block`, or fewer if this CPU then computes the same bits.
+
+    A trial tells: does every row of a small block, and of a full one, get what the first row of a full block gets?
+    It runs once for each model shape, dtype, thread count, window and way of running a step.
+    """
+    most = full_block(model.config, grid)
+    if model.embed.weight.device.type != "cpu":
+        return most  # a step of few rows is no faster there
+    for rows in SMALL_BLOCKS:
+        if needed <= rows < most:
+            shape = replace(model.config, tokenizer_hash="", text_hash="")
+            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid, window, kind)
+            if key not in _trials:
+                full, small = _trial(model, most, grid, window, kind), _trial(model, rows, grid, window, kind)
+                _trials[key] = bool((full == full[:1]).all() and (small == full[:1]).all())
+            if _trials[key]:
+                return rows
+    return most
+
+
+def images_in_block(options: SamplingOptions, rows: int) -> int:
+    """Pictures in a block of so many rows: guidance takes two rows for each."""
+    return rows if options.guidance == 1 else rows // 2
+
+
+_trials: dict[tuple[object, ...], bool] = {}
+
+
+def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int, kind: Kind) -> Tensor:
+    """What `rows` times the same row computes [rows, ...]: its linear layers on sums that cancel, then its logits."""
+    config = model.config
+    text = [i % config.num_text_pieces for i in range(config.max_text)]
+    prompts = pad_prompts(config, [text] * rows, grid)
+    slots, window = prompts.slots, min(window, grid[0] * grid[1])
+    last = prompts.hidden.shape[1] - window
+    results = _trial_products(model, rows, (window, slots) if window > 1 else (1,), kind)
+    codes = torch.zeros(rows, window, dtype=torch.int64)
+    places = sorted({0, (last - slots) // 2, last - slots} & set(range(last - slots + 1)))  # a single code: no step
+    if window > 1:
+        windows = WindowCache(config, prompts.hidden, dtype=torch.float32, device="cpu")
+        read = model(prompts.tokens, prompts.positions[:, :slots], windows)
+        results.append(model.logits(read[:, -1], image_only=True).float())
+        for place in places:
+            windows.starts = torch.full((rows,), slots + place)
+            here = prompts.positions[:, slots + place : slots + place + window]
+            results.append(model.logits(model(codes, here, windows), image_only=True).float().flatten(1))
+    else:
+        cache = make_cache(kind, model, prompts.hidden)
+        prefill(model, prompts, cache)
+        step = make_step(kind, model, prompts.code_positions, cache)
+        for place in places:
+            cache.used = slots + place
+            results.append(step(codes[:, 0], place).clone())
+    return torch.cat(results, dim=1)
+
+
+def _trial_products(model: Transformer, rows: int, lengths: tuple[int, ...], kind: Kind) -> list[Tensor]:
+    """Outputs [rows, ...] of the linear layers, for tokens of those lengths, on sums that cancel."""
+    config = model.config
+    linear = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    results = []
+    for inputs, outputs in sorted(linear | {(config.width, config.num_image_codes)}):
+        if kind == "fused" and lengths == (1,):
+            x, weight, _ = _cancelling(inputs, outputs, False, torch.float32)
+            results.append(x.expand(rows, inputs).contiguous() @ weight.t().contiguous())
+        else:
+            x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
+            for length in lengths:
+                y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
+                results.append(y.flatten(1).float())
+    return results
+
+
+def _cancelling(inputs: int, outputs: int, with_bias: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [inputs], weight [outputs, inputs] and bias whose exact product is 0, so that all it gives is rounding error.
+
+    That error shows the order of a sum, which rounding an ordinary result to bfloat16 mostly hides.
+    """
+    generator = torch.Generator().manual_seed(0)
+    half, order = inputs // 2, torch.randperm(inputs, generator=generator)
+    x, weight = torch.zeros(inputs), torch.zeros(outputs, inputs)
+    x[order[:half]] = torch.randn(half, generator=generator)
+    weight[:, order[:half]] = torch.randn(outputs, half, generator=generator)
+    x[order[half : 2 * half]] = x[order[:half]]
+    weight[:, order[half : 2 * half]] = -weight[:, order[:half]]
+    return x.to(dtype), weight.to(dtype), torch.zeros(outputs, dtype=dtype) if with_bias else None
