@@ -3,7 +3,7 @@
     python bench/speed/train_pictures_speed.py [--parts tokenizer towers] [--shards data/samples/emoji] [--minutes 0.3]
 
 Runs the training itself, but for evaluation and checkpoints. FLOPs are those that PyTorch counts in one step (products
-and convolutions, forward and backward); the peak is that of `generation/training/flops.py`. The last line is JSON.
+and convolutions, forward and backward); the peak is that of `bench/speed/flops.py`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import retrieval.training.train_towers
 import vqvae.train_tokenizer
 import vqvae.training.loop
+from bench.speed.flops import peak_flops
 from data.config import load_config
-from generation.training.flops import peak_flops
 from vqvae.training.loop import Loop
 
 CONFIGS = Path(__file__).parents[2] / "mmwudao/configs"

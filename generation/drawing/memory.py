@@ -1,6 +1,6 @@
 """What drawing takes in memory, worked out before anything is allocated, and what a device has left.
 
-Pictures are drawn in blocks of a fixed number of rows (`generation.drawing.decoding`), one block after the other, so the
+Pictures are drawn in blocks of a fixed number of rows (`generation.drawing.blocks`), one block after the other, so the
 memory does not grow with the number of pictures.
 """
 

@@ -19,7 +19,8 @@ from generation.rows.mixture import ROW_KINDS, Mixture
 from generation.rows.row import Row, RowBatch, collate, pack
 from generation.training.config import GeneratorTrainConfig
 from generation.training.pairs import CodedPairs
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.training.process import rank, world_size
 
 HELD_OUT_BATCH = 32  # rows

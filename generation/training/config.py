@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from data.options import check_options, option
 from generation.rows.mixture import Mixture
 from generation.rows.texts import CaptionMix
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 from vqvae.training.config import LoopConfig
 
 

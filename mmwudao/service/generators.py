@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from PIL import Image
 
-from generation.drawing.decoding import full_block
+from generation.drawing.blocks import full_block
 from mmwudao.loading.model_dir import ModelConfig
 from mmwudao.pipeline import Pipeline
 from mmwudao.service.batching import Batcher, BatchLimits, Watch, WorkQueue

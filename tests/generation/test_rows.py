@@ -11,7 +11,7 @@ from generation.rows.mixture import ROW_KINDS, Mixture
 from generation.rows.noise import with_noise
 from generation.rows.row import collate
 from generation.rows.vocabulary import COMMANDS, Vocabulary
-from generation.transformer.model import TransformerConfig
+from generation.transformer.config import TransformerConfig
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
 
