@@ -45,8 +45,9 @@ from generation.drawing.sampling import SamplingOptions
 from generation.rows.draw import training_row
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.attention import rotate
+from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import quantise
-from generation.transformer.model import Attention, Block, Transformer, TransformerConfig
+from generation.transformer.model import Attention, Block, Transformer
 from mmwudao.loading.devices import DTYPES
 from mmwudao.pipeline import load
 

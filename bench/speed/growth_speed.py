@@ -56,7 +56,8 @@ def draw(codes: int, pictures: int, layers: int, device: str) -> dict[str, Any]:
     from generation.drawing.engines import Engine
     from generation.drawing.memory import plan_drawing
     from generation.drawing.sampling import SamplingOptions
-    from generation.transformer.model import Transformer, TransformerConfig
+    from generation.transformer.config import TransformerConfig
+    from generation.transformer.model import Transformer
     from vqvae.model import VQVAEConfig
 
     on_gpu = device == "cuda"

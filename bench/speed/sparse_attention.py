@@ -15,7 +15,8 @@ import time
 
 import torch
 
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 
 
 def measure(tokens: int, pb_relax: float, window: int, runs: int) -> tuple[float, int]:

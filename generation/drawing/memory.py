@@ -1,6 +1,6 @@
-"""What drawing takes in memory, worked out before anything is allocated, and what a device has left.
+"""How much memory drawing takes, computed before anything is allocated, and how much a device has left.
 
-Pictures are drawn in blocks of a fixed number of rows (`generation.drawing.blocks`), one block after the other, so the
+Pictures are drawn in blocks of a fixed number of rows (`generation.drawing.blocks`), one block after the other, so
 memory does not grow with the number of pictures.
 """
 
@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from generation.drawing.decoding import cache_shape, full_block
+from generation.drawing.blocks import cache_shape, full_block
 from generation.drawing.fused_step import fused_numbers
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.row import COMMANDS_IN_ROW
-from generation.transformer.model import Transformer, TransformerConfig
+from generation.transformer.config import TransformerConfig
+from generation.transformer.model import Transformer
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import without_weights
 
@@ -41,12 +42,12 @@ class DrawingMemory:
     cache: int
     matrices: int  # copied for a faster step (`generation.drawing.fused_step`)
     noise: int  # of all places of the pictures in a block
-    activations: int  # the most that a piece of a row, or a step, needs beside these two
-    picture: int  # decoding one picture, when the cache is gone
+    activations: int  # the most that a prefill or a step needs beside the above
+    picture: int  # decoding one picture, after the cache is freed
 
     @property
     def working(self) -> int:
-        """What comes on top of the weights."""
+        """Bytes on top of the weights."""
         return max(self.cache + self.matrices + self.noise + self.activations, self.picture)
 
     @property
@@ -97,18 +98,18 @@ def _weight_bytes(build: Callable[[], nn.Module], size: int) -> int:
 
 
 def _layer_bytes(config: TransformerConfig, rows: int, queries: int, keys: int, size: int) -> int:
-    """The most that is alive in a layer: in the MLP, or where attention keeps its scores."""
+    """The most bytes alive in a layer: in the MLP, or in attention with its scores."""
     width, hidden = config.width, config.hidden_width
     # the layer's input, that of the MLP before and after its norm, the attention's output; then the hidden copies
     mlp = 4 * width + 4 * hidden if config.mlp == "swiglu" else 5 * width + 2 * hidden
-    # one query on a CPU takes no fused kernel; relaxation takes none anywhere
+    # one query on a CPU does not use the fused kernel, and neither does relaxation anywhere
     unfused = config.pb_relax > 0 or queries == 1
     attention = 8 * width + (3 * config.heads * keys if unfused else 0)
     return rows * queries * (max(mlp, attention) * size + 4 * keys)  # 4: the mask
 
 
 def _trial_bytes(config: TransformerConfig, rows: int, length: int) -> int:
-    """What the trial of small blocks (`decoding.block_rows`) compares: the outputs of all linear layers."""
+    """Bytes that the trial of small blocks (`blocks.block_rows`) compares: the outputs of all linear layers."""
     gates = 2 if config.mlp == "swiglu" else 1
     outputs = 5 * config.width + gates * config.hidden_width + config.num_image_codes
     return rows * length * outputs * 4
@@ -126,7 +127,7 @@ def _picture_bytes(config: VQVAEConfig, grid: tuple[int, int]) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """What can still be allocated on a device; None where the system does not say."""
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -143,7 +144,7 @@ def available_bytes(device: torch.device) -> int | None:
     with suppress(OSError, ValueError, KeyError):  # no control groups here, or no limit ("max")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(usage["file"]))  # the page cache makes room
+        found.append(limit - used + int(usage["file"]))  # the page cache can be freed
     return min(found, default=None)
 
 
