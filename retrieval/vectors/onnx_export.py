@@ -42,7 +42,7 @@ class ExportedFile:
     least_cosine: float
 
 
-class ImageEncoder(nn.Module):
+class OnnxImageEncoder(nn.Module):
     """`pixels` [N, 3, H, W] -> `features` [N, D]."""
 
     def __init__(self, towers: Towers) -> None:
@@ -53,7 +53,7 @@ class ImageEncoder(nn.Module):
         return self.towers.encode_pixels(pixels)
 
 
-class TextEncoder(nn.Module):
+class OnnxTextEncoder(nn.Module):
     """The tensors of `tokenize`, in the order of `names` (None: a single tensor) -> `features` [N, D]."""
 
     def __init__(self, towers: Towers, names: list[str] | None) -> None:
@@ -105,8 +105,8 @@ def _export_both(towers: Towers, folder: Path, int8: bool) -> list[ExportedFile]
     text = dict(tokens) if isinstance(tokens, dict) else {"tokens": tokens}
     files = []
     for name, module, inputs in (
-        ("image", ImageEncoder(towers), {"pixels": pixels}),
-        ("text", TextEncoder(towers, names), text),
+        ("image", OnnxImageEncoder(towers), {"pixels": pixels}),
+        ("text", OnnxTextEncoder(towers, names), text),
     ):
         path = folder / f"{name}.onnx"
         _export(module, inputs, path)
@@ -155,7 +155,7 @@ def _export(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=["features"],
-                dynamic_shapes=(shapes,) if isinstance(module, TextEncoder) else shapes,
+                dynamic_shapes=(shapes,) if isinstance(module, OnnxTextEncoder) else shapes,
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

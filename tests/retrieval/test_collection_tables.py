@@ -87,7 +87,7 @@ ONES = numpy.ones((3, DIM))
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        (BAD.drop_columns("vector"), "one column each of id, vector and metadata, not id, number"),
+        (BAD.drop_columns("vector"), "one column each for id, vector and metadata, not id, number"),
         (BAD.append_column("number", BAD["number"]), "one column each"),
         (replaced(BAD, "id", pa.array([1, 2, 3])), "the column id holds int64"),
         (replaced(BAD, "id", pa.array(["a", "", "b"])), "an id is a text of 1 to 512 characters, not ''"),
@@ -97,8 +97,8 @@ ONES = numpy.ones((3, DIM))
         (replaced(BAD, "id", pa.array(["a", "b", "a"])), "ids that are given twice: a"),
         (replaced(BAD, "vector", pa.array([1.0, 2.0, 3.0])), "the column vector holds double"),
         (replaced(BAD, "vector", pa.array([[1] * DIM] * 3)), "vectors are lists of float16, float32 or float64"),
-        (replaced(BAD, "vector", pa.array([[1.0] * (DIM - 1)] * 3)), "item-00000: its vector has not the 16 numbers"),
-        (replaced(BAD, "vector", pa.array([[1.0] * DIM, None, [1.0] * DIM])), "item-00001: its vector has not"),
+        (replaced(BAD, "vector", pa.array([[1.0] * (DIM - 1)] * 3)), "item-00000: its vector does not have 16 numbers"),
+        (replaced(BAD, "vector", pa.array([[1.0] * DIM, None, [1.0] * DIM])), "item-00001: its vector does not have"),
         (replaced(BAD, "vector", vector_column(ONES * [[1], [1], [0]])), "item-00002: its vector is zero"),
         (replaced(BAD, "vector", vector_column(ONES * [[1], [numpy.nan], [1]])), "item-00001: .* not finite"),
         (replaced(BAD, "vector", vector_column(ONES * 1e300, pa.list_(pa.float64()))), "item-00000: .* not finite"),
