@@ -165,8 +165,8 @@ class Pipeline(LoadedModel):
         by: tasks.Writer = "auto",
         on_step: Callable[[], None] | None = None,
     ) -> list[str]:
-        """See `tasks.caption`."""
-        return tasks.caption(self, images, language, by, on_step)
+        """See `tasks.caption_pictures`."""
+        return tasks.caption_pictures(self, images, language, by, on_step)
 
     def rerank(self, prompt: str, images: Sequence[Image.Image], by: tasks.Judge = "caption") -> list[float]:
         """How well each picture shows the prompt: see `tasks.score_pictures`. `ValueError` also for a bad prompt."""
@@ -201,10 +201,10 @@ class Pipeline(LoadedModel):
     def upscale(
         self, images: Sequence[Image.Image], prompt: str | None = None, seed: int | None = None
     ) -> list[Image.Image]:
-        """See `upscaling.upscale`; CogView draws picture k with `seed + k`."""
+        """See `upscaling.upscale_pictures`; CogView draws picture k with `seed + k`."""
         if prompt is not None:
             check_prompt(prompt)
-        return upscaling.upscale(self, images, prompt, planning.choose_seeds(seed, len(images)))
+        return upscaling.upscale_pictures(self, images, prompt, planning.choose_seeds(seed, len(images)))
 
     def redraw(self, recipe: dict[str, Any], on_progress: OnProgress | None = None) -> Image.Image:
         """The picture of a recipe (see `pictures.read_recipe`) again: the same pixels on the same device and dtype.

@@ -65,7 +65,7 @@ def encode_pictures(model: LoadedModel, images: Sequence[Image.Image]) -> Tensor
         return torch.cat([model.tokenizer.encode(square) for square in squares])
 
 
-def caption(
+def caption_pictures(
     model: LoadedModel,
     images: Sequence[Image.Image],
     language: str | None = None,

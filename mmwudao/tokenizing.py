@@ -27,7 +27,7 @@ def tokenize_files(tokenizer: VQVAE, sources: Sequence[Path], out: Path, size: i
     lines = []
     for source in sources:
         if source.suffix == ".npy":
-            codes = read_codes(source)
+            codes = read_code_file(source)
             image, figures = tensor_to_image(tokenizer.decode(codes[None])[0]), ""
         else:
             try:
@@ -48,7 +48,7 @@ def tokenize_files(tokenizer: VQVAE, sources: Sequence[Path], out: Path, size: i
     return lines
 
 
-def read_codes(path: Path) -> torch.Tensor:
+def read_code_file(path: Path) -> torch.Tensor:
     """Codes [h, w] int64 of a .npy file. Raises `ValueError` that names the file when it holds anything else."""
     try:
         codes = numpy.load(path, allow_pickle=False)

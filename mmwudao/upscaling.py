@@ -24,7 +24,7 @@ COGVIEW_GRID = 32  # codes a side that `magnify` takes
 log = logging.getLogger(__name__)
 
 
-def upscale(
+def upscale_pictures(
     model: LoadedModel, images: Sequence[Image.Image], prompt: str | None, seeds: Sequence[int]
 ) -> list[Image.Image]:
     """Enlarge pictures; `.info` of each says by which model.

@@ -32,7 +32,7 @@ def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
     from generation.drawing.sampling import SamplingOptions
     from generation.transformer.config import TransformerConfig
     from generation.transformer.model import Transformer
-    from mmwudao.loading.model_dir import assemble
+    from mmwudao.loading.model_dir import assemble_model
     from vqvae.model import VQVAE, VQVAEConfig
     from vqvae.storage.parts import save_part
 
@@ -56,7 +56,7 @@ def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
         text_hash=text.content_hash,
     )
     save_part(Transformer(config), parts / "generator")
-    return assemble(
+    return assemble_model(
         parts / "tokenizer",
         parts / "generator",
         text_model,

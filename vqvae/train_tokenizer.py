@@ -75,7 +75,7 @@ def train(config: TokenizerTrainConfig, resume: bool = False) -> Path:
 
 
 def _task(config: TokenizerTrainConfig, device: torch.device) -> Task:
-    pictures = read_pictures(config.data, config.data.test, by_node=False)
+    pictures = read_training_pictures(config.data, config.data.test, by_node=False)
     test, _ = _stacked(islice(pictures, config.data.test_pictures), config.data)
     batches = (InMemoryBatches if config.data.in_memory else StreamedBatches)(config)
     model = VQVAE(config.model).to(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ def _task(config: TokenizerTrainConfig, device: torch.device) -> Task:
     return Task(model, batches, loss_of, evaluate, "tokenizer", save_part)
 
 
-def read_pictures(data: TokenizerDataConfig, split: str, **options: Any) -> Iterator[tuple[Tensor, str]]:
+def read_training_pictures(data: TokenizerDataConfig, split: str, **options: Any) -> Iterator[tuple[Tensor, str]]:
     """The uint8 pictures [3, S, S] of a split, with their ids."""
     import numpy
 
@@ -139,7 +139,7 @@ class InMemoryBatches:
 
     def __init__(self, config: TokenizerTrainConfig) -> None:
         self.config = config.loop
-        self.pictures, self.ids = _stacked(read_pictures(config.data, config.data.train, by_node=False), config.data)
+        self.pictures, self.ids = _stacked(read_training_pictures(config.data, config.data.train, by_node=False), config.data)
 
     def __call__(self, step: int) -> Iterator[tuple[Tensor, list[str]]]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
@@ -161,7 +161,7 @@ class StreamedBatches:
     def __call__(self, step: int) -> Iterator[tuple[Tensor, list[str]]]:
         if self.stream is None:
             seed = self.config.seed * 1_000_003 + step
-            self.stream = read_pictures(
+            self.stream = read_training_pictures(
                 self.data, self.data.train, shuffle=self.data.shuffle, seed=seed, resampled=True
             )
         size = self.config.batch_size // (self.config.accumulate * world_size())

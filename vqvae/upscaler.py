@@ -33,7 +33,7 @@ class UpscalerConfig:
         return max(2, 2 * self.blocks + 3)
 
 
-class Block(nn.Module):
+class UpscalerBlock(nn.Module):
     """3x3 convolution, ReLU, 3x3 convolution, added to the input (Lim et al. 2017, figure 2c)."""
 
     def __init__(self, channels: int) -> None:
@@ -52,7 +52,7 @@ class Upscaler(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", license=
         super().__init__()
         self.config = config
         self.read = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(config.channels) for _ in range(config.blocks)))
+        self.blocks = nn.Sequential(*(UpscalerBlock(config.channels) for _ in range(config.blocks)))
         self.gather = nn.Conv2d(config.channels, config.channels, 3, padding=1)
         self.write = nn.Conv2d(config.channels, 3 * SCALE**2, 3, padding=1)
         nn.init.zeros_(self.write.weight)

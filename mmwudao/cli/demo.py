@@ -41,12 +41,12 @@ def demo(
     model: DrawingModelOptions,
 ) -> None:
     """Draw, search, describe, complete and enlarge pictures in a browser; Ctrl-C ends it."""
-    from mmwudao.demo.app import build, opened, start
+    from mmwudao.demo.app import build_page, opened, start
 
     pipeline = model.load()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with opened(pipeline, collection, shards, added) as actions:
-        page = build(actions, language)
+        page = build_page(actions, language)
         try:
             print(start(page, host, port, share))
             if share or host not in ("127.0.0.1", "localhost", "::1"):

@@ -120,9 +120,9 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Print a model's parts with their sizes and hashes, its styles and defaults, and the memory that drawing takes."""
-    from mmwudao.loading.info import describe
+    from mmwudao.loading.info import describe_model
 
-    description = describe(model, dtype)
+    description = describe_model(model, dtype)
     print(json.dumps(description, ensure_ascii=False) if as_json else _format_description(description))
 
 

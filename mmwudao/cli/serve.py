@@ -33,20 +33,20 @@ def serve(
         from retrieval.cluster import connected
 
         with connected(ray):
-            from mmwudao.service.ray.deployments import run as run_replicas
+            from mmwudao.service.ray.deployments import serve_replicas
 
-            run_replicas(settings, host, port)
+            serve_replicas(settings, host, port)
         return
     config = settings.config(keys)
     from mmwudao.loading.devices import choose_threads
     from mmwudao.service.opening import open_served
-    from mmwudao.service.server import configure_logging, make_server, run
+    from mmwudao.service.server import configure_logging, make_server, run_server
 
     configure_logging(config.log_prompts)
     choose_threads()
     served = open_served(settings)
     print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
     try:
-        run(make_server(served, config, host, port))
+        run_server(make_server(served, config, host, port))
     finally:
         served.close()

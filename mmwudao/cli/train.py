@@ -126,7 +126,7 @@ def assemble(
 
     The options of sampling are what the model draws with when `generate` is given none.
     """
-    from mmwudao.loading.model_dir import assemble as assemble_model
+    from mmwudao.loading.model_dir import assemble_model
 
     made = assemble_model(
         tokenizer,

@@ -62,7 +62,7 @@ def opened(
         yield Actions(pipeline, library, folder / "cache" / "results")
 
 
-def build(actions: Actions, language: Language) -> gr.Blocks:
+def build_page(actions: Actions, language: Language) -> gr.Blocks:
     """The pages: `language` at /, the other at its code."""
     examples = example_pictures(Path(os.environ["GRADIO_TEMP_DIR"]) / "examples")
     other: Language = "zh" if language == "en" else "en"

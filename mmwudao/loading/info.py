@@ -20,7 +20,7 @@ from vqvae.model import VQVAEConfig
 from vqvae.storage.parts import stored_hash, without_weights
 
 
-def describe(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
+def describe_model(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
     """What `mmwudao info` prints: the parts of a model with sizes in bytes, parameter counts, dtypes and hashes.
 
     `memory` is what drawing takes (`generation.drawing.memory`) on a CPU and on a GPU. A name in

@@ -159,7 +159,7 @@ def copy_model(folder: Path, out: Path | str) -> Path:
     return Path(out)
 
 
-def assemble(
+def assemble_model(
     tokenizer: Path | str,
     generator: Path | str,
     text_model: Path | str,

@@ -46,13 +46,13 @@ class Generator(Protocol):
         """A queue, not yet started, that draws."""
 
     def caption(self, images: Sequence[Image.Image], language: str, on_step: Callable[[], None]) -> list[str]:
-        """A description of each picture. An exception that `on_step` raises ends the search; see `tasks.caption`."""
+        """A description of each picture. An exception that `on_step` raises ends the search; see `tasks.caption_pictures`."""
 
     def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge) -> list[float]:
         """How well each picture shows the prompt; see `tasks.score_pictures`."""
 
     def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """The pictures, enlarged; see `upscaling.upscale`."""
+        """The pictures, enlarged; see `upscaling.upscale_pictures`."""
 
 
 class LocalGenerator:

@@ -42,7 +42,7 @@ def make_server(served: Served, config: ServiceConfig, host: str, port: int) -> 
     return uvicorn.Server(settings)
 
 
-def run(server: uvicorn.Server) -> None:
+def run_server(server: uvicorn.Server) -> None:
     """Serve until SIGTERM or SIGINT, and finish what was accepted."""
     # uvicorn raises the signal again at its end; the default handler would end the process before anything is closed
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -69,7 +69,7 @@ def hit_pictures(hits: Sequence[Hit], side: int, shards: str | None = None) -> l
     if missing:
         source = shards or missing[0].metadata.get("shard", "")
         raise CollectionError(f"the picture of {missing[0].id} is not in {source!r}: give --shards, where it was read")
-    return [to_square(open_image(samples[hit.id].image), side) for hit in hits]
+    return [to_square(open_image(samples[hit.id].require_image()), side) for hit in hits]
 
 
 def _sample_id(hit: Hit) -> str:

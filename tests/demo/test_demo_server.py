@@ -35,7 +35,7 @@ def address(pipe, monkeypatch):
         port = free.getsockname()[1]
     with app.opened(pipe) as opened:
         assert opened.library is None
-        demo = app.build(opened, "zh")
+        demo = app.build_page(opened, "zh")
         try:
             yield app.start(demo, "127.0.0.1", port), demo
         finally:

@@ -25,7 +25,7 @@ from generation.transformer.adapters import AdapterOptions, apply_adapter, make_
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
-from mmwudao.loading.model_dir import assemble, read_model_config
+from mmwudao.loading.model_dir import assemble_model, read_model_config
 from mmwudao.pipeline import load
 from tests.helpers.naive_decoding import naive_generate_codes
 from vqvae.storage.parts import ModelError, content_hash, save_part
@@ -48,7 +48,7 @@ def make_base(folder: Path, tiny: Path, seed: int = 0) -> Path:
         if parameter.ndim == 2:
             parameter.data.mul_(4)  # new weights are so small that a prompt would hardly be heard
     save_part(generator, folder.parent / f"{folder.name}-generator", torch.float32)
-    return assemble(
+    return assemble_model(
         tiny / "tokenizer", folder.parent / f"{folder.name}-generator", tiny / "text.model", folder,
         name="base", image_size=32, styles=["noto"], languages=["en"],
         default_sampling=SamplingOptions(temperature=0.9, guidance=2.0),

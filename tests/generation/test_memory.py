@@ -22,7 +22,7 @@ from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
-from mmwudao.loading.info import describe
+from mmwudao.loading.info import describe_model
 from mmwudao.pipeline import load
 from tests.helpers.live_memory import LiveMemory
 from vqvae.model import VQVAE, VQVAEConfig
@@ -198,7 +198,7 @@ def test_loading_and_drawing_look_first(tiny_model_dir: Path, tmp_path: Path, mo
 
 
 def test_info_prints_the_plan(tiny_model_dir: Path, capsys):
-    described = describe(tiny_model_dir, "float16")["memory"]
+    described = describe_model(tiny_model_dir, "float16")["memory"]
     assert {device: plan["dtype"] for device, plan in described.items()} == {"cpu": "float16", "cuda": "float16"}
     assert run(["info", str(tiny_model_dir)]) == 0
     assert "memory     cuda, bfloat16: 0.00 GB = transformer" in capsys.readouterr().out

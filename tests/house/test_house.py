@@ -36,7 +36,7 @@ def setup() -> configparser.ConfigParser:
 
 def imported_modules(path: Path) -> set[str]:
     """The modules that a file imports when it runs, by dotted name; of `from a import b`, both a and a.b."""
-    found = set()
+    found: set[str] = set()
 
     def look(node: ast.AST) -> None:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -15,8 +15,8 @@ from data.sample import DataError
 from generation.drawing.sampling import SamplingOptions
 from mmwudao import load
 from mmwudao.loading.devices import choose_dtype
-from mmwudao.loading.info import describe
-from mmwudao.loading.model_dir import assemble, copy_model, find_model, load_tokenizer
+from mmwudao.loading.info import describe_model
+from mmwudao.loading.model_dir import assemble_model, copy_model, find_model, load_tokenizer
 from mmwudao.pipeline import Pipeline
 from vqvae.storage.parts import ModelError
 
@@ -184,7 +184,7 @@ def test_assemble_refuses_parts_that_do_not_belong_together(
     tiny_model_dir: Path, other_model_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="was trained with the image tokenizer"):
-        assemble(
+        assemble_model(
             other_model_dir / "tokenizer",
             tiny_model_dir / "generator",
             tiny_model_dir / "text.model",
@@ -199,7 +199,7 @@ def test_assemble_refuses_parts_that_do_not_belong_together(
 
 
 def test_describe(tiny_model_dir: Path) -> None:
-    described = describe(tiny_model_dir)
+    described = describe_model(tiny_model_dir)
     assert set(described["parts"]) == {"tokenizer", "generator", "text"}
     generator = described["parts"]["generator"]
     pipe = load(tiny_model_dir, "cpu")

@@ -214,7 +214,7 @@ class Painter:
 
 def test_r_precision_tells_a_painter_from_a_blind_one(shards):
     config = GeneratorEvalConfig(prompts=8, candidates=8, neighbours=2)
-    painter = Painter()
+    painter: Any = Painter()
     record, sheet = evaluate_generator(painter, ColourTowers(), shards, config)
     assert record["r_precision"] == dict.fromkeys(("en", "de"), {"drawn": 1, "real": 1, "random": 0})
     assert painter.prompts[0].endswith("noto style"), "the family of the held-out picture, in the prompt's language"
@@ -224,7 +224,8 @@ def test_r_precision_tells_a_painter_from_a_blind_one(shards):
     assert sheet.height == 8 * 64
     json.dumps(record)
     format_generator_table(record)
-    blind, _ = evaluate_generator(Painter(always="red"), ColourTowers(), shards, config)
+    blind_painter: Any = Painter(always="red")
+    blind, _ = evaluate_generator(blind_painter, ColourTowers(), shards, config)
     assert blind["mean"] == {"drawn": 1 / 8, "real": 1, "random": 1 / 8}
 
 

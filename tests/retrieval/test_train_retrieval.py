@@ -211,7 +211,7 @@ def test_pictures(workspace: Path) -> None:
     assert [item.id for item in few.samples] == ["s000", "s016", "s032", "s048"]
     assert pictures.weights(1.0).unique().tolist() == [1 / 8]
     torch.testing.assert_close(
-        pictures.pixels[3] / 255, to_tensor(Image.open(BytesIO(sample(3).image))), atol=0, rtol=0
+        pictures.pixels[3] / 255, to_tensor(Image.open(BytesIO(sample(3).require_image()))), atol=0, rtol=0
     )
 
 

@@ -21,7 +21,7 @@ from data.shards import ShardWriter
 from mmwudao import load, upscaling
 from mmwudao.cli.app import run
 from mmwudao.loading.importing import import_cogview
-from mmwudao.loading.model_dir import assemble, read_model_config
+from mmwudao.loading.model_dir import assemble_model, read_model_config
 from mmwudao.pictures import read_recipe
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import ModelError, content_hash, load_part, save_part
@@ -211,7 +211,7 @@ def with_upscaler(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("upscaling")
     save_part(untrained(), folder / "part")
     config = read_model_config(tiny_model_dir)
-    return assemble(
+    return assemble_model(
         tiny_model_dir / "tokenizer", tiny_model_dir / "generator", tiny_model_dir / "text.model", folder / "model",
         name="larger", image_size=32, styles=config.styles, languages=config.languages,
         default_sampling=config.default_sampling, optional={"upscaler": folder / "part"},

@@ -138,7 +138,7 @@ def share_limits(config: ServiceConfig, settings: ServeSettings) -> tuple[Servic
     return front, replace(config, waiting_drawings=drawings * towers, waiting_tasks=tasks * towers)
 
 
-def run(settings: ServeSettings, host: str, port: int) -> None:
+def serve_replicas(settings: ServeSettings, host: str, port: int) -> None:
     """Serve on the Ray cluster that this process is connected to until SIGTERM or SIGINT, then shut Ray Serve down.
 
     Every machine of the cluster that has a replica listens on `host`. Raises `ValueError` as `application` does,
