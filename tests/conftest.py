@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ CAPTIONS = [
     *("빨간 하트", "자는 얼굴", "빨간 사과", "달과 별", "파란 물고기", "고양이"),
     *("red heart, noto style", "红心, noto 风格", "rotes Herz, twemoji Stil", "赤いハート, noto スタイル"),
 ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Reports travel between processes as UTF-8, which has no lone surrogates; some tests log them on purpose."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

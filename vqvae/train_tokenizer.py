@@ -139,7 +139,8 @@ class InMemoryBatches:
 
     def __init__(self, config: TokenizerTrainConfig) -> None:
         self.config = config.loop
-        self.pictures, self.ids = _stacked(read_training_pictures(config.data, config.data.train, by_node=False), config.data)
+        pictures = read_training_pictures(config.data, config.data.train, by_node=False)
+        self.pictures, self.ids = _stacked(pictures, config.data)
 
     def __call__(self, step: int) -> Iterator[tuple[Tensor, list[str]]]:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)

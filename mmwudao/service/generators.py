@@ -46,7 +46,7 @@ class Generator(Protocol):
         """A queue, not yet started, that draws."""
 
     def caption(self, images: Sequence[Image.Image], language: str, on_step: Callable[[], None]) -> list[str]:
-        """A description of each picture. An exception that `on_step` raises ends the search; see `tasks.caption_pictures`."""
+        """A description of each picture; see `tasks.caption_pictures`. An exception of `on_step` ends the search."""
 
     def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge) -> list[float]:
         """How well each picture shows the prompt; see `tasks.score_pictures`."""
