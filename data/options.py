@@ -37,13 +37,14 @@ def check_options(config: Any) -> None:
     Raises `ValueError` that names the field, what it may hold and what it holds.
     """
     for field in dataclasses.fields(config):
-        value, kinds = getattr(config, field.name), str(field.type)
-        if "help" not in field.metadata or not ("int" in kinds or "float" in kinds) or value is None:
+        value = getattr(config, field.name)
+        kind = getattr(field.type, "__name__", str(field.type)).removesuffix(" | None")
+        if "help" not in field.metadata or kind not in ("int", "float") or value is None:
             continue
-        whole, number = "int" in kinds, isinstance(value, int | float) and not isinstance(value, bool)
+        whole, number = kind == "int", isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and math.isfinite(value) and within(field, value) and (not whole or value == int(value))):
-            kind = "a whole number" if whole else "a number"
-            raise ValueError(f"{field.name} must be {kind}{describe_limits(field)}, not {value!r}")
+            wanted = "a whole number" if whole else "a number"
+            raise ValueError(f"{field.name} must be {wanted}{describe_limits(field)}, not {value!r}")
 
 
 def within(field: dataclasses.Field[Any], value: Number) -> bool:

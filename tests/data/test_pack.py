@@ -206,7 +206,7 @@ def test_errors_are_one_line_and_leave_nothing(folder, tmp_path):
         (folder, {"image_size": 0}, "image_size must be a whole number from 8 to 4096, not 0"),
         (folder, {"test_fraction": 1.0}, "test_fraction"),
         (folder, {"language": "en us"}, "no language code"),
-        (folder, {"samples_per_shard": 0}, "samples per shard"),
+        (folder, {"samples_per_shard": 0}, "samples_per_shard"),
         (tmp_path / "none", {}, "no folder or file at"),
         (tmp_path / "empty", {}, "holds no picture"),
         (folder / "notes.md", {}, "table of paths and captions"),
