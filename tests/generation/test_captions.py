@@ -320,8 +320,8 @@ def test_a_judge_that_is_not_there(pipeline, judged, pictures):
 
 def test_what_is_kept_is_kept(pipeline, pictures):
     codes = encode_pictures(pipeline, pictures[:1])[0]
-    drawn = pipeline._draw(["红心"] * 2, [1, 2], pipeline.config.default_sampling, None,
-                           codes.masked_fill(~kept_cells("left:0.5", (4, 4)), -1).expand(2, -1, -1))  # fmt: skip
+    given = codes.masked_fill(~kept_cells("left:0.5", (4, 4)), -1).expand(2, -1, -1)
+    drawn = pipeline._draw_codes(pipeline.plan("红心", n=2, seed=1), None, given)
     assert torch.equal(drawn[:, :, :2], codes[None, :, :2].expand(2, -1, -1))
     completed = pipeline.complete(pictures[0], "红心", "left:0.5", n=2, seed=1)
     assert [one.tobytes() for one in completed] == [pipeline.decode_codes(one).tobytes() for one in drawn]

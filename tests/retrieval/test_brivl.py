@@ -366,8 +366,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, kind, messag
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("MODEL: [1", "no YAML with a section MODEL"),
-        ("OTHER: 1", "no YAML with a section MODEL"),
+        ("MODEL: [1", "not YAML with a section MODEL"),
+        ("OTHER: 1", "not YAML with a section MODEL"),
         ("MODEL: {IMG_SIZE: big}", "does not describe BriVL: image_size"),
         ("MODEL: {MAX_TEXT_LEN: 24, CNN: no_such_net}", "no towers can be built .*Unknown model"),
         ("MODEL: {MAX_TEXT_LEN: 24, IMG_TRANSFORMER_HEAD: 5}", "no towers can be built from this configuration"),
