@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 QUICK = {"shards/emoji": "SHARDS", "-n 8": "-n 1", "PICTURE": "PICTURE.png", "--language all": "--language de"}
 
 
+@pytest.mark.xdist_group("commands")  # search looks into what index build made
 @pytest.mark.parametrize(
     "start", ["generate", "caption", "index build", "search pictures", "info emoji", "rerank", "complete", "upscale"]
 )
