@@ -63,9 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 QUICK = {"shards/emoji": "SHARDS", "-n 8": "-n 1", "PICTURE": "PICTURE.png", "--language all": "--language de"}
 
 
-@pytest.mark.xdist_group("commands")  # search looks into what index build made
 @pytest.mark.parametrize(
-    "start", ["generate", "caption", "index build", "search pictures", "info emoji", "rerank", "complete", "upscale"]
+    "start", ["generate", "caption", "index build", "info emoji", "rerank", "complete", "upscale"]
 )
 def test_the_quick_commands_run(start: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of each in the README, else in a page."""
