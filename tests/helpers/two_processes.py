@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from data.config import ConfigError
 from tests.helpers.training import Dropped, make_loop, weights
 from vqvae.training.config import LoopConfig, TrainingError
-from vqvae.training.process import TrainingProcess, distributed, rank
+from vqvae.training.process import TrainingProcess, check_batch_size, distributed, rank
 
 
 def trained(out: Path, seed: int, broken: dict[int, float] | None = None, resume: bool = False) -> dict[str, Any]:
@@ -28,24 +29,17 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     with TrainingProcess(LoopConfig(device="cpu")):
         number, grouped = rank(), [distributed()]
+        try:
+            check_batch_size(LoopConfig(batch_size=8, accumulate=3))
+        except ConfigError as error:
+            found["refused"] = str(error)
         found["whole"] = trained(folder / "whole", 100 + number)
         try:
             trained(folder / "run", 100 + number, broken={7: float("nan")})
         except TrainingError:
             found["resumed"] = trained(folder / "run", 200 + number, resume=True)
     found["grouped"] = [*grouped, distributed()]
-    found["refused"] = refusal()
     (folder / f"{number}.json").write_text(json.dumps(found))
-
-
-def refusal() -> str:
-    """What a batch is refused with that three micro-batches and two processes cannot share; the group is left then."""
-    try:
-        with TrainingProcess(LoopConfig(device="cpu", batch_size=8, accumulate=3)):
-            return "nothing"
-    except ValueError as error:
-        assert not distributed()
-        return str(error)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ def print_once(text: str) -> None:
 class TrainingProcess:
     """A context in which a model is trained: seeds set, device chosen, torchrun's process group joined and left.
 
-    The process group is left on errors too, so that the process can train again. Raises `TrainingError` for a device
-    that is not there, and `ConfigError` for a batch that cannot be divided among processes and micro-batches.
+    The process group is destroyed on errors too. Under torchrun a process should enter once: a second group would find
+    the addresses of the first in torchrun's store, and may wait for them until it times out. Raises `TrainingError` for
+    a device that is not there, and `ConfigError` for a batch that cannot be divided among processes and micro-batches.
     """
 
     device: torch.device
