@@ -179,8 +179,11 @@ class MultiScaleTowers(Towers):
 
     @classmethod
     def from_config(cls, record: dict[str, Any], folder: Path) -> Self:
+        # the towers of a model directory share the text model that lies beside their folder; the hash is checked
+        own = folder / TEXT_MODEL
+        text_model = own if own.is_file() else folder.absolute().parent / TEXT_MODEL
         try:
-            return cls(from_dict(MultiScaleConfig, record), TextTokenizer(folder / TEXT_MODEL))
+            return cls(from_dict(MultiScaleConfig, record), TextTokenizer(text_model if text_model.is_file() else own))
         except ConfigError as error:
             raise ModelError(f"{folder}: {error}") from error
 

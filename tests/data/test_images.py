@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import CorruptImage, ImageTooLarge, open_image, to_batch, to_rgb, to_tensor
+from data.images import CorruptImage, ImageTooLarge, open_image, to_batch, to_rgb, to_square, to_tensor
 from data.sample import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -218,3 +218,16 @@ def test_what_is_rgb_already_is_not_copied(tmp_path):
     image.save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         assert type(to_rgb(opened)) is Image.Image
+
+
+def test_square_and_tensor():
+    wide = Image.new("RGB", (40, 20), RED)
+    wide.paste((0, 0, 255), (10, 0, 30, 20))
+    square = to_square(wide, 10)
+    assert square.size == (10, 10)
+    tensor = to_tensor(square)
+    assert tensor.shape == (3, 10, 10)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor[:, 5, 5], torch.tensor([0.0, 0.0, 1.0]))
+    assert tensor.amax() <= 1

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data import reading
-from data.images import CorruptImage, ImageTooLarge, open_image, to_square, to_tensor
+from data.images import CorruptImage, ImageTooLarge, open_image
 from data.reading import SkipLog, expand_shards, open_shards
 from data.sample import Caption, DataError, Sample
 from data.shards import ShardWriter
@@ -127,19 +127,6 @@ def test_any_damage_is_corrupt_or_a_picture():
                 outcomes.add(type(error).__name__)
     assert outcomes >= {"RGB", "CorruptImage"}
     assert outcomes <= {"RGB", "CorruptImage", "ImageTooLarge"}
-
-
-def test_square_and_tensor():
-    wide = Image.new("RGB", (40, 20), RED)
-    wide.paste((0, 0, 255), (10, 0, 30, 20))
-    square = to_square(wide, 10)
-    assert square.size == (10, 10)
-    tensor = to_tensor(square)
-    assert tensor.shape == (3, 10, 10)
-    assert tensor.dtype == torch.float32
-    assert tensor.is_contiguous()
-    assert torch.equal(tensor[:, 5, 5], torch.tensor([0.0, 0.0, 1.0]))
-    assert tensor.amax() <= 1
 
 
 # lists of shards

@@ -61,6 +61,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         "data/samples/emoji/train-00000.tar",
     ):  # fmt: skip
         assert wanted in names
+    assert [name for name in names if name.endswith("text.model")] == ["mmwudao/models/emoji/text.model"]
     assert not [name for name in names if name.startswith(("tests/", "bench/")) or name.endswith("-curves.png")]
 
 

@@ -15,25 +15,7 @@ from retrieval.collections import lance as lance_collection
 from retrieval.collections.distributed import build_index
 from retrieval.collections.opening import CollectionError, Item, open_collection
 from retrieval.collections.recall import measure_search_recall
-
-DIM = 16
-
-
-def make_items(count, seed=0, start=0):
-    vectors = numpy.random.default_rng(seed).standard_normal((count, DIM)).astype(numpy.float32)
-    return [
-        Item(
-            f"item-{k:05}",
-            vectors[k - start] / numpy.linalg.norm(vectors[k - start]),
-            {"family": "noto" if k % 10 == 0 else "other", "number": k, "half": k / 2, "even": k % 2 == 0},
-        )
-        for k in range(start, start + count)
-    ]
-
-
-def exact(items, query, k):
-    scores = numpy.stack([item.vector for item in items]) @ (query / numpy.linalg.norm(query))
-    return [items[place].id for place in numpy.argsort(-scores)[:k]]
+from tests.helpers.collections import DIM, exact, make_items
 
 
 @pytest.fixture

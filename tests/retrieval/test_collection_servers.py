@@ -15,7 +15,7 @@ import pytest
 
 from retrieval.collections.opening import CollectionError, Item, open_collection
 from retrieval.collections.recall import measure_search_recall
-from tests.retrieval.test_collection import DIM, exact, make_items
+from tests.helpers.collections import DIM, exact, make_items
 
 
 def free_port():

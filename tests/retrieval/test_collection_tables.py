@@ -8,7 +8,7 @@ import pytest
 
 from retrieval.collections import lance as lance_collection
 from retrieval.collections.opening import CollectionError, ExistingIdsError, Item, open_collection
-from tests.retrieval.test_collection import DIM, exact, make_items
+from tests.helpers.collections import DIM, exact, make_items
 
 
 @pytest.fixture
