@@ -1,1 +1,4 @@
-"""Image-text pairs: building, packing and reading webdataset shards, and the text tokenizer."""
+"""Image-text pairs: building, packing and reading webdataset shards, and the text tokenizer.
+
+Read `sample.py` and `shards.py` first (what a shard holds), then `reading.py`; `recipes/` builds data sets.
+"""

@@ -1,8 +1,8 @@
 """Shards through a model with all cores busy: a thread decodes and encodes a batch, and batches come back in order.
 
-Side by side, batches use a CPU better than one batch whose every product is shared out: threads inside a product wait
-for the slowest, spinning, and decoding beside them makes one of them slow. Pillow and PyTorch give Python's lock back
-while they compute, so threads will do: no process is started, and nothing is copied between processes.
+Several batches at a time use a CPU better than one batch whose products are split among threads: those threads spin
+until the slowest is done, and decoding on the same cores slows one of them. Pillow and PyTorch release Python's lock
+while they compute, so threads suffice: no process is started, and nothing is copied between processes.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def read_header(source: bytes | Path | str) -> tuple[int, int, str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture of any mode as `open_image` gives it; itself, if it is so already.
+    """Convert an opened picture of any mode to what `open_image` returns; no copy is made where none is needed.
 
     Raises `CorruptImage` for floating-point pixels.
     """

@@ -31,6 +31,12 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def help_of(options: type, name: str) -> str:
+    """The help of a field, for what is made from it by hand."""
+    help: str = options.__dataclass_fields__[name].metadata["help"]  # type: ignore[attr-defined]
+    return help
+
+
 def check_options(config: Any) -> None:
     """Check every number of a dataclass against the limits of its field.
 

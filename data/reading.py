@@ -43,7 +43,7 @@ class Example(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """What cannot be used: why, the name of the sample or shard, and the problem."""
+    """A sample or shard that cannot be used: the reason it is counted under, its name, and the error."""
 
     reason: str
     name: str

@@ -73,7 +73,7 @@ class Sample:
     def from_members(cls, key: str, members: dict[str, bytes]) -> Sample:
         """Read our own members, or those of img2dataset (`.jpg` + `.txt` + `.json`).
 
-        The picture or the captions may be missing: whoever needs them says so (`require_image`, `require_captions`).
+        The picture or the captions may be missing; callers that need them call `require_image` or `require_captions`.
         Raises `DataError` when the JSON or the text is broken.
         """
         extension = next((e for e in IMAGE_EXTENSIONS if e in members), "")

@@ -25,7 +25,7 @@ class CaptionStats:
 
 @dataclass
 class ShardStats:
-    """All counts are of samples, but `shards`, `bytes` (of the tar files) and `image_bytes` (of the pictures)."""
+    """Counts of samples, except for `shards`, `bytes` (of the tar files) and `image_bytes` (of the pictures)."""
 
     shards: int = 0
     samples: int = 0

@@ -1,1 +1,4 @@
-"""The image tokenizer: a VQ-VAE, its training, and what the trained models are saved with."""
+"""The image tokenizer: a VQ-VAE and its training, the upscaler, and what all models share: `training/`, `storage/`.
+
+Read `quantizer.py` and `model.py` first, then `train_tokenizer.py`.
+"""

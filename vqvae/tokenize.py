@@ -94,7 +94,7 @@ def tokenize_shards(model: VQVAE, shards: Path, out: Path, settings: TokenizeSet
     sources = source.sources | {"tokenizer": content_hash(model)}
     if settings.draft:
         sources["decoding"] = "draft"
-    # the nearest code is looked for in float32, whatever the weights are stored in
+    # the nearest code is searched in float32, whatever the weights are stored in
     model = model.to(device=settings.device, dtype=torch.float32)
     with new_folder(out) as building:
         log = SkipLog(building / "skipped.log")

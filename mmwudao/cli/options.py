@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import typer
 
+from data.options import help_of
 from generation.drawing.sampling import SamplingOptions
+from mmwudao.loading.options import EngineName, RunOptions
 
 if TYPE_CHECKING:
     from mmwudao.pipeline import Pipeline
@@ -23,22 +25,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Option(help="The model is a shipped name, a model directory, or a hub id such as owner/name.")
 ]
-Device = Annotated[str, typer.Option(help="The model runs on this device: auto, cpu, cuda or mps.")]
-Dtype = Annotated[
-    str,
-    typer.Option(help="The model computes in auto, float32, bfloat16 or float16; int8 is auto with weights of 8 bits."),
-]
-# as in `generation.drawing.engines`, which imports PyTorch
-Engine = Annotated[
-    Literal["auto", "modules", "fused", "graph", "compile"],
-    typer.Option(
-        help="A step of drawing is run this way; on a GPU graph is faster than auto, and compile is faster still but "
-        "takes a minute first."
-    ),
-]
-Adapter = Annotated[
-    Path | None, typer.Option(help="Draw in the style in this folder, which `mmwudao train style` wrote.")
-]
+Device = Annotated[str, typer.Option(help=help_of(RunOptions, "device"))]
+Dtype = Annotated[str, typer.Option(help=help_of(RunOptions, "dtype"))]
+Engine = Annotated[EngineName, typer.Option(help=help_of(RunOptions, "engine"))]
+Adapter = Annotated[Path | None, typer.Option(help=help_of(RunOptions, "adapter"))]
 Style = Annotated[
     str | None, typer.Option(help="Draw in the style of this picture family; `mmwudao info` lists those of a model.")
 ]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from data.options import help_of
 from mmwudao.cli.options import Device, Json
 from retrieval.vectors.settings import EmbedSettings, RaySettings
 
@@ -21,7 +22,7 @@ TowersDtype = Annotated[str, typer.Option(help="Run the towers in float32, bfloa
 
 def _option(settings: type[EmbedSettings] | type[RaySettings], name: str, **extra: Any) -> Any:
     """The command line option of a settings field, with the help of the field."""
-    return typer.Option(help=settings.__dataclass_fields__[name].metadata["help"], **extra)
+    return typer.Option(help=help_of(settings, name), **extra)
 
 
 @export_app.callback()

@@ -1,1 +1,4 @@
-"""The demo in a browser, in Chinese and English: `mmwudao demo`."""
+"""The demo in a browser, in Chinese and English: `mmwudao demo`.
+
+Read `app.py` first, then `tabs.py`; `actions.py` does the work.
+"""

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from data.config import ConfigError, load_config
 from data.options import check_options, option
+from mmwudao.loading.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceOptions(RunOptions):
     """What is loaded, from where, and onto which device."""
 
     model: str = option(
@@ -26,17 +27,6 @@ class SourceOptions:
         None, "Search this collection, a folder, a bucket or a server; it is made if it is missing."
     )
     durable: bool = option(False, "Make writes to the collection survive a loss of power too, which is slower.")
-    adapter: str | None = option(None, "Draw in the style in this folder, which `mmwudao train style` wrote.")
-    device: str = option("auto", "The model runs on this device: auto, cpu, cuda or mps.")
-    dtype: str = option(
-        "auto", "The model computes in auto, float32, bfloat16 or float16; int8 is auto with weights of 8 bits."
-    )
-    # as in `generation.drawing.engines`, which imports PyTorch
-    engine: Literal["auto", "modules", "fused", "graph", "compile"] = option(
-        "auto",
-        "A step of drawing is run this way; on a GPU graph is faster than auto, and compile is faster still but takes "
-        "a minute first.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
