@@ -43,9 +43,14 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     with _temporary_file(path) as temporary:
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        replace_synced(temporary, path)
+
+
+def replace_synced(temporary: Path, path: Path) -> None:
+    """Let a finished file beside `path` take its place; both the bytes and the name are then on the disk."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 @contextlib.contextmanager

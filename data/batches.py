@@ -22,7 +22,7 @@ from PIL import Image
 
 from data.images import ImageTooLarge, open_image
 from data.reading import CORRUPT_IMAGE, TOO_LARGE, Skip, read_entries
-from data.sample import DataError, Sample
+from data.sample import DataError, Needed, Sample
 
 AHEAD = 2  # batches waiting or worked on, for each thread
 
@@ -41,20 +41,21 @@ class Batch(NamedTuple, Generic[Result]):
 
 def encode_shards(
     shards: Iterable[Path],
-    prepare: Callable[[Image.Image], Prepared],
+    prepare: Callable[[Image.Image, Sample], Prepared],
     encode: Callable[[list[Prepared]], Iterable[Result]],
     *,
     batch_size: int,
     workers: int | None = None,
     device: torch.device | str = "cpu",
     least_side: int | None = None,
+    captions: Needed = True,
 ) -> Generator[Batch[Result]]:
     """All samples of `shards` in order; every shard has a last batch, if an empty one.
 
-    `prepare` takes a decoded RGB picture, and `encode` up to `batch_size` of what it made; both run in `workers`
-    threads (default: one a core), each of which has its share of PyTorch's threads and the memory of a batch. On any
-    device but the CPU one batch is encoded at a time. What they raise comes out in its turn. `least_side` is that of
-    `open_image`.
+    `prepare` takes a decoded RGB picture and its sample, and `encode` up to `batch_size` of what it made; both run in
+    `workers` threads (default: one a core), each of which has its share of PyTorch's threads and the memory of a
+    batch. On any device but the CPU one batch is encoded at a time. What they raise comes out in its turn. `least_side`
+    is that of `open_image`, `captions` that of `read_shard`.
     Close the iterator (`contextlib.closing`) to stop early. Raises `DataError` for a size or number below 1.
     """
     if batch_size < 1:
@@ -73,7 +74,7 @@ def encode_shards(
         entries = [entry if isinstance(entry, Skip) else (entry[0], next(results)) for entry in decoded]
         return Batch(batch.shard, entries, batch.last)
 
-    batches = (batch for shard in shards for batch in _read_batches(shard, batch_size))
+    batches = (batch for shard in shards for batch in _read_batches(shard, batch_size, captions))
     return in_order(work, batches, workers or cores())
 
 
@@ -112,11 +113,11 @@ def cores() -> int:
     return count
 
 
-def _read_batches(shard: Path, size: int) -> Iterator[Batch[bytes]]:
+def _read_batches(shard: Path, size: int, captions: Needed) -> Iterator[Batch[bytes]]:
     """The samples of a shard with their encoded pictures, `size` in each batch."""
     entries: list[tuple[Sample, bytes] | Skip] = []
     samples = 0
-    for entry in read_entries(shard):
+    for entry in read_entries(shard, captions):
         if isinstance(entry, Skip):
             entries.append(entry)
             continue
@@ -131,14 +132,14 @@ def _read_batches(shard: Path, size: int) -> Iterator[Batch[bytes]]:
 def _decode(
     shard: Path,
     entry: tuple[Sample, bytes] | Skip,
-    prepare: Callable[[Image.Image], Prepared],
+    prepare: Callable[[Image.Image, Sample], Prepared],
     least_side: int | None,
 ) -> tuple[Sample, Prepared] | Skip:
     if isinstance(entry, Skip):
         return entry
     sample, image = entry
     try:
-        return sample, prepare(open_image(image, least_side=least_side))
+        return sample, prepare(open_image(image, least_side=least_side), sample)
     except DataError as error:
         reason = TOO_LARGE if isinstance(error, ImageTooLarge) else CORRUPT_IMAGE
         return Skip(reason, f"{shard.name}: sample {sample.id}", error)

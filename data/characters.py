@@ -1,6 +1,50 @@
-"""Text that every tokenizer can encode."""
+"""Text as files hold it, and text that every tokenizer can encode."""
 
 from __future__ import annotations
+
+import codecs
+import unicodedata
+
+BYTE_ORDER_MARK = "\ufeff"
+BLANK_CATEGORIES = frozenset(("Zs", "Zl", "Zp", "Mn", "Mc", "Me", "Cc", "Cf"))
+FILLERS = "\u115f\u1160\u3164\uffa0\u2800"  # letters, and a symbol, that are blank
+# the marks of UTF-32 first: that of UTF-16 is the beginning of one of them
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def encoding_of(data: bytes) -> str:
+    """The codec of a text file by its first bytes: what a byte order mark names, else UTF-8 with or without a mark."""
+    return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; the mark is no part of it.
+
+    Raises `UnicodeDecodeError` (a `ValueError`) for other bytes.
+    """
+    return data.decode(encoding_of(data)).removeprefix(BYTE_ORDER_MARK)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of `text` can be seen: spaces, control and format characters, marks and fillers alone."""
+    for c in text:  # its first character answers as a rule, and a sample has dozens of texts
+        if c not in FILLERS and unicodedata.category(c) not in BLANK_CATEGORIES:
+            return False
+    return True
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: it holds no half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def whole_characters(text: str) -> str:

@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy
@@ -17,15 +18,18 @@ from data.shards import read_manifest
 
 @dataclass
 class CodedSample:
-    """The codes of a picture, uint16 or int32 [h, w], and its sample, which is stored without the picture."""
+    """The codes of a picture, uint16 or int32 [h, w], and its sample, which is stored without the picture.
+
+    `views` [K, h, w] are the codes of other views of it (`data.augment`), if they were made.
+    """
 
     sample: Sample
     codes: NDArray[numpy.integer]
+    views: NDArray[numpy.integer] | None = None
 
     def to_members(self) -> dict[str, bytes]:
-        buffer = io.BytesIO()
-        numpy.save(buffer, self.codes, allow_pickle=False)
-        return {"npy": buffer.getvalue(), "json": self.sample.to_members()["json"]}
+        views = {} if self.views is None else {"views.npy": _npy_bytes(self.views)}
+        return {"npy": _npy_bytes(self.codes), **views, "json": self.sample.to_members()["json"]}
 
 
 def read_codes(folder: Path, split: str) -> Iterator[CodedSample]:
@@ -48,22 +52,32 @@ def read_codes(folder: Path, split: str) -> Iterator[CodedSample]:
             raise DataError(f"{path} is damaged: it holds {count} samples, not the {shard.samples} of the manifest")
 
 
+def _npy_bytes(codes: NDArray[numpy.integer]) -> bytes:
+    buffer = io.BytesIO()
+    numpy.save(buffer, codes, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def tokenizer_hash(folder: Path) -> str:
     """The content hash of the image tokenizer that made these codes."""
     return str(read_manifest(folder).sources.get("tokenizer", ""))
 
 
 def _read_shard(tar: tarfile.TarFile) -> Iterator[CodedSample]:
-    members: dict[str, bytes] = {}
-    for entry in tar:
-        file = tar.extractfile(entry)
-        assert file is not None, entry.name
-        key, _, extension = entry.name.partition(".")
-        members[extension] = file.read()
+    for key, entries in groupby(tar, lambda entry: entry.name.partition(".")[0]):
+        members: dict[str, bytes] = {}
+        for entry in entries:
+            file = tar.extractfile(entry)
+            assert file is not None, entry.name
+            members[entry.name.partition(".")[2]] = file.read()
         if members.keys() >= {"json", "npy"}:  # ours are written together
-            try:
-                codes = numpy.load(io.BytesIO(members["npy"]), allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise DataError(f"sample {key}: its .npy is no array of codes") from error
-            yield CodedSample(Sample.from_members(key, {"json": members["json"]}), codes)
-            members = {}
+            sample = Sample.from_members(key, {"json": members["json"]})
+            yield CodedSample(sample, *(_array(key, members[name]) for name in ("npy", "views.npy") if name in members))
+
+
+def _array(key: str, content: bytes) -> NDArray[numpy.integer]:
+    try:
+        codes: NDArray[numpy.integer] = numpy.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"sample {key}: its .npy is no array of codes") from error
+    return codes

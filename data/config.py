@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.characters import decode_text
+
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
         if not path.is_file():
             raise ConfigError(f"no configuration file at {path}")
         try:
-            record = _parse_yaml(path.read_text(encoding="utf-8")) or {}
+            record = _parse_yaml(decode_text(path.read_bytes())) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(record, dict):

@@ -70,7 +70,7 @@ class ShardWriter:
     def write_members(self, key: str, members: dict[str, bytes]) -> None:
         """Write one sample as `key`.`extension` for each of `members`."""
         if self._tar is None:
-            self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)
+            self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT, encoding="utf-8")
         for extension, content in sorted(members.items()):
             # webdataset splits a member's name at the first dot of its last part
             member = tarfile.TarInfo(f"{key.replace('.', '_')}.{extension}")

@@ -29,6 +29,7 @@ class ShardStats:
 
     shards: int = 0
     samples: int = 0
+    uncaptioned: int = 0
     bytes: int = 0
     image_bytes: int = 0
     splits: dict[str, int] = field(default_factory=dict)
@@ -48,8 +49,7 @@ def shard_stats(shards: ShardSpec, log: SkipLog | None = None) -> ShardStats:
 
     Raises `DataError` when there is no shard.
     """
-    log = log if log is not None else SkipLog()
-    stats = ShardStats()
+    log, stats = log if log is not None else SkipLog(), ShardStats()
     splits, families, sizes, formats, licences = (Counter[str]() for _ in range(5))
     ids: Counter[str] = Counter()
     lengths: dict[str, list[int]] = defaultdict(list)
@@ -64,7 +64,7 @@ def shard_stats(shards: ShardSpec, log: SkipLog | None = None) -> ShardStats:
         stats.shards += 1
         stats.bytes += shard.stat().st_size
         split = split_name(shard)
-        for sample in read_shard(shard, skip):
+        for sample in read_shard(shard, skip, captions=False):
             image = sample.require_image()
             try:
                 width, height, extension = read_header(image)
@@ -73,6 +73,7 @@ def shard_stats(shards: ShardSpec, log: SkipLog | None = None) -> ShardStats:
                 skip(reason, f"{shard.name}: sample {sample.id}", error)
                 continue
             stats.samples += 1
+            stats.uncaptioned += not sample.captions
             stats.image_bytes += len(image)
             splits[split] += 1
             families[sample.family or "none"] += 1
@@ -109,6 +110,7 @@ def format_stats(stats: ShardStats, most: int = 12) -> str:
     """A table for people; of long lists the `most` frequent entries."""
     lines = [
         f"{'samples':<12}{stats.samples:,} in {stats.shards} shards ({_size(stats.bytes)})",
+        f"{'no caption':<12}{stats.uncaptioned:,}",
         f"{'splits':<12}{_counts(stats.splits, most)}",
         f"{'pictures':<12}{_size(stats.image_bytes)}: {_counts(stats.formats, most)}",
         f"{'sizes':<12}{_counts(stats.sizes, most)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 
 from data.sample import Caption
 
@@ -25,19 +26,33 @@ def with_style(caption: str, family: str, language: str = "en") -> str:
     return STYLE_PHRASES.get(language, STYLE_PHRASES["en"]).format(caption=caption, family=family)
 
 
+def without_style(text: str, families: Iterable[str]) -> str:
+    """`text` without the phrase that `with_style` ends it with, if it names one of `families`."""
+    for family in families:
+        for phrase in STYLE_PHRASES.values():
+            end = phrase.format(caption="", family=family)
+            if text.endswith(end) and len(text) > len(end):
+                return text.removesuffix(end)
+    return text
+
+
 def tagged(caption: str, language: str) -> str:
     """`caption` behind the language it is in, as a generator learns to describe pictures in a chosen language."""
     return f"{language}: {caption}"
 
 
 def draw_text(caption: Caption, name: float, keywords: float, rng: random.Random) -> str:
-    """The name (with probability `name`), some keywords in random order (`keywords`), or the name and some keywords."""
+    """The name (with probability `name`), some keywords in random order (`keywords`), or the name and some keywords.
+
+    Where there are other captions, one of all is drawn as the name.
+    """
     draw = rng.random()
+    said = rng.choice((caption.name, *caption.others)) if caption.others else caption.name
     if draw < name or not caption.keywords:
-        return caption.name
+        return said
     words = rng.sample(caption.keywords, rng.randint(1, min(4, len(caption.keywords))))
     if draw >= name + keywords:
-        words.insert(0, caption.name)
+        words.insert(0, said)
     return ", ".join(words)
 
 

@@ -6,11 +6,23 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from data.recipes.npm import Package, fetch_package, read_json
 from data.sample import Caption
 from data.styles import LANGUAGES
 
+NAMES = Package(
+    "cldr-annotations-full",
+    "48.2.0",
+    "sha512-DV7A+rEcgUSNTRsVGNGqBZRmAkGfwhGHO5Q1dRwzBoBnVrHWp804JP7/QJdEc66iHmx3+zLWVIMCFLm0lW7PUQ==",
+)
+DERIVED_NAMES = Package(
+    "cldr-annotations-derived-full",
+    "48.2.0",
+    "sha512-log62km+AOzI7n/NEuNNFV0mg9DWnt67EYCh1RwxZq9dyRuyteB586LT83Ke8TchEfnwI9cIk2P31zO4nTvZmw==",
+)
 # skin-tone modifiers, the emoji presentation selector, and the gender signs with the joiner before them
 _MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 _GENDER_SIGNS = re.compile("\u200d[\u2640\u2642]")
@@ -78,6 +90,24 @@ def read_concepts(annotations: Mapping[str, Iterable[Mapping[str, Any]]]) -> dic
                     captions.setdefault(emoji, {})[language] = caption
     concepts = (Concept(emoji, named) for emoji, named in captions.items() if len(named) == len(LANGUAGES))
     return {concept.id: concept for concept in concepts}
+
+
+def fetch_concepts(cache: Path) -> dict[str, Concept]:
+    """`read_concepts` of the pinned CLDR packages, which are fetched if `cache` lacks them.
+
+    Raises `DataError` when one cannot be fetched, or is not the pinned one.
+    """
+    name_file, derived_file = (fetch_package(package, cache) for package in (NAMES, DERIVED_NAMES))
+    names = read_json(name_file, [f"annotations/{language}/annotations.json" for language in LANGUAGES])
+    derived = read_json(derived_file, [f"annotationsDerived/{language}/annotations.json" for language in LANGUAGES])
+    annotations = {
+        language: (
+            names[f"annotations/{language}/annotations.json"]["annotations"]["annotations"],
+            derived[f"annotationsDerived/{language}/annotations.json"]["annotationsDerived"]["annotations"],
+        )
+        for language in LANGUAGES
+    }
+    return read_concepts(annotations)
 
 
 def match_icons(

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ class Package:
     @property
     def tarball(self) -> str:
         return f"{self.name.replace('@', '').replace('/', '-')}-{self.version}.tgz"
+
+    @property
+    def origin(self) -> str:
+        """How a sample names the package that it comes from."""
+        return f"npm:{self.name}@{self.version}"
 
 
 def default_cache() -> Path:
@@ -64,18 +70,27 @@ def fetch_package(package: Package, cache: Path) -> Path:
     return target
 
 
-def read_json(tarball: Path, members: list[str]) -> dict[str, Any]:
+def read_json(tarball: Path, members: Iterable[str]) -> dict[str, Any]:
     """The named JSON members of a package (paths below its `package/` folder), in one pass over the tarball."""
-    wanted, found = {f"package/{member}": member for member in members}, {}
+    return {name: json.loads(content) for name, content in read_members(tarball, members).items()}
+
+
+def read_members(tarball: Path, members: Iterable[str]) -> dict[str, bytes]:
+    """The named members of a package (paths below its `package/` folder), in one pass over the tarball.
+
+    Raises `DataError` when one is missing.
+    """
+    wanted = {f"package/{member}": member for member in members}
+    found: dict[str, bytes] = {}
     with tarfile.open(tarball, "r:gz") as tar:
         for entry in tar:
             if entry.name in wanted:
                 file = tar.extractfile(entry)
                 assert file is not None, entry.name
-                found[wanted[entry.name]] = json.load(file)
+                found[wanted[entry.name]] = file.read()
                 if len(found) == len(wanted):
                     break
-    missing = sorted(set(members) - set(found))
+    missing = sorted(set(wanted.values()) - set(found))
     if missing:
         raise DataError(f"{tarball.name} has changed: it does not hold {', '.join(missing)}")
     return found
