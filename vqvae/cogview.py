@@ -16,7 +16,7 @@ from torch import Tensor
 from data.images import CorruptImage
 from vqvae.model import VQVAEConfig
 from vqvae.storage.parts import ModelError
-from vqvae.storage.published import Source, check_tensors, converted, read_checkpoint, stream_part
+from vqvae.storage.published import Source, converted, read_checkpoint, shape_of, stream_part
 
 PREFIX = "module."
 
@@ -51,15 +51,13 @@ def tokenizer_sources(config: VQVAEConfig) -> dict[str, Source]:
 
 def tokenizer_config(found: Mapping[str, Any], path: Path) -> VQVAEConfig:
     """The sizes of a published state dict, read from its codebook and its first convolution. Raises `ModelError`."""
-    embed, first = found.get("quantize_t.embed"), found.get("enc_b.blocks.0.weight")
-    if not isinstance(embed, Tensor) or not isinstance(first, Tensor) or embed.ndim != 2 or first.ndim != 4:
-        raise ModelError(
-            f"{path} is no CogView image tokenizer: it needs quantize_t.embed [D, N] and enc_b.blocks.0.weight"
-            " [C, 3, 4, 4]"
-        )
-    return VQVAEConfig.cogview(
-        channels=[first.shape[0]] * 3, code_dim=embed.shape[0], codebook_size=embed.shape[1]
-    )
+    owner = "CogView image tokenizer"
+    width, codes = shape_of(found, "quantize_t.embed", 2, path, owner)
+    channels = shape_of(found, "enc_b.blocks.0.weight", 4, path, owner)[0]
+    try:
+        return VQVAEConfig.cogview(channels=[channels] * 3, code_dim=width, codebook_size=codes)
+    except ValueError as error:
+        raise ModelError(f"{path} does not fit: {error}") from error
 
 
 def import_tokenizer(path: Path, folder: Path) -> tuple[VQVAEConfig, str]:
@@ -71,9 +69,7 @@ def import_tokenizer(path: Path, folder: Path) -> tuple[VQVAEConfig, str]:
     if found and all(isinstance(key, str) and key.startswith(PREFIX) for key in found):
         found = {key.removeprefix(PREFIX): tensor for key, tensor in found.items()}
     config = tokenizer_config(found, path)
-    sources = tokenizer_sources(config)
-    check_tensors(found, sources, path)
-    tensors = converted(found, sources) | {"quantizer.initialised": torch.tensor(True)}
+    tensors = converted(found, tokenizer_sources(config), path) | {"quantizer.initialised": torch.tensor(True)}
     return config, stream_part(folder, config, tensors)
 
 

@@ -4,7 +4,7 @@ van den Oord et al. 2017 (arXiv:1711.00937); the shape with one code per 8x8 pix
 arXiv:2105.13290, section 2.2).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from data.options import COUNT, DEPTH, WIDTH, check_options, option
 from vqvae.quantizer import EMAQuantizer
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
@@ -22,20 +23,39 @@ from vqvae.quantizer import EMAQuantizer
 class VQVAEConfig:
     """`channels` has one entry for each halving of the resolution, so the stride is 2 ** len(channels)."""
 
-    channels: list[int] = field(default_factory=lambda: [48, 96, 192])
-    residual_blocks: int = 2  # on each side, at the resolution of the codes; CogView has none
-    code_dim: int = 16
-    codebook_size: int = 1024
+    channels: list[int] = option([48, 96, 192], "The widths of the stages, each of half the size.", least=1, most=WIDTH)
+    residual_blocks: int = option(
+        2, "Residual blocks on each side, at the resolution of the codes; CogView has none.", least=0, most=DEPTH
+    )
+    # the decoder alone runs when drawing, so it may be larger than the encoder; by default it mirrors it
+    decoder_channels: list[int] = option(
+        [], "The widths of the decoder's stages in the order of `channels`; empty: the same.", least=1, most=WIDTH
+    )
+    decoder_blocks: int | None = option(
+        None, "Residual blocks of the decoder at the resolution of the codes; by default as many as on the other side.",
+        least=0, most=DEPTH,
+    )  # fmt: skip
+    stage_blocks: int = option(
+        0, "Residual blocks of the decoder after each doubling but the last.", least=0, most=DEPTH
+    )
+    # nearest: repeat pixels, then a 3x3 convolution, which leaves no chequerboard (Odena et al. 2016)
+    upsampling: Literal["transposed", "nearest"] = "transposed"
+    code_dim: int = option(16, "The dimension of a code.", least=1, most=WIDTH)
+    codebook_size: int = option(1024, "How many codes there are.", least=2, most=2**20)
     lookup: Literal["cosine", "euclidean"] = "euclidean"
-    restart_below: float = 0.3  # uses per batch, see EMAQuantizer
-    ema_decay: float = 0.98
-    # of the pixels, per channel, in [0, 1]
-    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
-    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    restart_below: float = option(
+        0.3, "Codes with fewer uses per batch start anew (see `EMAQuantizer`).", least=0, most=COUNT
+    )
+    ema_decay: float = option(0.98, "Decay per step of the codes' moving averages.", least=0, below=1)
+    mean: list[float] = option([0.5, 0.5, 0.5], "The mean of the pixels, per channel.", least=0, most=1)
+    std: list[float] = option([0.5, 0.5, 0.5], "The standard deviation of the pixels, per channel.", above=0, most=1)
 
     def __post_init__(self) -> None:
-        if not self.channels or self.codebook_size < 2 or self.code_dim < 1:
-            raise ValueError("a VQ-VAE needs at least one stage, two codes and a code dimension of 1")
+        check_options(self)
+        if not 1 <= len(self.channels) <= 8 or len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("channels must hold 1 to 8 widths, mean and std three numbers each")
+        if self.decoder_channels and len(self.decoder_channels) != len(self.channels):
+            raise ValueError("decoder_channels must have as many stages as channels, or be empty")
 
     @classmethod
     def cogview(cls, **overrides: Any) -> "VQVAEConfig":
@@ -88,27 +108,40 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Vectors [B, D, h, w] to images [B, 3, h*s, w*s]: the encoder mirrored."""
+    """Vectors [B, D, h, w] to images [B, 3, h*s, w*s]: the encoder mirrored, or a larger one."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        sizes = [config.code_dim, *reversed(config.channels)]
+        sizes = [config.code_dim, *reversed(config.decoder_channels or config.channels)]
+        blocks = config.residual_blocks if config.decoder_blocks is None else config.decoder_blocks
         self.expand: nn.Module = nn.Identity()
-        if config.residual_blocks:
+        if blocks:
             self.expand = nn.Conv2d(config.code_dim, sizes[1], 3, padding=1)
             sizes[0] = sizes[1]
-        self.blocks = nn.Sequential(*(ResidualBlock(sizes[0]) for _ in range(config.residual_blocks)))
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
-            for before, after in zip(sizes, sizes[1:], strict=False)
+        self.blocks = nn.Sequential(*(ResidualBlock(sizes[0]) for _ in range(blocks)))
+        double = _doubling if config.upsampling == "nearest" else _transposed
+        self.up = nn.ModuleList(double(before, after) for before, after in zip(sizes, sizes[1:], strict=False))
+        # the last stage has most pixels: blocks there would cost more than all others
+        counts = [config.stage_blocks] * (len(self.up) - 1) + [0]
+        self.refine = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(after) for _ in range(count)))
+            for after, count in zip(sizes[1:], counts, strict=True)
         )
         self.project = nn.Conv2d(sizes[-1], 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.expand(x))
-        for conv in self.up:
-            x = F.relu(conv(x))
+        for conv, refine in zip(self.up, self.refine, strict=True):
+            x = refine(F.relu(conv(x)))
         return self.project(x)
+
+
+def _transposed(before: int, after: int) -> nn.Module:
+    return nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
+
+
+def _doubling(before: int, after: int) -> nn.Module:
+    return nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(before, after, 3, padding=1))
 
 
 @dataclass

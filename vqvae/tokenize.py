@@ -14,15 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from data.atomic import check_unused, new_folder
+from data.augment import draw_view, view_square
 from data.batches import Batch, encode_shards
 from data.codes import CodedSample
 from data.images import open_image, to_batch, to_square, to_tensor
+from data.options import SIDE
 from data.reading import Skip, SkipLog, expand_shards
-from data.sample import DataError
+from data.sample import DataError, Sample
+from data.settings import LEAST_SIDE, TokenizeSettings
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
-from vqvae.model import VQVAE
 from vqvae.psnr import psnr
 from vqvae.storage.parts import content_hash
+from vqvae.tokenizers import ImageTokenizer
 
 
 @dataclass
@@ -34,11 +37,14 @@ class TokenizedImage:
     psnr: float
 
 
-def tokenize_image(model: VQVAE, path: Path, image_size: int | None = None) -> TokenizedImage:
+def tokenize_image(model: ImageTokenizer, path: Path, image_size: int | None = None) -> TokenizedImage:
     """Encode and decode one picture: `image_size` px square, or its own size cut down to a multiple of the stride.
 
-    Raises `DataError` for a file that is no readable picture.
+    Raises `DataError` for a file that is no readable picture, and a size that is out of range or no multiple of the
+    stride.
     """
+    if image_size is not None:
+        check_crop(model, image_size)
     image = open_image(path)
     if image_size is not None:
         image = to_square(image, image_size)
@@ -54,46 +60,42 @@ def tokenize_image(model: VQVAE, path: Path, image_size: int | None = None) -> T
     return TokenizedImage(codes[0], tensor_to_image(restored[0]), float(psnr(restored, pixels)[0]))
 
 
+def check_crop(model: ImageTokenizer, image_size: int) -> None:
+    """Raises `DataError` for a size that pictures cannot be cropped to for this tokenizer."""
+    stride = model.config.stride
+    if not LEAST_SIDE <= image_size <= SIDE or image_size % stride:
+        raise DataError(
+            f"pictures are cropped to {LEAST_SIDE} to {SIDE} pixels, a multiple of {stride}: not {image_size}"
+        )
+
+
 def tensor_to_image(pixels: Tensor) -> Image.Image:
     """A PIL picture of `pixels` [3, H, W] in [0, 1]."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
 
 
-@dataclass(frozen=True)
-class TokenizeSettings:
-    """How shards are encoded: pictures of `image_size` px square, `batch_size` at a time.
-
-    `workers` threads each decode and encode a batch; None: one a core. With `draft`, large JPEGs are decoded at a
-    fraction of their size, at least twice `image_size`, and pixels come out a few grey levels off. `strict` stops at
-    the first unreadable picture. `progress` shows a bar.
-    """
-
-    image_size: int
-    batch_size: int = 64
-    samples_per_shard: int = 10_000
-    workers: int | None = None
-    device: str = "cpu"
-    progress: bool = True
-    strict: bool = False
-    draft: bool = False
-
-
-def tokenize_shards(model: VQVAE, shards: Path, out: Path, settings: TokenizeSettings) -> Manifest:
+def tokenize_shards(model: ImageTokenizer, shards: Path, out: Path, settings: TokenizeSettings) -> Manifest:
     """Write shards of codes for every split of the folder `shards` into the new folder `out`.
 
-    The manifest names the tokenizer by content hash, and says whether pictures were decoded as drafts. Unreadable
-    pictures are skipped, counted in the manifest and named in the log. Raises `DataError` for a folder without a
-    manifest or an output that is there already, and at the first unreadable picture if `settings.strict`.
+    The manifest names the tokenizer by content hash, and says whether pictures were decoded as drafts and how many
+    other views there are. Unreadable pictures are skipped, counted in the manifest and named in the log. Raises
+    `DataError` for a folder without a manifest, an output that is there already, or views of a split that is not there,
+    and at the first unreadable picture if `settings.strict`.
     """
     from tqdm import tqdm
 
     shards, out = Path(shards), Path(out)
     check_unused(out)
+    check_crop(model, settings.image_size)
     source = read_manifest(shards)
     sources = source.sources | {"tokenizer": content_hash(model)}
     if settings.draft:
         sources["decoding"] = "draft"
+    if settings.augment:
+        if settings.augment < 0 or not source.splits.get(settings.augment_split):
+            raise DataError(f"{settings.augment} other views of the split {settings.augment_split!r}: there is none")
+        sources["views"] = f"{settings.augment} of {settings.augment_split}"
     # the nearest code is searched in float32, whatever the weights are stored in
     model = model.to(device=settings.device, dtype=torch.float32)
     with new_folder(out) as building:
@@ -103,32 +105,42 @@ def tokenize_shards(model: VQVAE, shards: Path, out: Path, settings: TokenizeSet
             if not source.splits[split]:
                 continue
             bar = tqdm(total=source.samples(split), desc=split, disable=not settings.progress)
-            batches = _encoded(model, expand_shards(shards, split), settings)
+            views = settings.augment if split == settings.augment_split else 0
+            batches = _encoded(model, expand_shards(shards, split), settings, views)
             with ShardWriter(building, split, settings.samples_per_shard) as writer, bar, closing(batches):
                 for entry in (entry for batch in batches for entry in batch.entries):
                     if isinstance(entry, Skip):
                         log.take(entry, settings.strict)
                         continue
                     sample, codes = entry
-                    writer.write_members(sample.id, CodedSample(sample, codes).to_members())
+                    coded = CodedSample(sample, codes[0], codes[1:] if views else None)
+                    writer.write_members(sample.id, coded.to_members())
                     bar.update()
             splits[split] = writer.shards
+        if not any(splits.values()):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in log.counts.items()) or "no sample"
+            raise DataError(f"nothing to tokenize in {shards} ({reasons})")
         manifest = Manifest(source.name, settings.image_size, splits, sources, dict(log.counts))
         write_manifest(building, manifest)
     return manifest
 
 
 def _encoded(
-    model: VQVAE, shards: Iterable[Path], settings: TokenizeSettings
+    model: ImageTokenizer, shards: Iterable[Path], settings: TokenizeSettings, views: int
 ) -> Generator[Batch[NDArray[numpy.integer]]]:
-    """The samples of shards with their codes [h, w], in order, batch by batch."""
+    """The samples of shards with codes [1 + views, h, w], the picture's own first, in order, batch by batch."""
     dtype = numpy.uint16 if model.config.codebook_size <= 65536 else numpy.int32
 
-    def prepare(image: Image.Image) -> NDArray[numpy.uint8]:
-        return numpy.asarray(to_square(image, settings.image_size))
+    def prepare(image: Image.Image, sample: Sample) -> NDArray[numpy.uint8]:
+        squares = [to_square(image, settings.image_size)]
+        squares += [view_square(image, settings.image_size, draw_view(sample, number)) for number in range(views)]
+        return numpy.stack([numpy.asarray(square) for square in squares])
 
     def encode(pictures: list[NDArray[numpy.uint8]]) -> NDArray[numpy.integer]:
-        return model.encode(to_batch(pictures, settings.device)).cpu().numpy().astype(dtype)
+        # one view of all pictures at a time: the first batches are those of a run without other views
+        batches = (to_batch(list(same), settings.device) for same in zip(*pictures, strict=True))
+        codes = [model.encode(batch).cpu().numpy().astype(dtype) for batch in batches]
+        return numpy.stack(codes, axis=1)
 
     return encode_shards(
         shards,
@@ -138,4 +150,5 @@ def _encoded(
         workers=settings.workers,
         device=settings.device,
         least_side=2 * settings.image_size if settings.draft else None,
+        captions="or questions",
     )

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from data.config import ConfigError
 from data.images import to_square
+from data.options import COUNT, SIDE, check_options, option
 from data.reading import open_shards
 from data.sample import DataError
 from vqvae.model import VQVAE
 from vqvae.psnr import psnr
-from vqvae.storage.parts import load_part, save_part
-from vqvae.training.config import LoopConfig
+from vqvae.storage.parts import content_hash, load_part, save_part
+from vqvae.training.config import LoopConfig, ParallelConfig
 from vqvae.training.loop import train_model
-from vqvae.training.process import rank, world_size
+from vqvae.training.process import replica, replicas
 from vqvae.training.task import Task
 from vqvae.upscaler import SCALE, Upscaler, UpscalerConfig
 
@@ -42,11 +43,18 @@ class UpscalerDataConfig:
     test: str = "test-concept"
     exclude_families: list[str] = field(default_factory=list)
     tokenizer: str = ""  # the folder of a trained tokenizer; none: scaled-down pictures alone
-    image_size: int = 256  # px; the restored pictures, twice the size of the inputs
-    crop: int = 48  # px of an input
-    decoded: float = 0.5  # that share of the inputs has been through the tokenizer
-    train_pictures: int = 20_000  # at most; all are held in memory, 300 KB each at 256 px
-    test_pictures: int = 128
+    image_size: int = option(
+        256, "The side of the restored pictures in pixels, twice that of the inputs.", least=16, most=SIDE
+    )
+    crop: int = option(48, "The side of the part of an input that a step sees, in pixels.", least=8, most=SIDE)
+    decoded: float = option(0.5, "That share of the inputs has been through the tokenizer.", least=0, most=1)
+    train_pictures: int = option(
+        20_000, "Train on at most this many pictures, all in memory: 300 KB each at 256 pixels.", least=1, most=COUNT
+    )
+    test_pictures: int = option(128, "Evaluate on this many pictures of the test split.", least=1, most=COUNT)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass
@@ -56,6 +64,7 @@ class UpscalerTrainConfig:
     data: UpscalerDataConfig = field(default_factory=UpscalerDataConfig)
     model: UpscalerConfig = field(default_factory=UpscalerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass
@@ -73,7 +82,7 @@ def train(config: UpscalerTrainConfig, resume: bool = False) -> Path:
 
     Raises `ValueError` for settings that do not fit the data.
     """
-    return train_model(config.loop, lambda device: _task(config, device), resume)
+    return train_model(config.loop, lambda device: _task(config, device), resume, config.parallel)
 
 
 def _task(config: UpscalerTrainConfig, device: torch.device) -> Task:
@@ -96,7 +105,8 @@ def _task(config: UpscalerTrainConfig, device: torch.device) -> Task:
         return figures
 
     model = Upscaler(config.model).to(memory_format=torch.channels_last)
-    return Task(model, CropBatches(config, pairs), loss_of, evaluate, "upscaler", save_part)
+    origin = {"image tokenizer (data.tokenizer)": content_hash(tokenizer) if tokenizer else ""}
+    return Task(model, CropBatches(config, pairs), loss_of, evaluate, "upscaler", save_part, origin=origin)
 
 
 def read_pairs(data: UpscalerDataConfig, split: str, limit: int, tokenizer: VQVAE | None) -> Pairs:
@@ -106,7 +116,7 @@ def read_pairs(data: UpscalerDataConfig, split: str, limit: int, tokenizer: VQVA
     """
     examples = (
         (sample.id, image)
-        for sample, image in open_shards(data.shards, split, by_node=False)
+        for sample, image in open_shards(data.shards, split, by_node=False, captions=False)
         if sample.family not in data.exclude_families
     )
     larges: list[Tensor] = []
@@ -158,7 +168,7 @@ class CropBatches:
         drawn = torch.randint(len(self.pairs.ids), (size,), generator=generator)
         corners = torch.randint(self.data.image_size // SCALE - self.data.crop + 1, (size, 2), generator=generator)
         chances = torch.rand(size, generator=generator)
-        for part in torch.arange(size)[rank() :: world_size()].chunk(self.config.accumulate):
+        for part in torch.arange(size)[replica() :: replicas()].chunk(self.config.accumulate):
             crops = [self._crop(int(drawn[k]), corners[k].tolist(), float(chances[k])) for k in part]
             small, large = (torch.stack(pictures) for pictures in zip(*crops, strict=True))
             yield (small, large), [self.pairs.ids[int(drawn[k])] for k in part]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from data.options import DEPTH, WIDTH, check_options, option
+
 # Annotations stay objects here, as in `vqvae.model`: the hub mixin reads the type of `config`.
 
 SCALE = 2
@@ -20,12 +22,11 @@ SCALE = 2
 class UpscalerConfig:
     """`channels` of every layer, and the number of residual `blocks`."""
 
-    channels: int = 32
-    blocks: int = 4
+    channels: int = option(32, "Channels of every layer.", least=1, most=WIDTH)
+    blocks: int = option(4, "Residual blocks.", least=1, most=DEPTH)
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.blocks < 1:
-            raise ValueError("an upscaler needs at least one channel and one block")
+        check_options(self)
 
     @property
     def reach(self) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from data.atomic import new_folder
+from data.atomic import new_file, new_folder
+from vqvae.storage.blocks import bits_of, packed_tensors, unpacked_tensors
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
@@ -55,7 +56,8 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     """A part from a folder or a hub id, in eval mode, in the dtype it is stored in. Raises `ModelError`.
 
-    The weights are the mapped file itself: no second copy is made, and pages are read when they are used.
+    The weights are the mapped file itself: no second copy is made, and pages are read when they are used. Those that
+    are stored in blocks of 8 bits become copies in the dtype of the others.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -87,6 +89,9 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     try:
         module = _empty_part(cls, config)
         tensors = load_file(folder / "model.safetensors")
+        if any(bits_of(name) for name in tensors):
+            shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            tensors = unpacked_tensors(tensors, shapes)
         _check_names(module, tensors, folder)
         module.load_state_dict(tensors, assign=True)
     except ModelError:
@@ -98,6 +103,17 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
     return module.to(stored[0] if stored else torch.float32).eval()
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Inside, what safetensors says of a full or read-only disk is an `OSError`, as from every other writer."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
     """Save a copy of `module`, its floating tensors in `dtype`, atomically; returns the content hash of the copy."""
     import copy
@@ -105,9 +121,28 @@ def save_part(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
     stored: Any = copy.deepcopy(module).to(device="cpu", dtype=dtype).eval()
     folder = Path(folder)
     with new_folder(folder, replace=True) as building:
-        stored.save_pretrained(building)
+        with disk_errors():
+            stored.save_pretrained(building)
         (building / "README.md").unlink(missing_ok=True)  # the model card belongs to the whole model
     return content_hash(stored)
+
+
+def pack_part(folder: Path) -> None:
+    """Rewrite the weights of the part in `folder`, large tensors in blocks of 8 bits (`vqvae.storage.blocks`).
+
+    What `load_part` then gives has another content hash. Raises `ModelError` for weights that are missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is missing, truncated or damaged ({error})") from error
+    with new_file(path) as building, disk_errors():
+        save_file(packed_tensors(tensors, 8), building)
+    path.chmod(0o644)  # safetensors writes private files
 
 
 @contextlib.contextmanager

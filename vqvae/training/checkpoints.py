@@ -1,115 +1,179 @@
-"""Where a run is kept while it goes on: what a checkpoint holds, and how it is written and read.
+"""Where a run is kept while it goes on: a folder for each checkpoint, which any number of processes writes and reads.
 
-`Checkpointer` is all that the loop knows of storage, so that sharded checkpoints can take the place of one file.
+`Checkpointer` is all that the loop knows of storage. A checkpoint is built beside its place and renamed when it is
+whole and on the disk; then the file `latest`, which names it, is replaced. A kill at any moment leaves the one before.
 """
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from data.atomic import replace_synced, write_file
 from vqvae.training.config import TrainingError
-from vqvae.training.process import distributed, rank, world_size
+from vqvae.training.lease import Lease
+from vqvae.training.process import distributed, rank
+from vqvae.training.stored import FACTS, Stored, StoredFile, StoredFolder
 
-State = dict[str, Any]
-# what a checkpoint holds, and of which type; "random" was a single CPU state before it was a list of every process's
-ENTRIES: dict[str, tuple[type, ...]] = {
-    "progress": (dict,),
-    "model": (dict,),
-    "average": (dict, type(None)),
-    "optimizers": (list,),
-    "random": (list, Tensor),
-}
+OLD_FILE = "checkpoint.pt"  # of older versions
+PLACES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
 
 class Checkpointer(Protocol):
-    """Keeps the last state of a run. Every process calls each method; `str()` names the place for messages."""
+    """Keeps the last states of a run. Every process calls each method; `str()` names the place for messages."""
 
     def exists(self) -> bool:
         """Whether there is a state to go on from."""
 
-    def save(self, step: int, state: State) -> None:
-        """Keep `state`, reached after `step` steps: whole or not at all. `state` is not changed."""
+    def claim(self) -> None:
+        """Become the one group that writes here. Raises `TrainingError` where another one does."""
 
-    def load(self) -> State:
-        """The state that was kept last, its tensors on the CPU. Raises `TrainingError` when it cannot be read."""
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keep a state, reached after `step` steps: whole or not at all. What is given may change afterwards."""
+
+    def check(self, wait: bool = False) -> None:
+        """Raises what went wrong with the last `save` in the background, which `wait` waits for."""
+
+    def load(self, orders: list[list[str]], opponent_order: list[str]) -> Stored:
+        """The state that was kept last. Raises `TrainingError` when it cannot be read. For names see `StoredFile`."""
+
+    def release(self) -> None:
+        """Leave the place to others."""
 
 
-class FileCheckpointer:
-    """One file, `checkpoint.pt`, that rank 0 writes and replaces atomically, and every process reads."""
+def has_checkpoint(out: Path) -> bool:
+    """Whether the folder of a run holds a state to go on from."""
+    return (out / "checkpoints" / "latest").is_file() or (out / OLD_FILE).is_file()
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "checkpoint.pt"
+
+class FolderCheckpointer:
+    """Folders `checkpoints/STEP-LEASE` by `torch.distributed.checkpoint`, of which the last `keep` are kept.
+
+    In the background, a copy in memory is written by a thread while training goes on.
+    """
+
+    def __init__(self, out: Path, keep: int = 1, background: bool = False) -> None:
+        self.out, self.folder = out, out / "checkpoints"
+        self.keep = keep
+        self.lease = Lease(self.folder)
+        # apart: training has the other
+        self._group = cast(dist.ProcessGroup | None, dist.new_group(backend="gloo") if distributed() else None)
+        self._writer = ThreadPoolExecutor(1) if background else None
+        self._job: Future[None] | None = None
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.folder)
 
     def exists(self) -> bool:
-        """Whether the file is there."""
-        return self.path.is_file()
+        """Whether a whole checkpoint is there."""
+        return has_checkpoint(self.out)
 
-    def save(self, step: int, state: State) -> None:
-        """Write the file beside the old one, then take its place. Raises `OSError` when there is no room."""
-        if rank() != 0:
-            return
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+    def claim(self) -> None:
+        """See `Checkpointer`: the first process takes the lease, and removes what was never finished."""
+        problem = [""]
+        if rank() == 0:
+            try:
+                self.lease.claim()
+                for unfinished in self.folder.glob("*.part"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            except (TrainingError, OSError) as error:
+                problem = [str(error)]
+        numbers = [self.lease.number]
+        if distributed():
+            dist.broadcast_object_list(problem, group=self._group)
+            dist.broadcast_object_list(numbers, group=self._group)
+        if problem[0]:
+            raise TrainingError(problem[0])
+        self.lease.number = numbers[0]
 
-    def load(self) -> State:
-        """Read the file; nothing in it is run. Raises `TrainingError` when it is damaged or no checkpoint of ours."""
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """See `Checkpointer`. Without room, raises `TrainingError`, here or at the next call."""
+        self.check(wait=True)
+        name = f"{step:08d}-{self.lease.number:06d}"
+        if self._writer is None:
+            self._write(name, tensors, facts)
+        else:
+            self._job = self._writer.submit(self._write, name, _copied(tensors), json.loads(json.dumps(facts)))
+
+    def check(self, wait: bool = False) -> None:
+        """See `Checkpointer`."""
+        if self._job is not None and (wait or self._job.done()):
+            job, self._job = self._job, None
+            job.result()
+
+    def load(self, orders: list[list[str]], opponent_order: list[str]) -> Stored:
+        """See `Checkpointer`."""
+        latest = self.folder / "latest"
+        if not latest.is_file():
+            return StoredFile(self.out / OLD_FILE, orders, opponent_order)
+        name = latest.read_text(encoding="utf-8").strip()
+        if not name or Path(name).name != name:
+            raise TrainingError(f"{latest} is damaged: write the name of a folder beside it into it")
+        return StoredFolder(self.folder / name)
+
+    def release(self) -> None:
+        """See `Checkpointer`; what is being written is finished first."""
+        if self._writer is not None:
+            self._writer.shutdown(wait=True)
+        if rank() == 0:
+            self.lease.release()
+
+    def _write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        building = self.folder / f"{name}.part"
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler meets damage with almost any exception type
-            raise TrainingError(f"{self} is damaged; delete it to start anew") from error
-        if not isinstance(state, dict):
-            raise TrainingError(f"{self} is no checkpoint of a training run; choose another out=")
-        return state
+            if rank() == 0:
+                self.lease.check()
+                building.mkdir(parents=True, exist_ok=True)
+                write_file(building / FACTS, json.dumps(facts).encode())
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                checkpoint.save(
+                    dict(tensors), storage_writer=FileSystemWriter(building), process_group=self._group,
+                    no_dist=self._group is None,
+                )  # fmt: skip
+            if rank() == 0:
+                self.lease.check()
+                replace_synced(building, self.folder / name)
+                write_file(self.folder / "latest", f"{name}\n".encode())
+                self._remove_old(name)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise TrainingError(f"cannot write {building}: {_reason(error)}; the checkpoint before stays") from error
+        finally:
+            if rank() == 0:
+                shutil.rmtree(building, ignore_errors=True)
+
+    def _remove_old(self, last: str) -> None:
+        whole = sorted(path for path in self.folder.iterdir() if (path / FACTS).is_file() and path.name <= last)
+        for path in whole[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)
+        (self.out / OLD_FILE).unlink(missing_ok=True)
 
 
-def check_entries(state: State, place: object) -> None:
-    """Raises `TrainingError` naming what `state`, read from `place`, lacks to be a checkpoint of the loop."""
-    lacking = [name for name, kinds in ENTRIES.items() if name not in state or not isinstance(state[name], kinds)]
-    if not lacking and set(state["progress"]) != {"step", "seconds"}:
-        lacking = ["progress"]
-    if lacking:
-        raise TrainingError(f"{place} is no checkpoint of a training run: it lacks {', '.join(lacking)}")
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the computer's memory, which say of which places of the whole they are as the originals do."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.detach().to("cpu", copy=True)
+        for place in PLACES:
+            if hasattr(tensor, place):
+                setattr(found[name], place, getattr(tensor, place))
+    return found
 
 
-def gather_random_states(device: torch.device) -> list[dict[str, Tensor | None]]:
-    """The states of the random numbers, on the CPU and on `device`, of every process in the order of ranks.
-
-    Every process must call this.
-    """
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    own = {"cpu": torch.get_rng_state(), "cuda": cuda}
-    if not distributed():
-        return [own]
-    states: list[Any] = [None] * world_size()
-    dist.all_gather_object(states, own)
-    return states
-
-
-def restore_random_state(states: list[dict[str, Tensor | None]] | Tensor, device: torch.device) -> None:
-    """Set the random numbers of this process to its own state in what `gather_random_states` gave.
-
-    A process beyond those of the checkpoint keeps the state it has. An old checkpoint holds one CPU state, that of
-    rank 0, which every process takes. Raises `RuntimeError`, `TypeError` or `KeyError` for what is no such state.
-    """
-    if isinstance(states, Tensor):
-        torch.set_rng_state(states)
-        return
-    if rank() >= len(states):
-        return
-    own = states[rank()]
-    cpu, cuda = own["cpu"], own["cuda"]
-    if cpu is None:
-        raise TypeError("no state of the CPU's random numbers")
-    torch.set_rng_state(cpu)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong in the first process that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"is the disk full? ({next(iter(str(error).splitlines()), '')})"

@@ -1,15 +1,25 @@
-"""The process that trains: its device, its place among the processes of torchrun, its seeds."""
+"""The process that trains: its device, its place among the processes of torchrun, its seeds.
+
+Processes form a mesh of three axes, data x shard x tensor, in which the rank counts up along `tensor` first. Those that
+differ along `tensor` alone see the same share of the batch.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from data.config import ConfigError
-from vqvae.training.config import LoopConfig, TrainingError
+from vqvae.training.config import LoopConfig, ParallelConfig, TrainingError
+
+AXES = ("data", "shard", "tensor")
+_mesh: DeviceMesh | None = None  # of the training that this process is in
 
 
 def distributed() -> bool:
@@ -27,6 +37,21 @@ def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
+def mesh() -> DeviceMesh | None:
+    """The processes that train together, by `AXES`; None for one process alone."""
+    return _mesh
+
+
+def replicas() -> int:
+    """How many shares a batch has."""
+    return world_size() // (_mesh["tensor"].size() if _mesh is not None else 1)
+
+
+def replica() -> int:
+    """The number of this process's share of a batch."""
+    return rank() // (_mesh["tensor"].size() if _mesh is not None else 1)
+
+
 def print_once(text: str) -> None:
     """Print a line in the process of rank 0 alone."""
     if rank() == 0:
@@ -38,27 +63,32 @@ class TrainingProcess:
 
     The process group is destroyed on errors too. Under torchrun a process should enter once: a second group would find
     the addresses of the first in torchrun's store, and may wait for them until it times out. Raises `TrainingError` for
-    a device that is not there, and `ConfigError` for a batch that cannot be divided among processes and micro-batches.
+    a device that is not there, and `ConfigError` for a mesh that the processes do not make up, and for a batch that
+    cannot be divided among them and micro-batches.
     """
 
     device: torch.device
 
-    def __init__(self, config: LoopConfig) -> None:
-        self.config = config
+    def __init__(self, config: LoopConfig, parallel: ParallelConfig | None = None) -> None:
+        self.config, self.parallel = config, parallel or ParallelConfig()
         self._joined = False  # a process group that somebody else made is theirs to destroy
 
     def __enter__(self) -> TrainingProcess:
+        global _mesh
         torch.manual_seed(self.config.seed)
         cuda = _wants_cuda(self.config.device)
         if "RANK" in os.environ and not distributed():
             dist.init_process_group("nccl" if cuda else "gloo")
             self._joined = True
         try:
-            check_batch_size(self.config)
             self.device = torch.device("cpu")
             if cuda:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
                 torch.cuda.set_device(self.device)
+            sizes = mesh_sizes(self.parallel, world_size())
+            if distributed():
+                _mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=AXES)
+            check_batch_size(self.config)
         except BaseException:
             self._leave()
             raise
@@ -70,16 +100,56 @@ class TrainingProcess:
         self._leave()
 
     def _leave(self) -> None:
+        global _mesh
+        _mesh = None
         if self._joined and distributed():
             dist.destroy_process_group()
         self._joined = False
 
 
+def mesh_sizes(parallel: ParallelConfig, processes: int) -> tuple[int, int, int]:
+    """The sizes of `AXES`, `data` filled in. Raises `ConfigError` where their product cannot be `processes`."""
+    inner = parallel.shard * parallel.tensor
+    data = parallel.data or max(1, processes // inner)
+    if data * inner != processes:
+        wanted = f"parallel.data={parallel.data or 'any number'} x shard={parallel.shard} x tensor={parallel.tensor}"
+        raise ConfigError(
+            f"{wanted} is not the number of processes, {processes}: "
+            f"start `torchrun --nproc-per-node {data * inner} -m mmwudao train ...`, or change one of the three"
+        )
+    return data, parallel.shard, parallel.tensor
+
+
 def check_batch_size(config: LoopConfig) -> None:
     """Raises `ConfigError` unless processes and micro-batches can share out `config.batch_size` evenly."""
-    parts = config.accumulate * world_size()
+    parts = config.accumulate * replicas()
     if config.batch_size % parts:
         raise ConfigError(f"loop.batch_size={config.batch_size} is not a multiple of accumulate x processes = {parts}")
+
+
+class Termination:
+    """A context in which SIGTERM is noted in `asked` instead of obeyed, so that the training can save first.
+
+    A second SIGTERM ends the process at once. In threads beside the main one signals are left alone.
+    """
+
+    asked = False
+
+    def __enter__(self) -> Termination:
+        self._listens = threading.current_thread() is threading.main_thread()
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _wants_cuda(choice: str) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from vqvae.training.sharding import TensorPlan
 
 
 class Batches(Protocol):
@@ -18,12 +20,29 @@ class Batches(Protocol):
 
 
 @dataclass
+class Opponent:
+    """A second model that is trained in the same steps by an optimizer of its own, as a discriminator is.
+
+    `loss_of(wrapped opponent)` is called after each micro-batch, of which the task's `loss_of` keeps what is needed;
+    None leaves the opponent as it is. Its learning rate follows the schedule of the run.
+    """
+
+    model: nn.Module
+    loss_of: Callable[[nn.Module], Tensor | None]
+    learning_rate: float
+
+
+@dataclass
 class Task:
     """A model to train, and how.
 
     `loss_of(wrapped model, micro-batch)` gives a dict whose "loss" is minimised; the rest is logged.
     `evaluate(averaged model, step)` gives the figures of the held-out split; every process calls it.
-    `save(averaged model, folder)` writes the trained part to the folder `part` of the run.
+    `save(averaged model, folder)` writes the trained part to the folder `part` of the run. An `opponent` is kept in
+    checkpoints, but not in the part. `rates`: see `build_optimizers`.
+    `origin` names what weights depend on and cannot be trained on without: the hashes of the tokenizers that made the
+    data, say. A run goes on only with the same. `tensor_plan` cuts the model for parallel.tensor, which is refused
+    without one. `unshardable` says, in a line, why parallel.shard cannot train it.
     """
 
     model: nn.Module
@@ -32,3 +51,8 @@ class Task:
     evaluate: Callable[[nn.Module, int], dict[str, float]]
     part: str
     save: Callable[[nn.Module, Path], object]
+    opponent: Opponent | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    tensor_plan: TensorPlan | None = None
+    unshardable: str = ""
