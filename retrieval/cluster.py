@@ -32,9 +32,7 @@ def connected(address: str) -> Iterator[None]:
             os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        ray.init(
-            address=address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING
-        )
+        ray.init(address=address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
         raise ValueError(f"no Ray cluster at {address!r} ({error}): run `ray start`, or give local") from error
     try:

@@ -104,6 +104,11 @@ class Collection(ABC):
     def scan(self, where: str | None = None) -> Iterator[tuple[list[str], NDArray[numpy.float32]]]:
         """Ids and vectors [n, D] of all items, or of those that `where` allows, in batches and in no fixed order."""
 
+    def ids(self, where: str | None = None) -> Iterator[list[str]]:
+        """The ids of all items, or of those that `where` allows, in batches and in no fixed order."""
+        for ids, _ in self.scan(where):
+            yield ids
+
     @abstractmethod
     def snapshot(self, name: str) -> None:
         """Record the present state under a new name of letters, digits, `.`, `_` and `-`."""

@@ -12,12 +12,11 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from retrieval.collections.base import MAX_ID, CollectionError, ExistingIdsError, Item
-from retrieval.collections.where import COLUMN, KEYWORDS, TYPE_NAMES
+from retrieval.collections.where import COLUMN, INTEGERS, KEYWORDS, TYPE_NAMES
 
 RESERVED = frozenset({"id", "vector"})
 MAX_K = 10_000
 UNIT = 1e-6  # vectors whose length differs from 1 by less are taken as they are
-INTEGERS = range(-(2**63), 2**63)
 ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 PYTHON_TYPES = {kind: name for name, kind in ARROW_TYPES.items()}
 
@@ -75,7 +74,7 @@ def check_search(k: int) -> None:
 def column_types(items: Sequence[Item], known: Mapping[str, type]) -> dict[str, type]:
     """Name -> str, int, float or bool for the `known` columns and those that `items` add. Raises `CollectionError`.
 
-    A float column accepts integers; a new column that holds both becomes a float column.
+    A float column accepts integers; a column that holds both becomes a float column, also if it is known.
     """
     types = dict(known)
     for item in items:
@@ -89,8 +88,8 @@ def column_types(items: Sequence[Item], known: Mapping[str, type]) -> dict[str, 
                     f"{item.id}: a metadata value is text, a number, true or false, not {name} = {str(value)[:40]!r}"
                 )
             stored = types.setdefault(name, kind)
-            if stored is int and kind is float and name not in known:
-                types[name] = float
+            if stored is int and kind is float:
+                types[name] = float  # of a known column, too: the store widens it
             elif kind is not stored and not (stored is float and kind is int):
                 raise CollectionError(f"{item.id}: {name} is {TYPE_NAMES[stored]} here, not {str(value)[:40]!r}")
     return types
@@ -147,8 +146,8 @@ def _metadata_column(column: pa.ChunkedArray, name: str, known: type | None, ids
     given = next((kind for kind, is_kind in KINDS if is_kind(column.type)), None)
     if given is None:
         raise CollectionError(f"{name} holds {column.type}: metadata is text, integers, numbers, true or false")
-    kind = known or given
-    if kind is not given and not (kind is float and given is int):
+    kind = float if {known, given} == {int, float} else known or given
+    if kind is not given and kind is not float:
         raise CollectionError(f"{name} is {TYPE_NAMES[kind]} here, and {TYPE_NAMES[given]} in the table")
     try:
         cast = column.cast(ARROW_TYPES[kind], safe=kind is not float)

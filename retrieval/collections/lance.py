@@ -2,19 +2,19 @@
 
 A write makes a new version of the table: its files are written first, then a manifest that names them is put in place
 atomically, so a process that is killed at any moment leaves the previous version. Writers of one folder take turns
-with a lock. A bucket has no lock and allows one writing process at a time; if two store the same id at once, one of
-them gets an error.
+with a lock. In a bucket there is none: a manifest is put in place only if none of its number is there (a conditional
+put, which S3 and its like have), and the writer that comes second starts its commit again on top of the first. If two
+add the same id at once, one of them gets an error.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -26,34 +26,19 @@ import numpy
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock, Timeout
-from lancedb.index import BTree, HnswSq
 from numpy.typing import NDArray
 
-from retrieval.collections.base import FORMAT, Collection, CollectionError, Hit, Item, Value, check_identity
-from retrieval.collections.items import (
-    PYTHON_TYPES,
-    RESERVED,
-    check_ids,
-    check_search,
-    refuse_existing,
-    to_table,
-    unit_vector,
-)
+from retrieval.collections import lance_search
+from retrieval.collections.base import FORMAT, Collection, CollectionError, Hit, Item, check_identity
+from retrieval.collections.items import RESERVED, check_ids, check_search, refuse_existing, to_table, unit_vector
+from retrieval.collections.lance_columns import finish_widening, widen
+from retrieval.collections.lance_index import build_vector_index, index_columns
+from retrieval.collections.lance_rows import lance_errors, metadata_types, row_item
+from retrieval.collections.lance_search import LanceSearcher, on_loop
 from retrieval.collections.where import parse_where, sql_text, to_sql
 
 TABLE = "items"
 SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# Up to this many items a search compares all of them: 5,000 x 512 numbers take about as much CPU time as a search of
-# the graph (bench/speed/collection_speed.py)
-EXACT_UP_TO = 5_000
-EF = 300  # candidates that a search of the graph keeps (k, if that is more)
-EF_CONSTRUCTION = 150  # candidates for each item while the graph is built: half of LanceDB's default, in half the time
-REFINE = 2  # this many times k candidates are compared by their exact vectors, since the graph stores 8 bits a number
-# With a filter, the index tests each of its items, which takes tens of nanoseconds; fetching an item takes some
-# microseconds, as long as testing this many (bench/speed/collection_speed.py)
-FETCH_COST = 400
-SPARE = 2.5  # search for this many times the candidates that yield k allowed ones on average
-MAX_CANDIDATES = 1_000
 KEEP = timedelta(hours=1)  # how long an old version stays readable for running searches
 IDS_AT_ONCE = 5_000  # in one expression
 ROWS_AN_ID = 20  # reading this many ids in a scan costs about as much as looking up one in the index
@@ -73,7 +58,7 @@ def open_lance(location: str, *, create: bool, dim: int, model: str, durable: bo
         folder.mkdir(parents=True, exist_ok=True)
         if any(not entry.name.startswith(".") and entry.name != f"{TABLE}.lance" for entry in folder.iterdir()):
             raise CollectionError(f"{location} holds other files: choose another folder for the collection")
-    with _lance_errors(location), ExitStack() as stack:
+    with lance_errors(location), ExitStack() as stack:
         if folder is not None and create:
             stack.enter_context(FileLock(folder / ".write.lock"))
         # without an interval, a reader would never see what other processes write
@@ -88,17 +73,31 @@ def open_lance(location: str, *, create: bool, dim: int, model: str, durable: bo
             # marking the primary key lets LanceDB notice when two writers insert the same id
             key = pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
             fields = [key, pa.field("vector", pa.list_(pa.float32(), dim), nullable=False)]
-            table = database.create_table(TABLE, schema=pa.schema(fields, {"format": FORMAT, "model": model}))
-        collection = LanceCollection(location, folder, table, durable)
+            schema = pa.schema(fields, {"format": FORMAT, "model": model})
+            try:
+                table = database.create_table(TABLE, schema=schema)
+            except (RuntimeError, ValueError):
+                if TABLE not in database.list_tables().tables:  # else another writer of a bucket was first
+                    raise
+                table = database.open_table(TABLE)
+        searcher = LanceSearcher(on_loop(_open_reader(location)), table.schema.field("vector").type.list_size)
+        collection = LanceCollection(location, folder, table, searcher, durable)
     check_identity(collection, location, dim, model)
     collection.synchronise()
     return collection
 
 
+async def _open_reader(location: str) -> lancedb.table.AsyncTable:
+    database = await lancedb.connect_async(location, read_consistency_interval=timedelta(0))
+    return await database.open_table(TABLE)
+
+
 class LanceCollection(Collection):
     """See `Collection`. Methods may be called from several threads."""
 
-    def __init__(self, location: str, folder: Path | None, table: lancedb.table.Table, durable: bool) -> None:
+    def __init__(
+        self, location: str, folder: Path | None, table: lancedb.table.Table, searcher: LanceSearcher, durable: bool
+    ) -> None:
         metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
         if metadata.get("format") != FORMAT:
             raise CollectionError(f"{location} is a LanceDB database of another program: choose another folder")
@@ -108,12 +107,13 @@ class LanceCollection(Collection):
         self.dim = table.schema.field("vector").type.list_size
         self.model = metadata["model"]
         self._table: Any = table  # LanceDB's type annotations lack methods of its local tables
+        self._searcher = searcher
         self._synchronised: set[Path] = set()
         self._threads = threading.RLock()
 
     def close(self) -> None:
         # LanceDB frees the caches of a table together with the object
-        del self._table
+        del self._table, self._searcher
 
     def add(self, items: Sequence[Item] | pa.Table) -> None:
         with self._writing():
@@ -137,30 +137,35 @@ class LanceCollection(Collection):
 
     def get(self, ids: Sequence[str]) -> list[Item]:
         check_ids(ids)
-        with _lance_errors(self.location):
+        with lance_errors(self.location):
             rows = self._stored(ids, None)
-        return [_item(rows[name]) for name in ids if name in rows]
+        return [row_item(rows[name]) for name in ids if name in rows]
 
     def search(self, vector: NDArray[numpy.floating], k: int = 10, where: str | None = None) -> list[Hit]:
         query = unit_vector(vector, self.dim)
         check_search(k)
-        with _lance_errors(self.location):
-            rows = self._nearest(query, k, self._condition(where))
-        hits = [Hit(row["id"], 1 - row["_distance"], _metadata(row)) for row in rows]
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+        with lance_errors(self.location):
+            return self._searcher.search(query, k, where)
 
     def count(self, where: str | None = None) -> int:
-        with _lance_errors(self.location):
+        with lance_errors(self.location):
             return self._table.count_rows(self._condition(where))
 
     def scan(self, where: str | None = None) -> Iterator[tuple[list[str], NDArray[numpy.float32]]]:
-        with _lance_errors(self.location):
+        with lance_errors(self.location):
             builder = self._table.search().select(["id", "vector"])
             condition = self._condition(where)
             reader = (builder.where(condition) if condition is not None else builder).to_batches(8192)
             for batch in reader:
                 vectors = batch["vector"].flatten().to_numpy().reshape(-1, self.dim)
                 yield batch["id"].to_pylist(), vectors
+
+    def ids(self, where: str | None = None) -> Iterator[list[str]]:
+        with lance_errors(self.location):
+            builder = self._table.search().select(["id"])
+            condition = self._condition(where)
+            for batch in (builder.where(condition) if condition is not None else builder).to_batches(65_536):
+                yield batch["id"].to_pylist()
 
     def snapshot(self, name: str) -> None:
         _check_name(name)
@@ -182,11 +187,11 @@ class LanceCollection(Collection):
             self._table.tags.delete(name)
 
     def snapshots(self) -> list[str]:
-        with _lance_errors(self.location):
+        with lance_errors(self.location):
             return sorted(self._table.tags.list())
 
     def optimise(self) -> None:
-        with _lance_errors(self.location), ExitStack() as stack:
+        with lance_errors(self.location), ExitStack() as stack:
             # writers may go on at the same time: of two conflicting commits, LanceDB lets the later one start again
             if self.folder is not None:
                 try:
@@ -196,12 +201,13 @@ class LanceCollection(Collection):
             items = self._table.count_rows()
             index = next((index for index in self._table.list_indices() if index.columns == ["vector"]), None)
             if index is not None and index.num_unindexed_rows > index.num_indexed_rows:
-                self._build_index()  # for that many new items one new index is better than a series of small ones
+                # for that many new items one new index is better than a series of small ones
+                build_vector_index(self._table, self._commit)
             self._commit(lambda: self._table.optimize(cleanup_older_than=self._cleanup_age()))
-            if index is None and items > EXACT_UP_TO:
-                self._build_index()
-            if items > EXACT_UP_TO:
-                self._index_columns()
+            if items > lance_search.EXACT_UP_TO:
+                if index is None:
+                    build_vector_index(self._table, self._commit)
+                index_columns(self._table, ["id", *self._names()], self._commit)
             self.synchronise()
 
     def synchronise(self) -> None:
@@ -225,36 +231,6 @@ class LanceCollection(Collection):
                     os.close(descriptor)
             self._synchronised |= fresh
 
-    def _nearest(self, query: NDArray[numpy.float32], k: int, condition: str | None) -> list[dict[str, Any]]:
-        """At least the `k` nearest rows that the condition allows, found in the cheapest way."""
-        builder = self._table.search(query, vector_column_name="vector").distance_type("cosine")
-        builder = builder.select([*self._names(), "id", "_distance"]).limit(k).ef(max(EF, k)).refine_factor(REFINE)
-        if condition is None:
-            return builder.to_list()
-        items = self._table.count_rows()
-        allowed = self._table.count_rows(condition) if items > EXACT_UP_TO else 0
-        if allowed * FETCH_COST <= items:  # few are allowed: compare them all
-            return builder.where(condition, prefilter=True).bypass_vector_index().to_list()
-        candidates = math.ceil(SPARE * k * items / allowed)
-        if candidates <= MAX_CANDIDATES and candidates * FETCH_COST <= items:  # many are allowed: filter the nearest
-            builder = builder.limit(candidates).ef(max(EF, candidates)).refine_factor(1)
-            rows = builder.where(condition, prefilter=False).to_list()
-            if len(rows) >= k:
-                return rows
-            builder = builder.limit(k).ef(max(EF, k)).refine_factor(REFINE)
-        return builder.where(condition, prefilter=True).to_list()
-
-    def _build_index(self) -> None:
-        graph = HnswSq(distance_type="cosine", ef_construction=EF_CONSTRUCTION)
-        self._commit(lambda: self._table.create_index("vector", config=graph, replace=True))
-
-    def _index_columns(self) -> None:
-        """Index ids and metadata: without these indexes, LanceDB reads all rows to find those that a filter allows."""
-        indexed = {column for index in self._table.list_indices() for column in index.columns}
-        for name in ["id", *self._names()]:
-            if name not in indexed:
-                self._commit(partial(self._table.create_index, name, config=BTree()))
-
     def _cleanup_age(self) -> timedelta:
         """How old a version must be to be removed: LanceDB removes none if a snapshot is among those old enough."""
         tagged = {tag["version"] for tag in self._table.tags.list().values()}
@@ -274,8 +250,7 @@ class LanceCollection(Collection):
         return list(self._types())
 
     def _types(self) -> dict[str, type]:
-        """Name -> Python type of the metadata columns."""
-        return {field.name: PYTHON_TYPES[field.type] for field in self._table.schema if field.name not in RESERVED}
+        return metadata_types(self._table.schema)
 
     def _condition(self, where: str | None) -> str | None:
         if where is None:
@@ -303,9 +278,12 @@ class LanceCollection(Collection):
         """Store `rows` in one commit; without `replace`, none of their ids may exist."""
         if not len(rows):
             return
-        new = [field for field in rows.schema if field.name not in self._table.schema.names]
-        if new:
-            self._commit(lambda: self._table.add_columns(new))
+        finish_widening(self._table, self._commit)  # of a process that was killed
+        types = self._types()
+        for field in rows.schema:
+            if types.get(field.name) is int and field.type == pa.float64():
+                widen(self._table, field.name, self._commit)
+        self._add_columns(rows.schema)
         schema = self._table.schema
         given = {name: rows[name] for name in rows.column_names}
         nulls = {field.name: pa.nulls(len(rows), field.type) for field in schema if field.name not in given}
@@ -321,10 +299,23 @@ class LanceCollection(Collection):
         if not replace and inserted < len(rows):
             raise CollectionError(f"another writer has stored {len(rows) - inserted} of these ids since: try again")
 
+    def _add_columns(self, wanted: pa.Schema) -> None:
+        """Make the columns that are missing. Another writer of a bucket may make the same ones at the same time."""
+        while new := [field for field in wanted if field.name not in self._table.schema.names]:
+            try:
+                self._commit(partial(self._table.add_columns, new))
+            except (RuntimeError, ValueError) as error:
+                if "already exists" not in str(error):
+                    raise
+                self._table.checkout_latest()
+        for field in wanted:
+            if field.name not in RESERVED and self._table.schema.field(field.name).type != field.type:
+                raise CollectionError(f"another writer has made the column {field.name} of another type: try again")
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """One writer at a time; what it wrote is flushed at the end."""
-        with _lance_errors(self.location), self._threads, ExitStack() as stack:
+        with lance_errors(self.location), self._threads, ExitStack() as stack:
             if self.folder is not None:
                 stack.enter_context(FileLock(self.folder / ".write.lock"))
             yield
@@ -342,14 +333,6 @@ class LanceCollection(Collection):
         raise AssertionError("the last try returns or raises")
 
 
-@contextmanager
-def _lance_errors(location: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # LanceDB raises it for a full disk, an unreachable bucket, a damaged file
-        raise CollectionError(f"{location}: {' '.join(str(error).split())[:300]}") from error
-
-
 def _check_name(name: str) -> None:
     if not SNAPSHOT_NAME.fullmatch(name):
         raise CollectionError(f"a snapshot's name is up to 100 letters, digits, '.', '_' and '-', not {name[:120]!r}")
@@ -363,12 +346,3 @@ def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _one_of(ids: Sequence[str]) -> str:
     return f"`id` IN ({', '.join(map(sql_text, ids))})"
-
-
-def _metadata(row: Mapping[str, Any]) -> dict[str, Value]:
-    kept = RESERVED | {"_distance"}
-    return {name: value for name, value in row.items() if name not in kept and value is not None}
-
-
-def _item(row: Mapping[str, Any]) -> Item:
-    return Item(row["id"], numpy.asarray(row["vector"], numpy.float32), _metadata(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from retrieval.collections.base import MAX_ID, Collection, CollectionError, ExistingIdsError, Hit, Item, Value
@@ -26,6 +27,7 @@ def open_collection(
         from retrieval.collections.milvus import open_milvus
 
         return open_milvus(text, create=create, dim=dim, model=model, durable=durable)
+    os.environ.setdefault("LANCE_LOG", "error")  # else it warns of partitions that stay empty
     from retrieval.collections.lance import open_lance
 
     return open_lance(text, create=create, dim=dim, model=model, durable=durable)

@@ -1,4 +1,4 @@
-"""From a text or a picture to what a search finds: the query's vector, and the samples and captions of the hits."""
+"""From texts and pictures to what a search finds: the query's vector, and the samples and captions of the hits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.images import open_image, to_square
-from data.reading import expand_shards, read_shard
-from data.sample import Sample
+from data.photos.reading import open_photo
+from data.reading import expand_shards, read_shard, shard_stem
+from data.sample import DataError, Sample
 from retrieval.collections.base import Collection, CollectionError, Hit, check_identity
+from retrieval.collections.terms import LEAST_LENGTH, Query, Term
 from retrieval.towers.base import Towers
 from retrieval.vectors.parquet import CAPTION_PREFIX
 from vqvae.storage.parts import content_hash
@@ -23,11 +25,45 @@ def check_towers(collection: Collection, location: str, towers: Towers) -> None:
     check_identity(collection, location, towers.embed_dim, content_hash(towers))
 
 
-def embed_query(towers: Towers, query: str | Image.Image) -> NDArray[numpy.float32]:
-    """The vector of a text or a picture, float32 [D] of unit length."""
-    features = towers.encode_text([query]) if isinstance(query, str) else towers.encode_image([query])
-    vector: NDArray[numpy.float32] = features[0].numpy()
-    return vector
+def embed_query(towers: Towers, query: str | Image.Image | Query) -> NDArray[numpy.float32]:
+    """The vector of a text, a picture, or a sum of several, float32 [D] of unit length.
+
+    Raises `CollectionError` for terms that cancel out, and `DataError` for a file that is no picture.
+    """
+    terms = query.terms if isinstance(query, Query) else (Term(query),)
+    if len(terms) == 1 and terms[0].weight > 0:
+        return numpy.asarray(_embed_term(towers, terms[0]), numpy.float32)
+    return combine([_embed_term(towers, term) for term in terms], [term.weight for term in terms])
+
+
+def combine(vectors: Sequence[NDArray[numpy.floating]], weights: Sequence[float]) -> NDArray[numpy.float32]:
+    """The weighted sum of vectors [D], each scaled to length 1, as float32 [D] of length 1.
+
+    Raises `CollectionError` for a vector of length 0, and for a sum that is nothing.
+    """
+    rows = numpy.stack([numpy.asarray(vector, numpy.float64) for vector in vectors])
+    lengths = numpy.linalg.norm(rows, axis=1, keepdims=True)
+    if not (numpy.isfinite(lengths) & (lengths > 0)).all():
+        raise CollectionError("a vector of a query must have a length above 0 that is finite")
+    total = numpy.asarray(weights) @ (rows / lengths)
+    length = numpy.linalg.norm(total)
+    if length <= LEAST_LENGTH * numpy.abs(weights).max():
+        raise CollectionError("the texts and pictures cancel out: nothing is left to look for")
+    return (total / length).astype(numpy.float32)
+
+
+def _embed_term(towers: Towers, term: Term) -> NDArray[numpy.floating]:
+    if isinstance(term.content, numpy.ndarray):
+        return term.content
+    if isinstance(term.content, str):
+        return towers.encode_text([term.content])[0].numpy()
+    picture = term.content
+    if isinstance(picture, Path):
+        try:
+            picture = open_photo(picture)
+        except DataError as error:
+            raise DataError(f"{term.content}: {error}") from error
+    return towers.encode_image([picture])[0].numpy()
 
 
 def hit_captions(hit: Hit) -> list[str]:
@@ -48,12 +84,11 @@ def hit_samples(hits: Sequence[Hit], shards: str | None = None) -> dict[str, Sam
         shard = given.get(named.name, named)
         if shard.is_file():
             wanted.setdefault(shard, set()).add(_sample_id(hit))
-    samples = {
-        sample.id: sample
-        for shard, names in wanted.items()
-        for sample in read_shard(shard, lambda *_: None)  # damaged samples are left out
-        if sample.id in names
-    }
+    samples: dict[str, Sample] = {}
+    for shard, names in wanted.items():
+        for sample in read_shard(shard, lambda *_: None, captions=False):  # damaged samples are left out
+            # with the name of the shard before it, where several shards have samples of one id
+            samples |= {name: sample for name in (sample.id, f"{shard_stem(shard)}/{sample.id}") if name in names}
     return {hit.id: samples[_sample_id(hit)] for hit in hits if _sample_id(hit) in samples}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 
+from retrieval.collections.items import check_search
 from retrieval.collections.opening import Collection, CollectionError
 
 
@@ -30,6 +31,7 @@ def measure_search_recall(
     """
     if queries < 1:
         raise CollectionError(f"recall is measured with at least one query, not {queries}")
+    check_search(k)
     drawn = _draw(collection, queries, seed)
     ids, vectors = list(drawn), numpy.stack(list(drawn.values())) if drawn else numpy.empty((0, collection.dim))
     best = numpy.full((len(ids), k), -numpy.inf, numpy.float32)  # the k highest similarities so far

@@ -3,15 +3,16 @@
     family = 'noto' AND (year > 2016 OR NOT language IN ('zh', 'ja'))
 
 A comparison is a column, an operator (`= != <> < <= > >=`, or `IN` and `NOT IN` with values in parentheses) and a
-value: a text in single quotes (`''` stands for one quote), a number, or true or false. As in SQL, an item that lacks a
-column fails every comparison with it as well as the negated comparison.
+value: a text in single quotes (`''` stands for one quote), a number, or true or false. Numbers compare as numbers,
+whole or not. As in SQL, an item that lacks a column fails every comparison with it as well as the negated comparison.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ MAX_LENGTH = 10_000  # characters of an expression
 MAX_DEPTH = 20  # of nested AND, OR and NOT
 COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 KEYWORDS = frozenset({"and", "or", "not", "in", "true", "false"})
+INTEGERS = range(-(2**63), 2**63)
 TYPE_NAMES: Mapping[type, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 GRAMMAR = r"""
@@ -94,7 +96,10 @@ class _Builder(Transformer[Any, Expression]):
 
     def number(self, token: str) -> int | float:
         if not token.lstrip("+-").isdigit():
-            return float(token)
+            number = float(token)
+            if not math.isfinite(number):
+                raise WhereError(f"the number {token[:30]} is too large")
+            return number
         if len(token) > 20 or not -(2**63) <= int(token) < 2**63:
             raise WhereError(f"the integer {token[:30]} does not fit into 64 bits")
         return int(token)
@@ -136,8 +141,22 @@ def _parser() -> Lark:
     return Lark(GRAMMAR, start="either", parser="lalr", transformer=_Builder())
 
 
+def all_of(conditions: Sequence[str]) -> str | None:
+    """One expression that is true where all of `conditions` are; None for none.
+
+    Raises `WhereError` for one that is no expression by itself: parentheses alone would let `a = 1) OR (b = 2` out.
+    """
+    for condition in conditions:
+        _parse(condition)
+    return " AND ".join(f"({condition})" for condition in conditions) or None
+
+
 def parse_where(text: str, columns: Mapping[str, type]) -> Expression:
     """Parse an expression and check it against `columns` (name -> str, int, float or bool). Raises `WhereError`."""
+    return _fitted(_parse(text), columns)
+
+
+def _parse(text: str) -> Expression:
     if len(text) > MAX_LENGTH:
         raise WhereError(f"where: the expression has {len(text)} characters; at most {MAX_LENGTH} are allowed")
     try:
@@ -153,25 +172,52 @@ def parse_where(text: str, columns: Mapping[str, type]) -> Expression:
         ) from error
     except (WhereError, VisitError) as error:
         raise WhereError(f"where: {error.orig_exc if isinstance(error, VisitError) else error}") from error
-    _check(expression, columns)
     return expression
 
 
-def _check(expression: Expression, columns: Mapping[str, type]) -> None:
+def _fitted(expression: Expression, columns: Mapping[str, type]) -> Expression:
+    """The expression with every value of the type of its column. Raises `WhereError`."""
     if isinstance(expression, Junction):
-        for part in expression.parts:
-            _check(part, columns)
-    elif isinstance(expression, Inverse):
-        _check(expression.part, columns)
-    else:
-        kind = columns.get(expression.column)
-        if kind is None:
-            raise WhereError(f"where: no column {expression.column!r}; there are: {', '.join(columns) or 'none'}")
-        for value in expression.values:
-            if type(value) is not kind and not (kind in (int, float) and type(value) in (int, float)):
-                raise WhereError(f"where: {expression.column} is {TYPE_NAMES[kind]}, compared with {_sql_value(value)}")
-        if kind is bool and expression.operator not in ("=", "!=", "in"):
-            raise WhereError(f"where: {expression.column} is true or false, and has no {expression.operator}")
+        return Junction(expression.operator, tuple(_fitted(part, columns) for part in expression.parts))
+    if isinstance(expression, Inverse):
+        return Inverse(_fitted(expression.part, columns))
+    kind = columns.get(expression.column)
+    if kind is None:
+        raise WhereError(f"where: no column {expression.column!r}; there are: {', '.join(columns) or 'none'}")
+    for value in expression.values:
+        if type(value) is not kind and not (kind in (int, float) and type(value) in (int, float)):
+            raise WhereError(f"where: {expression.column} is {TYPE_NAMES[kind]}, compared with {_sql_value(value)}")
+    if kind is bool and expression.operator not in ("=", "!=", "in"):
+        raise WhereError(f"where: {expression.column} is true or false, and has no {expression.operator}")
+    if kind is int:
+        return _whole(expression)
+    return replace(expression, values=tuple(map(float, expression.values))) if kind is float else expression
+
+
+def _whole(comparison: Comparison) -> Comparison | Junction:
+    """What a comparison with fractions says of whole numbers, in whole numbers: `> 2016.5` is `> 2016`."""
+    column, operator = comparison.column, comparison.operator
+    if operator in ("=", "!=", "in"):
+        values = tuple(int(value) for value in comparison.values if value == int(value) and int(value) in INTEGERS)
+        if values:
+            return Comparison(column, operator, values)
+        return _never(column) if operator != "!=" else _always(column)
+    (value,) = comparison.values
+    assert isinstance(value, int | float)
+    bound = math.floor(value) if operator in (">", "<=") else math.ceil(value)
+    if bound in INTEGERS:
+        return Comparison(column, operator, (bound,))
+    return _always(column) if (bound < 0) == (operator in (">", ">=")) else _never(column)
+
+
+def _never(column: str) -> Junction:
+    """False where there is a value; an item without one fails this and its negation, as it does any comparison."""
+    return Junction("and", (Comparison(column, "=", (0,)), Comparison(column, "=", (1,))))
+
+
+def _always(column: str) -> Junction:
+    """True where there is a value; see `_never`."""
+    return Junction("or", (Comparison(column, "=", (0,)), Comparison(column, "!=", (0,))))
 
 
 def to_sql(expression: Expression) -> str:

@@ -6,7 +6,6 @@ A picture and a text match if they share a concept, so a query may have several 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from data.reading import SkipLog, expand_shards, open_shards, split_name
 from data.sample import DataError, Sample
 from data.styles import LANGUAGES
 from retrieval.evaluation.metrics import concept_labels, ranks, recall_figures
+from retrieval.evaluation.settings import RetrievalEvalConfig
 from retrieval.towers.base import Towers, unit
 
 if TYPE_CHECKING:
@@ -43,16 +43,6 @@ FAMILY_TEMPLATES: dict[str, tuple[str, ...]] = {
     "ko": ("{} 스타일", "이모지, {} 스타일"),
 }
 TOP_AT = (1, 5)
-
-
-@dataclass(frozen=True)
-class RetrievalEvalConfig:
-    """What `evaluate` measures on, besides the shards."""
-
-    splits: tuple[str, ...]
-    limit: int | None = None  # use only the first pictures of each split
-    batch_size: int = 64
-    seed: int = 0  # of the shuffled concepts
 
 
 def held_out_splits(shards: Path | str) -> list[str]:

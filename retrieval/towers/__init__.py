@@ -1,4 +1,4 @@
-"""The two towers: their interface, our own, BriVL, Chinese-CLIP, OpenCLIP, and the import of published weights.
+"""The two towers: their interface, our own, BriVL, Chinese-CLIP, OpenCLIP, those of transformers, and the import.
 
 Read `base.py` first, then `multiscale.py`.
 """

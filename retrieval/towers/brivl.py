@@ -20,7 +20,9 @@ from transformers import BertConfig, BertModel
 
 from data.config import from_dict, to_dict
 from data.images import to_tensor
+from data.options import DEPTH, SIDE, WIDTH, check_options, option
 from retrieval.towers.base import Tokens, Towers, unit
+from retrieval.towers.foreign import check_trunk
 from retrieval.towers.word_pieces import WordPieces
 from vqvae.storage.parts import ModelError
 
@@ -31,13 +33,16 @@ Box = Sequence[float]  # x1, y1, x2, y2 in pixels of the original picture
 class BertSizes:
     """The text backbone; the default is hfl/chinese-roberta-wwm-ext."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    vocab_size: int = 21128
+    hidden_size: int = option(768, "The width.", least=1, most=WIDTH)
+    num_hidden_layers: int = option(12, "Layers.", least=1, most=DEPTH)
+    num_attention_heads: int = option(12, "Heads of a layer.", least=1, most=DEPTH)
+    intermediate_size: int = option(3072, "The width inside the MLP.", least=1, most=8 * WIDTH)
+    max_position_embeddings: int = option(512, "Positions.", least=3, most=2**20)
+    type_vocab_size: int = option(2, "Kinds of tokens.", least=1, most=1024)
+    vocab_size: int = option(21128, "Pieces of text.", least=5, most=2**22)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,23 @@ class BrivlConfig:
 
     cnn: str = "tf_efficientnet_b5"
     cnn_options: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 380  # px, the side of the square input
-    image_width: int = 2048
-    image_heads: int = 4
-    image_layers: int = 4
-    box_slots: int = 37  # including one for the whole picture
-    grid_size: int = 4  # samples along each side of a box
+    image_size: int = option(380, "The side of the square input in pixels.", least=32, most=SIDE)
+    image_width: int = option(2048, "The width of the image tower.", least=1, most=WIDTH)
+    image_heads: int = option(4, "Heads of a layer of the image tower.", least=1, most=DEPTH)
+    image_layers: int = option(4, "Layers of the image tower.", least=1, most=DEPTH)
+    box_slots: int = option(37, "Boxes of a picture, the one of the whole picture included.", least=1, most=2**16)
+    grid_size: int = option(4, "Samples along each side of a box.", least=1, most=1024)
     bert: BertSizes = field(default_factory=BertSizes)
-    text_heads: int = 4
-    text_layers: int = 4
-    text_tokens: int = 80  # all texts are padded to this length
-    temperature: float = 0.07
+    text_heads: int = option(4, "Heads of a layer of the text head.", least=1, most=DEPTH)
+    text_layers: int = option(4, "Layers of the text head.", least=1, most=DEPTH)
+    text_tokens: int = option(80, "Tokens that all texts are padded to, start and end included.", least=3, most=2**20)
+    temperature: float = option(0.07, "The temperature of the loss.", least=0.0001, most=100)
 
     def __post_init__(self) -> None:
+        check_options(self)
+        check_trunk(self.cnn, self.cnn_options)
         if self.text_tokens > self.bert.max_position_embeddings:
             raise ValueError(f"text_tokens={self.text_tokens} is above BERT's {self.bert.max_position_embeddings}")
-        if self.box_slots < 1:
-            raise ValueError(f"box_slots={self.box_slots} must be 1 or more: the whole picture takes one")
 
 
 class Head(nn.Module):

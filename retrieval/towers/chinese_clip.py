@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +22,15 @@ from transformers import BertConfig, BertModel
 from data.config import from_dict, to_dict
 from data.images import to_tensor
 from retrieval.towers.base import Tokens, Towers, unit
+from retrieval.towers.chinese_clip_config import ChineseClipConfig
+from retrieval.towers.foreign import read_json_object
 from retrieval.towers.word_pieces import WordPieces
 from vqvae.storage.parts import ModelError
 
 
-@dataclass(frozen=True)
-class ChineseClipConfig:
-    """Sizes of both towers. `vision_layers` is one number for a ViT and four for a ResNet, without `patch_size`."""
-
-    embed_dim: int = 512
-    image_size: int = 224
-    vision_layers: int | list[int] = 12
-    vision_width: int = 768
-    vision_head_width: int = 64
-    patch_size: int | None = 16
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    text_hidden: int = 3072
-    vocab_size: int = 21128
-    max_positions: int = 512
-    context_length: int = 52
-    patch_dropout: float = 0.0  # share of a ViT's patches left out in training (FLIP, Li et al. 2022, arXiv:2212.00794)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.vision_layers, list):
-            if len(self.vision_layers) != 4:
-                raise ValueError(f"a ResNet has four groups of layers, not {len(self.vision_layers)}")
-        elif not self.patch_size or self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
-        if self.context_length > self.max_positions:
-            raise ValueError(f"context_length={self.context_length} is above max_positions={self.max_positions}")
-
-
-LARGE: dict[str, Any] = {"embed_dim": 768, "vision_layers": 24, "vision_width": 1024, "patch_size": 14}
-PUBLISHED = {
-    "ViT-B-16": ChineseClipConfig(),
-    "ViT-L-14": ChineseClipConfig(**LARGE),
-    "ViT-L-14-336": ChineseClipConfig(**LARGE, image_size=336),
-    "ViT-H-14": ChineseClipConfig(
-        embed_dim=1024, vision_layers=32, vision_width=1280, vision_head_width=80, patch_size=14,
-        text_width=1024, text_layers=24, text_heads=16, text_hidden=4096,
-    ),
-    "RN50": ChineseClipConfig(
-        embed_dim=1024, vision_layers=[3, 4, 6, 3], vision_width=64, patch_size=None, text_layers=3
-    ),
-}  # fmt: skip
-
-
 def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
     """Read the configuration from the two JSON files of the original. Raises `ModelError`."""
-    records: dict[str, Any] = {}
-    for path in (vision, text):
-        try:
-            records |= json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{path} is missing or not a JSON object ({error})") from error
+    records = read_json_object(vision) | read_json_object(text)
     try:
         layers = records["vision_layers"]
         return from_dict(
@@ -100,7 +52,7 @@ def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
         )
     except KeyError as error:
         raise ModelError(f"neither {vision} nor {text} says {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{vision} and {text} do not describe towers: {error}") from error
 
 

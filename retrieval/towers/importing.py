@@ -18,18 +18,24 @@ from torch import Tensor
 
 from data.atomic import check_unused
 from data.config import from_dict
+from data.options import SIDE, check_options, option
 from retrieval.towers.base import Towers, save_towers
 from retrieval.towers.brivl import BertSizes, BrivlConfig, BrivlTowers
-from retrieval.towers.chinese_clip import (
-    PUBLISHED,
-    ChineseClipTowers,
-    halved_names,
-    read_published_config,
-    resize_positions,
+from retrieval.towers.chinese_clip import ChineseClipTowers, halved_names, read_published_config, resize_positions
+from retrieval.towers.chinese_clip_config import known_model
+from retrieval.towers.foreign import check_numbers, check_text_files, read_json_object, read_record, without_network
+from retrieval.towers.hub_settings import (
+    TOKENIZER_FILES,
+    TOWER_TYPES,
+    read_hub_config,
+    read_picture_rules,
 )
-from retrieval.towers.open_clip import TEXT_CONFIG, TOKENIZER_FILES, OpenClipTowers
+from retrieval.towers.hub_towers import SETTINGS_HASH, TransformersTowers, choose_text_rules, hub_keys
+from retrieval.towers.open_clip import TEXT_CONFIG, OpenClipTowers
+from retrieval.towers.settings import TransformersImport
+from vqvae.storage.folders import read_weights_file, read_weights_folder
 from vqvae.storage.parts import ModelError
-from vqvae.storage.published import check_shapes, read_checkpoint
+from vqvae.storage.published import check_tensors, read_checkpoint, section
 
 T = TypeVar("T", bound=Towers)
 
@@ -78,8 +84,14 @@ class ChineseClipImport:
     model: str = "ViT-B-16"  # one of `PUBLISHED`, whose sizes are used
     configs: tuple[Path, Path] | None = None  # the original's JSON files (vision, text), for sizes of one's own
     vocab: Path | None = None  # vocab.txt of the text tower; by default the one beside the checkpoint
-    image_size: int | None = None  # resizes a ViT's position embedding, as the original's `load` does
+    image_size: int | None = option(
+        None, "Resize a ViT's position embedding to pictures of this many pixels, as the original's `load` does.",
+        least=1, most=SIDE,
+    )  # fmt: skip
     rounded: bool = False  # rounds most weights to half precision, as the original's `load_from_name` does
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def import_chinese_clip(source: Path, out: Path, settings: ChineseClipImport) -> Path:
@@ -88,10 +100,8 @@ def import_chinese_clip(source: Path, out: Path, settings: ChineseClipImport) ->
     Raises `ModelError` that says what is missing, damaged, unsafe or does not fit; `out` is then not created.
     """
     configs, image_size = settings.configs, settings.image_size
-    if configs is None and settings.model not in PUBLISHED:
-        raise ModelError(f"no published Chinese-CLIP is called {settings.model!r}; known: {', '.join(PUBLISHED)}")
-    config = PUBLISHED[settings.model] if configs is None else read_published_config(*configs)
-    weights = _weights(read_checkpoint(source))
+    config = known_model(settings.model) if configs is None else read_published_config(*configs)
+    weights = _weights(read_checkpoint(source), source)
     pieces = _vocab(settings.vocab or source.parent / "vocab.txt")
     towers = _built(lambda: ChineseClipTowers(config, pieces))
     tensors = _checked(weights, {name: name for name in towers.state_dict()}, towers, source)
@@ -113,9 +123,7 @@ def import_brivl(source: Path, out: Path, *, text_model: Path, config: Path | No
     under MODEL goes to timm. Raises `ModelError` as `import_chinese_clip` does.
     """
     sizes = _brivl_config(config, text_model / "config.json")
-    weights = read_checkpoint(source).get("learnable")
-    if not isinstance(weights, dict):
-        raise ModelError(f"{source} has no weights under the key 'learnable'")
+    weights = section(read_checkpoint(source), "learnable", source)
     weights = {key: value for key, value in weights.items() if not BRIVL_UNUSED.match(str(key))}
     towers = _built(lambda: BrivlTowers(sizes, _vocab(text_model / "vocab.txt")))
     return _save(towers, _checked(weights, brivl_keys(towers), towers, source), out)
@@ -151,37 +159,74 @@ def import_open_clip(
         text = Path(name)
         _copy_text_files(text_model or (source if source.is_dir() else source.parent), text)
         towers = _built(lambda: OpenClipTowers(model_cfg, preprocess_cfg, text))
-    weights = _weights(_tensors(file))
+    weights = _weights(read_weights_file(file), file)
     keys = {name: name.removeprefix("model.") for name in towers.state_dict()}
     return _save(towers, _checked(weights, keys, towers, file), out)
 
 
-def _built(build: Callable[[], T]) -> T:
-    """Build towers on the meta device (names and shapes, no memory), to be given weights. Raises `ModelError`."""
+def import_transformers(source: Path, out: Path, settings: TransformersImport | None = None) -> Path:
+    """Convert a folder in the layout of Hugging Face's transformers to the new folder of towers `out`.
+
+    It holds config.json of a type of `TOWER_TYPES`, preprocessor_config.json, the files of a tokenizer, and weights as
+    `read_weights_folder` reads them. No program in it is run. Raises `ModelError` as `import_chinese_clip` does.
+    """
+    check_unused(out)
+    config = read_hub_config(source)
+    pictures = read_picture_rules(source, TOWER_TYPES[config["model_type"]])
+    found = read_weights_folder(source)
+    with tempfile.TemporaryDirectory() as name:
+        text = Path(name)
+        for known in TOKENIZER_FILES:
+            if (source / known).is_file():
+                shutil.copyfile(source / known, text / known)
+        (text / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+        def build() -> TransformersTowers:
+            rules = choose_text_rules(config, text, settings or TransformersImport())
+            return TransformersTowers(config, pictures, rules, text)
+
+        towers = _built(build, "cpu")
+    weights = _weights(found, source)
+    keys = hub_keys(
+        (name for name in towers.state_dict() if name != SETTINGS_HASH), (f"model.{key}" for key in weights)
+    )
+    tensors = _checked(weights, {name: key.removeprefix("model.") for name, key in keys.items()}, towers, source)
+    return _save(towers, {**tensors, SETTINGS_HASH: towers.settings_hash}, out)
+
+
+def _built(build: Callable[[], T], device: str = "meta") -> T:
+    """Build towers (on the meta device: names and shapes, no memory), to be given weights. Raises `ModelError`."""
     try:
-        with torch.device("meta"):
+        with torch.device(device), without_network():
             return build()
     except ModelError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # timm, open_clip and transformers raise whatever their settings lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"no towers can be built from this configuration ({reason[:300]})") from error
 
 
-def _weights(content: dict[str, Any]) -> dict[str, Any]:
+def _weights(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
     """The tensors of a checkpoint or weights file, without DDP's prefix and without unused ones."""
     weights = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-    return {
-        str(key).removeprefix("module."): value
+    kept = {
+        key: value
         for key, value in weights.items()
-        if not re.search(r"\bbert\.pooler\.|\.position_ids$", str(key))  # buffers of older versions of transformers
+        # buffers of older versions of transformers
+        if not (isinstance(key, str) and re.search(r"\bbert\.pooler\.|\.position_ids$", key))
     }
+    named = {key.removeprefix("module.") if isinstance(key, str) else key: value for key, value in kept.items()}
+    if len(named) < len(kept):
+        raise ModelError(f"{path} has tensors twice: with and without the prefix 'module.'")
+    return named
 
 
-def _checked(weights: Mapping[str, Any], keys: Mapping[str, str], towers: Towers, path: Path) -> dict[str, Tensor]:
-    """Our name -> tensor. Raises `ModelError` that lists every tensor that is missing or does not fit."""
-    shapes = {keys[name]: tuple(tensor.shape) for name, tensor in towers.state_dict().items()}
-    check_shapes(weights, shapes, path)
+def _checked(weights: Mapping[Any, Any], keys: Mapping[str, str], towers: Towers, path: Path) -> dict[str, Tensor]:
+    """Our name -> tensor. Raises `ModelError` as `check_tensors` does."""
+    wanted = {name: tensor for name, tensor in towers.state_dict().items() if name in keys}
+    shapes = {keys[name]: tuple(tensor.shape) for name, tensor in wanted.items()}
+    whole = {keys[name] for name, tensor in wanted.items() if not tensor.is_floating_point()}
+    check_tensors(weights, shapes, path, whole=whole)
     return {name: weights[key] for name, key in keys.items()}
 
 
@@ -195,29 +240,30 @@ def _brivl_config(path: Path | None, bert: Path) -> BrivlConfig:
     """The published sizes, overridden by the original's YAML file and by BERT's config.json."""
     sizes: dict[str, Any] = {}
     if bert.is_file():
-        record = _json(bert)
+        record = read_json_object(bert)
         sizes["bert"] = {size.name: record[size.name] for size in fields(BertSizes) if size.name in record}
     if path is not None:
-        try:
-            model = yaml.safe_load(path.read_text(encoding="utf-8"))["MODEL"]
-            sizes |= {ours: model[theirs] for ours, theirs in BRIVL_SIZES.items() if theirs in model}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{path} is missing or not YAML with a section MODEL ({reason})") from error
+        model = read_record(path, yaml.safe_load, "YAML with a section MODEL").get("MODEL")
+        if not isinstance(model, dict):
+            raise ModelError(f"{path} is missing or not YAML with a section MODEL (it has no such section)")
+        sizes |= {ours: model[theirs] for ours, theirs in BRIVL_SIZES.items() if theirs in model}
+        check_numbers(sizes, f"{path} does not describe BriVL")
     if "cnn" in sizes:  # timm's present name: "_ns" meant the training method
         sizes["cnn"] = str(sizes["cnn"]).removesuffix("_ns")
     try:
         return from_dict(BrivlConfig, sizes)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path or bert} does not describe BriVL: {error}") from error
 
 
 def _open_clip_config(source: Path, model: str | None, tag: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     if source.is_dir():
-        record = _json(source / "open_clip_config.json")
-        if not isinstance(record.get("model_cfg"), dict):
-            raise ModelError(f"{source / 'open_clip_config.json'} has no section model_cfg")
-        return record["model_cfg"], record.get("preprocess_cfg", {})
+        record = read_json_object(source / "open_clip_config.json", "JSON")
+        sections = {"model_cfg": record.get("model_cfg"), "preprocess_cfg": record.get("preprocess_cfg", {})}
+        found = {name: value for name, value in sections.items() if isinstance(value, dict)}
+        if missing := sections.keys() - found.keys():
+            raise ModelError(f"{source / 'open_clip_config.json'} has no section {', '.join(sorted(missing))}")
+        return found["model_cfg"], found["preprocess_cfg"]
     if model is None:
         raise ModelError(f"{source} is not a folder with open_clip_config.json: name its model (--model)")
     model_cfg = open_clip.get_model_config(model)
@@ -234,36 +280,14 @@ def _open_clip_config(source: Path, model: str | None, tag: str | None) -> tuple
 
 
 def _copy_text_files(source: Path, target: Path) -> None:
-    if (source / "config.json").is_file():
-        shutil.copyfile(source / "config.json", target / TEXT_CONFIG)
-    for name in TOKENIZER_FILES:
+    check_text_files(source)
+    names = {"config.json": TEXT_CONFIG, **{name: name for name in TOKENIZER_FILES}}
+    for name, ours in names.items():
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(source / name, target / ours)
 
 
 def _vocab(path: Path) -> bytes:
     if not path.is_file():
         raise ModelError(f"no vocabulary at {path}: it comes with the text tower on its hub page")
     return path.read_bytes()
-
-
-def _tensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        return read_checkpoint(path)
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is missing, truncated or damaged ({error})") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is missing or not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return record

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from data.config import ConfigError, from_dict, to_dict
+from data.options import DEPTH, SIDE, WIDTH, check_options, option
 from data.text import TextTokenizer
 from retrieval.towers.base import TEXT_MODEL, Tokens, Towers, unit
 from vqvae.storage.parts import ModelError
@@ -30,28 +31,29 @@ logger = logging.getLogger(__name__)
 class MultiScaleConfig:
     """The parts and their sizes. Training sets `num_text_pieces` and `text_hash` from the text tokenizer."""
 
-    embed_dim: int = 256
-    image_size: int = 64  # px, the side of the square to which pictures are resized and cropped
+    embed_dim: int = option(256, "The width of the shared space.", least=1, most=WIDTH)
+    image_size: int = option(
+        64, "The side of the square to which pictures are resized and cropped, in pixels.", least=1, most=SIDE
+    )
     trunk: str = "resnet10t"  # a timm architecture with a feature map; its weights start at random
     trunk_options: dict[str, Any] = field(default_factory=dict)  # for timm.create_model
     # patches: cells of the feature map, on `grids`; regions: the given boxes, or by default the cells of `grids`
     image_head: Literal["patches", "regions"] = "patches"
-    grids: list[int] = field(default_factory=lambda: [1, 2, 4])  # patches a side, one number a grid
-    head_width: int = 256
-    head_heads: int = 4
+    grids: list[int] = option([1, 2, 4], "Patches a side, one number for each grid.", least=1, most=1024)
+    head_width: int = option(256, "The width of the heads.", least=1, most=WIDTH)
+    head_heads: int = option(4, "Attention heads of the heads.", least=1, most=DEPTH)
     # a configuration of transformers: `model_type` and the values that differ from its defaults
     text_encoder: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
-    max_text: int = 32  # tokens, the start token included
-    num_text_pieces: int = 0
+    max_text: int = option(32, "Tokens of a text at most, the start token included.", least=2, most=2**16)
+    num_text_pieces: int = option(0, "Pieces of text; training sets it.", least=0, most=2**22)
     text_hash: str = ""
 
     def __post_init__(self) -> None:
-        if not self.grids or min(self.grids) < 1:
+        check_options(self)
+        if not self.grids:
             raise ValueError("grids must hold at least one number of patches a side, each 1 or more")
         if self.head_width % self.head_heads:
             raise ValueError(f"head_width={self.head_width} is not a multiple of head_heads={self.head_heads}")
-        if self.max_text < 2 or self.image_size < 1 or self.embed_dim < 1:
-            raise ValueError("max_text must be 2 or more, and image_size and embed_dim 1 or more")
 
 
 class PatchHead(nn.Module):

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from data.characters import whole_characters
 from data.config import ConfigError
 from data.text import TextTokenizer
-from retrieval.towers.base import TEXT_MODEL, Tokens, Towers, unit
+from retrieval.towers.base import TEXT_MODEL, Tokens, Towers, shortened, token_counts, unit
+from retrieval.towers.foreign import check_open_clip
+from retrieval.towers.hub_settings import TOKENIZER_FILES
 from retrieval.towers.word_pieces import warn_cut
 from vqvae.storage.parts import ModelError
 
@@ -34,11 +36,6 @@ from vqvae.storage.parts import ModelError
 add_model_config(Path(__file__).parent / "model_configs")
 
 TEXT_CONFIG = "text_config.json"  # the config of a Hugging Face text tower
-# the files that Hugging Face's tokenizers read
-TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-)  # fmt: skip
 
 
 class OpenClipTowers(Towers):
@@ -48,6 +45,7 @@ class OpenClipTowers(Towers):
 
     def __init__(self, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], folder: Path) -> None:
         super().__init__()
+        check_open_clip(model_cfg, preprocess_cfg)
         self.model_cfg, self.preprocess_cfg = model_cfg, preprocess_cfg
         self.embed_dim = int(model_cfg["embed_dim"])
         text = model_cfg["text_cfg"]
@@ -97,7 +95,7 @@ class OpenClipTowers(Towers):
         return self._text_files
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self._transform(image)
+        pixels: Tensor = self._transform(shortened(image))
         return pixels
 
     def tokenize(self, texts: list[str]) -> Tensor:
@@ -106,9 +104,20 @@ class OpenClipTowers(Towers):
         # one more token reveals which texts are cut
         longer = self._tokenizer(texts, context_length=self._context_length + 1)
         ids: Tensor = self._tokenizer(texts, context_length=self._context_length)
-        pad = self._tokenizer.tokenizer.pad_token_id if isinstance(self._tokenizer, HFTokenizer) else 0
-        warn_cut(int((longer[:, -1] != pad).sum()), len(texts), self._context_length)
+        warn_cut(int((longer[:, -1] != self._pad).sum()), len(texts), self._context_length)
         return ids
+
+    @property
+    def _pad(self) -> int:
+        return int(self._tokenizer.tokenizer.pad_token_id) if isinstance(self._tokenizer, HFTokenizer) else 0
+
+    def count_tokens(self, tokens: Tokens) -> list[int]:
+        assert isinstance(tokens, Tensor)
+        counts = token_counts(tokens, self._pad)
+        if isinstance(self._tokenizer, HFTokenizer) and self._tokenizer.tokenizer.eos_token_id == self._pad:
+            # SigLIP and others pad with the token that ends a text: the first of them is the text's own
+            counts = [min(count + 1, tokens.shape[1]) for count in counts]
+        return counts
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return unit(self.model.encode_image(pixels))

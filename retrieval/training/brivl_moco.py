@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.options import check_options, option
 from retrieval.towers.brivl import BrivlTowers, trainable_names
 
 
@@ -21,9 +22,12 @@ from retrieval.towers.brivl import BrivlTowers, trainable_names
 class BrivlMocoConfig:
     """Slots among the `top_k` nearest to both keys of a pair are positives too; 0, as published, disables this."""
 
-    queue: int = 9600
-    momentum: float = 0.99
-    top_k: int = 0
+    queue: int = option(9600, "Keys kept of each tower.", least=1, most=2**24)
+    momentum: float = option(0.99, "How much of its weights a momentum tower keeps a step.", least=0, below=1)
+    top_k: int = option(0, "How many nearest slots are positives too.", least=0, most=2**24)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal, Self
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.config import ConfigError
+from data.options import check_options, option
 from retrieval.towers.base import Tokens, Towers
 from vqvae.training.process import distributed, rank, world_size
 
@@ -36,19 +37,24 @@ class ObjectiveConfig:
     name: Literal["moco", "clip", "siglip"] = "clip"
     # other pictures of the same concept are positives like a text's own, left out of the loss, or negatives
     same_concept: Literal["positive", "left-out", "negative"] = "positive"
-    temperature: float | None = None  # initial value; by default that of the towers
+    temperature: float | None = option(
+        None, "The temperature at the start; by default that of the towers.", above=0, most=1e6
+    )
     learn_temperature: bool = True
-    # initial bias of siglip: about -log(batch), the log odds of a positive
-    bias: float = -10.0
-    queue: int = 4096  # keys kept of each tower; need not be a multiple of the batch
-    momentum: float = 0.99
-    top_k: int = 0  # slots among the top k of both keys of a pair are positives too (BriVL's multi-label); 0: none
+    bias: float = option(
+        -10.0, "The bias of siglip at the start: about -log(batch), the log odds of a positive.", least=-1e3, most=1e3
+    )
+    queue: int = option(
+        4096, "Keys kept of each tower, which need not be a multiple of the batch.", least=1, most=2**24
+    )
+    momentum: float = option(0.99, "How much of its weights a momentum tower keeps a step.", least=0, below=1)
+    top_k: int = option(
+        0, "Slots among the top k of both keys of a pair are positives too (BriVL's multi-label); 0: none.",
+        least=0, most=2**24,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"the temperature must be above 0, not {self.temperature}")
-        if self.queue < 1 or self.top_k < 0 or not 0 <= self.momentum < 1:
-            raise ValueError("queue must be 1 or more, top_k 0 or more, and momentum from 0 to below 1")
+        check_options(self)
 
 
 def build_objective(towers: Towers, config: ObjectiveConfig, frozen: Sequence[str] = ()) -> Objective:
@@ -80,8 +86,13 @@ class Objective(nn.Module):
                     towers.get_submodule(name).eval()
         return self
 
-    def forward(self, pixels: Tensor, tokens: Tokens, labels: Tensor) -> dict[str, Tensor]:
-        """The "loss" and the "temperature" of pictures [N, 3, H, W], the tokens of their M texts and concepts [N]."""
+    def forward(
+        self, pixels: Tensor, tokens: Tokens, labels: Tensor, lesson: Callable[[Towers], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The "loss" and the "temperature" of pictures [N, 3, H, W], the tokens of their M texts and concepts [N].
+
+        A `lesson` gives a loss of the towers that is added. It is computed in here, where DDP sees its gradients.
+        """
         images = self.towers.encode_pixels(pixels)
         texts = self.towers.encode_tokens(tokens)
         pair = torch.arange(len(images), device=images.device) + rank() * len(images)
@@ -90,7 +101,11 @@ class Objective(nn.Module):
         keys = self.encode_keys(pixels, tokens)
         with torch.autocast(images.device.type, enabled=False):  # logits need float32
             loss = self.loss(images, texts, ids, text_ids, keys)
-        return {"loss": loss, "temperature": 1 / self.towers.scale.detach()}
+        figures = {"loss": loss, "temperature": 1 / self.towers.scale.detach()}
+        if lesson:
+            learned = lesson(self.towers)
+            figures |= {"loss": loss + learned, "contrast": loss.detach(), "lesson": learned.detach()}
+        return figures
 
     def encode_keys(self, pixels: Tensor, tokens: Tokens) -> Keys:
         """Features of the same pictures and texts by momentum towers; None for objectives without them."""

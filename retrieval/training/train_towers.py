@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,25 +20,46 @@ from torch import Tensor, nn
 from data.config import ConfigError
 from data.sample import Sample
 from data.text import TextTokenizer
+from retrieval.encoders.text_encoder import load_text_encoder
 from retrieval.evaluation.metrics import ranks, recall_figures
 from retrieval.towers.base import Tokens, Towers, load_towers, save_towers, to_device
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
+from retrieval.towers.pretrained import HeadsConfig, PretrainedTowers
+from retrieval.training.damage import PictureDamage
+from retrieval.training.inherit import (
+    BatchSettings,
+    InheritedBatch,
+    InheritedBatches,
+    InitConfig,
+    KeepConfig,
+    PictureFeatures,
+    PretrainedClip,
+    TextVectors,
+    build_pretrained_towers,
+    imagenet_names,
+    mixed_trunk,
+    texts_of,
+    warm_up_heads,
+)
+from retrieval.training.lessons import InheritConfig, Lesson, Lessons
 from retrieval.training.objectives import Objective, ObjectiveConfig, build_objective
 from retrieval.training.pairs import (
     AugmentConfig,
     PairsConfig,
     Pictures,
     RetrievalCaptionConfig,
+    StreamedPairs,
     augment,
     draw_captions,
     label_of,
+    mirror,
     queries_by_language,
-    stream_pairs,
-    take,
 )
-from vqvae.training.config import LoopConfig
+from retrieval.training.student import TextHeadFit
+from vqvae.training.checkpoints import has_checkpoint
+from vqvae.training.config import LoopConfig, ParallelConfig
 from vqvae.training.loop import train_model
-from vqvae.training.process import rank, world_size
+from vqvae.training.process import replica, replicas
 from vqvae.training.task import Task
 
 
@@ -52,8 +73,14 @@ class RetrievalTrainConfig:
     model: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     text_model: str = "text.model"  # SentencePiece
     open_clip: str = ""  # the name of an open_clip architecture, which replaces `model`
+    init: InitConfig = field(default_factory=InitConfig)  # encoders to start from, which replace `model` by `heads`
+    heads: HeadsConfig = field(default_factory=HeadsConfig)  # of towers that start from `init`
+    keep: KeepConfig = field(default_factory=KeepConfig)  # what such towers must not forget
+    rates: dict[str, float] = field(default_factory=dict)  # part or pattern -> factor of its learning rate
+    inherit: InheritConfig = field(default_factory=InheritConfig)  # for towers without `init`
     start_from: str = ""  # a folder of trained towers of any kind to continue from, with their own text model
     # names or patterns of parts that are not trained: [trunk, image_head] freezes the image tower
     freeze: list[str] = field(default_factory=list)
@@ -67,6 +94,7 @@ class TowerBatch(NamedTuple):
     tokens: Tokens
     labels: Tensor
     seed: int
+    lesson: Lesson | None = None
 
 
 def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
@@ -74,11 +102,16 @@ def train(config: RetrievalTrainConfig, resume: bool = False) -> Path:
 
     Raises `ValueError` for settings that do not fit the data or the towers.
     """
-    return train_model(config.loop, lambda device: _task(config, device), resume)
+    return train_model(config.loop, lambda device: _task(config, device), resume, config.parallel)
 
 
 def _task(config: RetrievalTrainConfig, device: torch.device) -> Task:
+    if config.init.text:
+        if config.inherit.text:
+            raise ConfigError("inherit.text is for towers with a text tower of their own, and init.text gives them one")
+        return _inherited_task(config, device)
     towers = _start(config)
+    loss = _loss(config, towers, device)
     objective = build_objective(towers, config.objective, config.freeze)
     if config.checkpoint_gradients:
         towers.checkpoint_gradients()
@@ -86,11 +119,6 @@ def _task(config: RetrievalTrainConfig, device: torch.device) -> Task:
     tests = {
         split: Pictures(config.data, split, towers.image_size, config.data.test_pictures) for split in config.data.test
     }
-
-    def loss_of(wrapped: nn.Module, batch: TowerBatch) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(batch.seed)
-        pixels = augment(batch.pixels.to(device).float() / 255, config.augment, generator)
-        return wrapped(towers.normalise(pixels), to_device(batch.tokens, device), batch.labels.to(device))
 
     def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, Objective)
@@ -104,7 +132,100 @@ def _task(config: RetrievalTrainConfig, device: torch.device) -> Task:
         assert isinstance(averaged, Objective)
         save_towers(averaged.towers, folder)
 
-    return Task(objective, batches, loss_of, evaluate, "towers", save)
+    follows = config.objective.name == "moco"
+    return Task(
+        objective, batches, loss, evaluate, "towers", save, rates=_rates(config), origin=_origin(config, towers),
+        unshardable="moco's second towers follow whole weights; take objective.name=clip" if follows else "",
+    )  # fmt: skip
+
+
+def _inherited_task(config: RetrievalTrainConfig, device: torch.device) -> Task:
+    """Towers that start from trained encoders, of which the text encoder is frozen: its vectors are computed once."""
+    towers = build_pretrained_towers(config.init, config.heads, config.keep)
+    if config.checkpoint_gradients:
+        towers.checkpoint_gradients()
+    loss = _loss(config, towers, device)
+    pictures = Pictures(config.data, config.data.train, towers.image_size)
+    untouched = {name: tensor.clone() for name, tensor in towers.trunk.state_dict().items()}
+    encoder = towers.text_encoder
+    vectors = TextVectors.prepare(encoder, texts_of(pictures.samples), Path(config.loop.out) / "texts.safetensors")
+    names = imagenet_names(towers.config.trunk.num_classes) if config.keep.classes else []
+    towers.text_head.standardise_by(vectors.vectors)
+    features = PictureFeatures.prepare(towers.trunk, pictures.pixels, Path(config.loop.out) / "pictures.safetensors")
+    towers.image_head.standardise_by(features.pooled)
+    objective = PretrainedClip(
+        towers, config.objective, [*config.freeze, "text_encoder"], config.keep, encoder.encode(names)
+    )
+    loop = config.loop
+    settings = BatchSettings(
+        loop.batch_size, loop.accumulate, loop.seed, config.data.balance, config.keep.negatives, config.captions,
+        config.augment.mirror,
+    )  # fmt: skip
+    batches = InheritedBatches(pictures, features, vectors, settings)
+    if not has_checkpoint(Path(config.loop.out)):  # a checkpoint holds trained heads
+        warm_up_heads(objective, batches, config.heads.warm_steps, device)
+    tests = {
+        split: Pictures(config.data, split, towers.image_size, config.data.test_pictures) for split in config.data.test
+    }
+
+    @contextmanager
+    def finished(averaged: nn.Module) -> Iterator[PretrainedTowers]:
+        assert isinstance(averaged, PretrainedClip)
+        if len(averaged.get_buffer("names")):
+            averaged.towers.name_classes(averaged.get_buffer("names"))
+        with mixed_trunk(averaged.towers.trunk, untouched, config.keep.wise):
+            yield averaged.towers
+
+    def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        with finished(averaged) as mixed:
+            for split, pictures in tests.items():
+                found = measure_split_recall(mixed, pictures)
+                figures |= {f"{split}/{name}": value for name, value in found.items()}
+        return figures
+
+    fit = None
+    if config.init.student:
+        student = load_text_encoder(Path(config.init.student))
+        fit = TextHeadFit(student, vectors, Path(config.loop.out) / "student.safetensors")
+
+    def save(averaged: nn.Module, folder: Path) -> None:
+        with finished(averaged) as mixed, torch.enable_grad():
+            save_towers(fit(mixed, config.init.student_steps) if fit else mixed, folder)
+
+    return Task(
+        objective, batches, loss, evaluate, "towers", save, rates=_rates(config), origin=_origin(config, towers)
+    )
+
+
+def _loss(
+    config: RetrievalTrainConfig, towers: Towers, device: torch.device
+) -> Callable[[nn.Module, TowerBatch | InheritedBatch], dict[str, Tensor]]:
+    """What the objective makes of a batch, its pictures augmented. Raises `ModelError` for a tokenizer's folder."""
+    damage = PictureDamage(config.augment, device)
+
+    def loss_of(wrapped: nn.Module, batch: TowerBatch | InheritedBatch) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(batch.seed)
+        pixels = damage(augment(batch.pixels.to(device).float() / 255, config.augment, generator), generator)
+        inputs = towers.normalise(pixels), to_device(batch.tokens, device), batch.labels.to(device)
+        lesson = batch.lesson if isinstance(batch, TowerBatch) else None
+        return wrapped(*inputs, lesson) if lesson else wrapped(*inputs)
+
+    return loss_of
+
+
+def _rates(config: RetrievalTrainConfig) -> dict[str, float]:
+    """Patterns of parameters of the objective -> factors, from those of parts of the towers."""
+    return {f"towers.{part}*": factor for part, factor in config.rates.items()}
+
+
+def _origin(config: RetrievalTrainConfig, towers: Towers) -> dict[str, str]:
+    """What the weights of a run depend on, see `Task`."""
+    return {
+        "kind of towers": towers.kind,
+        "text model (text_model)": getattr(getattr(towers, "config", None), "text_hash", ""),
+        "objective (objective.name)": config.objective.name,
+    }
 
 
 def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
@@ -135,7 +256,15 @@ class TowerBatches:
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
         self.config, self.towers = config, towers
-        self.size = config.loop.batch_size // (config.loop.accumulate * world_size())
+        self.size = config.loop.batch_size // (config.loop.accumulate * replicas())
+        self.lessons: Lessons | None = None
+        if config.inherit.text:
+            file = Path(config.loop.out) / "texts.safetensors"
+            self.lessons = Lessons(config.inherit, towers, self.texts(), file)
+
+    def texts(self) -> list[str]:
+        """The texts that are known before the first step: those of pictures in memory."""
+        return []
 
     def batch(self, samples: list[Sample], pixels: Tensor, seed: str) -> tuple[TowerBatch, list[str]]:
         """The batch of `samples` and `pixels` with captions drawn by `seed`, and the ids of the samples."""
@@ -145,46 +274,49 @@ class TowerBatches:
         labels = torch.tensor([label_of(sample) for sample in samples])
         with quiet():
             tokens = self.towers.tokenize(texts)
-        return TowerBatch(pixels, tokens, labels, rng.getrandbits(62)), [sample.id for sample in samples]
+        seed_of_pixels = rng.getrandbits(62)
+        pixels = mirror(pixels, samples, self.config.augment.mirror, rng)
+        lesson = self.lessons(f"lesson {seed}") if self.lessons else None
+        return TowerBatch(pixels, tokens, labels, seed_of_pixels, lesson), [sample.id for sample in samples]
 
 
 class InMemoryTowerBatches(TowerBatches):
     """Random batches of pictures in memory; the seed and the step determine the draw."""
 
     def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
-        super().__init__(config, towers)
         self.pictures = Pictures(config.data, config.data.train, towers.image_size)
+        super().__init__(config, towers)
         self.weights = self.pictures.weights(config.data.balance)
         if config.loop.batch_size > len(self.weights):
             raise ConfigError(f"loop.batch_size={config.loop.batch_size} exceeds the {len(self.weights)} pictures")
+
+    def texts(self) -> list[str]:
+        return texts_of(self.pictures.samples)
 
     def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
         loop = self.config.loop
         seed = loop.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(self.weights, loop.batch_size, generator=generator)
-        for micro, part in enumerate(drawn[rank() :: world_size()].split(self.size)):
+        for micro, part in enumerate(drawn[replica() :: replicas()].split(self.size)):
             samples = [self.pictures.samples[index] for index in part.tolist()]
-            yield self.batch(samples, self.pictures.pixels[part], f"{seed} {rank()} {micro}")
+            yield self.batch(samples, self.pictures.pixels[part], f"{seed} {replica()} {micro}")
 
 
 class StreamedTowerBatches(TowerBatches):
-    """Batches from shards drawn with replacement, for data of any size.
+    """Batches from shards of any size, each picture once an epoch; (seed, step) decides which."""
 
-    After a resume, the stream starts with the seed of that step: in another order, so that no start is repeated.
-    """
-
-    stream: Iterator[tuple[Sample, Tensor]] | None = None
+    def __init__(self, config: RetrievalTrainConfig, towers: Towers) -> None:
+        super().__init__(config, towers)
+        self.pairs = StreamedPairs(config.data, towers.image_size, config.loop.seed)
 
     def __call__(self, step: int) -> Iterator[tuple[TowerBatch, list[str]]]:
-        data = self.config.data
-        seed = self.config.loop.seed * 1_000_003 + step
-        if self.stream is None:
-            self.stream = stream_pairs(
-                data, data.train, self.towers.image_size, shuffle=data.shuffle, seed=seed, resampled=True
-            )
-        for micro in range(self.config.loop.accumulate):
-            yield self.batch(*take(self.stream, self.size), f"{seed} {rank()} {micro}")
+        loop = self.config.loop
+        seed, first = loop.seed * 1_000_003 + step, step * loop.batch_size
+        own = range(first, first + loop.batch_size)[replica() :: replicas()]
+        for micro in range(loop.accumulate):
+            positions = own[micro * self.size : (micro + 1) * self.size]
+            yield self.batch(*self.pairs.take(positions), f"{seed} {replica()} {micro}")
 
 
 @contextmanager

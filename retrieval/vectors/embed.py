@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.atomic import new_file, write_file
 from data.batches import Batch, encode_shards
-from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, split_name
+from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, shard_stem, split_name
 from data.sample import DataError, Sample
 from retrieval.towers.base import Towers
 from retrieval.vectors.settings import EmbedSettings
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMAT = "mmwudao-vectors/1"
+GIVEN_TWICE = "id given twice in a shard"
 SETTINGS = "settings.json"
+MARGIN = 2  # a JPEG is decoded at a half, a quarter or an eighth where each side keeps so many times the towers' pixels
 DEFAULTS = EmbedSettings()
 
 logger = logging.getLogger(__name__)
@@ -55,9 +58,11 @@ def embed_shards(
     A row is the vector of a picture (`kind` "image", with all captions of the sample) or of one caption (`kind`
     "text", with its `language`). `vector` is a list of `towers.embed_dim` floats of unit length. If a picture cannot
     be decoded, its whole sample is skipped, and named in the log, in the part's metadata and finally in
-    `out/skipped.log`.
+    `out/skipped.log`. So is the second sample of one id in a shard, and, where captions alone are embedded, a sample
+    without any.
 
-    Raises `DataError` if `out` holds other files, or vectors of other towers, shards or settings.
+    Raises `DataError` if `out` holds other files, or vectors of other towers, shards or settings, and if there was
+    nothing to embed; `out` then stays as it was.
     """
     from tqdm import tqdm
 
@@ -71,7 +76,7 @@ def embed_shards(
 def claim_parts(towers: Towers, spec: ShardSpec, out: Path | str, settings: EmbedSettings) -> dict[Path, Path]:
     """Reserve the folder `out` for these towers, shards and settings; returns shard -> part. Raises `DataError`."""
     shards, out = expand_shards(spec, settings.split), Path(out)
-    parts = {shard: out / f"{shard.stem}.parquet" for shard in shards}
+    parts = {shard: out / f"{shard_stem(shard)}.parquet" for shard in shards}
     if len(set(parts.values())) < len(shards):
         raise DataError("two shards have the same name: embed their folders one by one")
     _claim(
@@ -83,6 +88,7 @@ def claim_parts(towers: Towers, spec: ShardSpec, out: Path | str, settings: Embe
             "images": settings.images,
             "texts": settings.texts,
             "dtype": settings.dtype,
+            "margin": MARGIN,
             "embed_dim": towers.embed_dim,
             "shards": {shard.name: shard.stat().st_size for shard in shards},
         },
@@ -99,16 +105,20 @@ def write_parts(
     """Write the part of each shard atomically; its content does not depend on which other shards are written."""
     log = SkipLog()
     samples: list[Sample] = []
+    ids: set[str] = set()
     vectors: list[Tensor] = []
     skips: list[tuple[str, str, str]] = []
     with closing(_batches(towers, list(parts), settings)) as batches:
         for batch in batches:
             for entry in batch.entries:
+                if not isinstance(entry, Skip) and entry[0].id in ids:
+                    entry = Skip(GIVEN_TWICE, f"{batch.shard.name}: sample {entry[0].id}", DataError("its id is taken"))
                 if isinstance(entry, Skip):
                     log.take(entry)
                     skips.append((entry.reason, entry.name, str(entry.error)))
                     continue
                 sample, vector = entry
+                ids.add(sample.id)
                 samples.append(sample)
                 vectors.append(vector)
                 on_sample()
@@ -118,23 +128,25 @@ def write_parts(
                     rows = torch.stack(vectors) if vectors else torch.zeros(0, towers.embed_dim)
                     tables.insert(0, _image_rows(samples) | {"vector": rows})
                 _write(parts[batch.shard], tables, towers.embed_dim, settings.dtype, skips)
-                samples, vectors, skips = [], [], []
+                samples, ids, vectors, skips = [], set(), [], []
 
 
 def _batches(towers: Towers, shards: Sequence[Path], settings: EmbedSettings) -> Generator[Batch[Tensor]]:
     """All samples of `shards` with the vectors of their pictures; without `images` no picture is opened."""
 
-    def encode(pixels: list[Tensor]) -> Tensor:
-        return towers.encode_image(torch.stack(pixels), settings.batch_size)
+    def encode(pictures: list[Image.Image | Tensor]) -> Tensor:
+        return towers.encode_image(towers.stack(pictures), settings.batch_size)
 
     if settings.images:
         yield from encode_shards(
             shards,
-            towers.preprocess,
+            lambda image, sample: towers.lighten(image),
             encode,
             batch_size=settings.batch_size,
             workers=settings.workers,
             device=towers.device,
+            least_side=MARGIN * towers.image_size,
+            captions=False,
         )
         return
     for shard in shards:
@@ -202,7 +214,7 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
     schema = pa.schema(
         [(name, pa.string()) for name in text]
         + [("captions", pa.map_(pa.string(), pa.string())), ("vector", pa.list_(number, dim))],
-        metadata={"split": split_name(path.with_suffix(".tar")), "skipped": json.dumps(skipped)},
+        metadata={"split": split_name(path.with_suffix("")), "skipped": json.dumps(skipped)},
     )
 
     def column(rows: dict[str, Any], kind: pyarrow.DataType, name: str) -> pyarrow.Array:
@@ -216,7 +228,10 @@ def _write(path: Path, tables: list[dict[str, Any]], dim: int, dtype: str, skipp
 
 
 def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
-    """Count the rows of all parts, write skipped.log, and remove the temporary files of killed runs."""
+    """Count the rows of all parts, write skipped.log, and remove the temporary files of killed runs.
+
+    Raises `DataError` for no row, and then removes all that was written.
+    """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -232,5 +247,12 @@ def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
         for entry in json.loads(table.schema.metadata[b"skipped"]):
             report.skipped[entry[0]] = report.skipped.get(entry[0], 0) + 1
             lines.append("\t".join(" ".join(field.split()) for field in entry) + "\n")
+    if not report.images + report.texts:
+        for file in (*parts, out / SETTINGS):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # other files are there
+            out.rmdir()
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items()) or "no sample"
+        raise DataError(f"nothing to embed ({reasons})")
     write_file(out / "skipped.log", "".join(lines).encode("utf-8", "backslashreplace"))
     return report

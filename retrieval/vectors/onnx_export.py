@@ -72,7 +72,8 @@ def export_onnx(towers: Towers, out: Path | str, *, int8: bool = False) -> list[
     `features` [N, D] of unit length. The towers must compute in float32 on the CPU. `int8` adds `image.int8.onnx` and
     `text.int8.onnx` with dynamic quantisation (weights in 8 bits, activations by their range at run time).
 
-    Raises `ModelError` if features differ from PyTorch's by more than `TOLERANCE`, `DataError` if `out` is not empty.
+    Raises `ModelError` if features differ from PyTorch's by more than `TOLERANCE`, or if PyTorch cannot export a tower
+    (SigLIP 2 with pictures of any shape), `DataError` if `out` is not empty.
     """
     out = Path(out)
     check_unused(out)
@@ -109,7 +110,10 @@ def _export_both(towers: Towers, folder: Path, int8: bool) -> list[ExportedFile]
         ("text", OnnxTextEncoder(towers, names), text),
     ):
         path = folder / f"{name}.onnx"
-        _export(module, inputs, path)
+        try:
+            _export(module, inputs, path)
+        except torch.onnx.OnnxExporterError as error:
+            raise ModelError(f"the {name} tower cannot be exported to ONNX: PyTorch's exporter fails on it") from error
         exported = compare(module, inputs, path)
         if not exported.difference <= TOLERANCE:
             raise ModelError(f"the {name} tower differs by {exported.difference:.1e} in onnxruntime: not exported")

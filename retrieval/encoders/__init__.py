@@ -1,0 +1,1 @@
+"""Text encoders that were trained elsewhere: read, pruned, distilled, and stored in four bits."""

@@ -1,0 +1,187 @@
+"""Distil a text encoder: `mmwudao train text-encoder CONFIG`.
+
+A student, cut out of its teacher (`retrieval.encoders.pruning`), learns the teacher's vectors of many texts: knowledge
+inheritance, as in CPM-2 (Zhang et al. 2021, arXiv:2106.10715). With 4 bits it learns with rounded matrices.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from data.config import ConfigError
+from data.options import DEPTH, check_options, option
+from retrieval.encoders.pruning import prune_text_encoder
+from retrieval.encoders.text_encoder import TextEncoder, load_text_encoder, save_text_encoder
+from retrieval.training.inherit import TextVectors
+from vqvae.storage.blocks import BLOCK, pack_four_bit, unpack_four_bit
+from vqvae.training.config import LoopConfig, ParallelConfig
+from vqvae.training.loop import train_model
+from vqvae.training.process import replica, replicas
+from vqvae.training.task import Task
+
+
+@dataclass
+class TextEncoderTrainConfig:
+    """Everything that `mmwudao train text-encoder` reads from its YAML file."""
+
+    teacher: str = option("", "The folder of the text encoder to learn from.")
+    student: str = option("", "A student to go on from, instead of one cut out by `pieces`, `layers` and `max_tokens`.")
+    texts: list[str] = field(default_factory=list)  # files of UTF-8, one text a line
+    held_out: float = option(0.02, "Share of the texts that are for testing alone.", least=0, below=1)
+    pieces: int = option(26_000, "Rows of the student's pieces; the most frequent of the texts are kept.", least=300)
+    layers: list[int] = option([0, 2, 5, 8, 11], "The teacher's layers to keep, from 0.", least=0, most=DEPTH)
+    max_tokens: int = option(64, "Positions of the student.", least=2, most=8192)
+    bits: int = option(4, "Of a stored number: 4, 16 or 32.", least=4, most=32)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.bits not in (4, 16, 32):
+            raise ConfigError(f"bits is 4, 16 or 32, not {self.bits}")
+
+
+class RoundedMatrix(nn.Module):
+    """A matrix as its 4-bit blocks give it back; the gradient passes straight through."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rounded = unpack_four_bit(pack_four_bit(weight), tuple(weight.shape))
+        return weight + (rounded - weight).detach()
+
+
+class Distillation(nn.Module):
+    """The student and its loss: the squared distance of unit vectors, standardised by the teacher's, a dimension."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, student: TextEncoder, vectors: Tensor) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("mean", vectors.float().mean(dim=0))
+        self.register_buffer("deviation", vectors.float().std(dim=0).clamp(min=1e-4))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Tokens of N texts and the teacher's vectors [N, width]."""
+        vectors = F.normalize(self.student(tokens).float(), dim=1)
+        own, wanted = ((part - self.mean) / self.deviation for part in (vectors, targets))
+        cosine = F.cosine_similarity(own.detach(), wanted).mean()
+        return {"loss": (own - wanted).square().mean(), "cosine": cosine}
+
+
+class TextBatches:
+    """Texts drawn by the seed and the step, of like length in a micro-batch, and the teacher's vectors of them."""
+
+    def __init__(self, student: TextEncoder, texts: list[str], vectors: TextVectors, loop: LoopConfig) -> None:
+        self.student, self.texts, self.vectors, self.loop = student, texts, vectors, loop
+
+    def __call__(self, step: int) -> Iterator[tuple[tuple[Tensor, Tensor], list[str]]]:
+        loop = self.loop
+        rng = random.Random(f"{loop.seed} {step}")
+        drawn = rng.sample(self.texts, min(loop.batch_size, len(self.texts)))[replica() :: replicas()]
+        drawn.sort(key=len)
+        size = -(-len(drawn) // loop.accumulate)
+        for start in range(0, len(drawn), size):
+            part = drawn[start : start + size]
+            yield (self.student.tokenize(part), self.vectors(part)), part
+
+
+def train(config: TextEncoderTrainConfig, resume: bool = False) -> Path:
+    """Train the student and save it; returns its folder, `out`/text-encoder. Raises `ConfigError`, `ModelError`."""
+    return train_model(config.loop, lambda device: _task(config, device), resume, config.parallel)
+
+
+def _task(config: TextEncoderTrainConfig, device: torch.device) -> Task:
+    teacher = load_text_encoder(Path(config.teacher))
+    texts = read_texts(config.texts)
+    # where bfloat16 pays in training it pays here, and these vectors differ by a ten-thousandth of their spread
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):
+        vectors = TextVectors.prepare(teacher, texts, Path(config.loop.out) / "texts.safetensors")
+    shuffled = random.Random(0).sample(texts, len(texts))
+    count = int(config.held_out * len(texts))
+    tests, trained = shuffled[:count], shuffled[count:]
+    student = _student(config, teacher, trained)
+    bits = cast(Literal[4, 16, 32], config.bits)  # the configuration allows no other
+    student.config = replace(student.config, bits=bits, source=f"distilled from {teacher.config.source}")
+    # the teacher's rows of pieces are kept as they are: most of them are met a few times in all
+    student.transformer.get_input_embeddings().weight.requires_grad_(False)
+    if config.bits == 4:
+        for module in student.transformer.encoder.modules():
+            if isinstance(module, nn.Linear) and module.in_features % BLOCK == 0:
+                parametrize.register_parametrization(module, "weight", RoundedMatrix(), unsafe=True)
+    model = Distillation(student, vectors.vectors)
+
+    def loss_of(wrapped: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return wrapped(batch[0].to(device), batch[1].to(device))
+
+    def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(averaged, Distillation)
+        sums: dict[str, float] = {}
+        ordered = sorted(tests, key=len)
+        for start in range(0, len(ordered), 128):
+            part = ordered[start : start + 128]
+            figures = averaged(averaged.student.tokenize(part).to(device), vectors(part).to(device))
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(part) / len(ordered)
+        return sums
+
+    def save(averaged: nn.Module, folder: Path) -> None:
+        assert isinstance(averaged, Distillation)
+        save_text_encoder(plain_text_encoder(averaged.student), folder)
+
+    return Task(model, TextBatches(student, trained, vectors, config.loop), loss_of, evaluate, "text-encoder", save)
+
+
+def _student(config: TextEncoderTrainConfig, teacher: TextEncoder, texts: list[str]) -> TextEncoder:
+    """The student of the first step. It drops nothing out: it has far fewer weights than its teacher, and underfits."""
+    if config.student:
+        student = load_text_encoder(Path(config.student))
+        widths = [part.config.architecture["hidden_size"] for part in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise ConfigError(
+                f"the student {config.student} has vectors of {widths[0]} numbers, its teacher of {widths[1]}; "
+                "name a student of this teacher, or leave `student` out"
+            )
+    else:
+        student = prune_text_encoder(teacher, config.pieces, config.layers, texts, config.max_tokens)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return student
+
+
+def read_texts(files: list[str]) -> list[str]:
+    """The lines of the files, each once, in order. Raises `ConfigError` without any."""
+    found: dict[str, None] = {}
+    for file in files:
+        try:
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} cannot be read as lines of UTF-8 ({error})") from error
+        found.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise ConfigError("texts names no file that holds a line of text")
+    return list(found)
+
+
+def plain_text_encoder(student: TextEncoder) -> TextEncoder:
+    """A copy without parametrisations: its matrices are what the rounding gives."""
+    plain = TextEncoder(student.config, student.serialised)
+    state = {}
+    for name, tensor in student.transformer.state_dict().items():
+        if name.endswith(".parametrizations.weight.original"):
+            rounded = unpack_four_bit(pack_four_bit(tensor), tuple(tensor.shape))
+            state[name.replace(".parametrizations.weight.original", ".weight")] = rounded
+        else:
+            state[name] = tensor
+    plain.transformer.load_state_dict(state)
+    return plain.eval()
