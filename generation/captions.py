@@ -18,8 +18,9 @@ from torch import Tensor
 from generation.drawing.engines import make_cache
 from generation.drawing.logits import filter_logits
 from generation.drawing.sampling import SamplingOptions
-from generation.rows.base import Given
+from generation.rows.base import Given, RowKind
 from generation.rows.describe import DescribeRows, caption_row
+from generation.rows.prompt import Prompt
 from generation.rows.row import collate
 from generation.rows.vocabulary import Vocabulary
 from generation.transformer.model import Transformer
@@ -56,7 +57,8 @@ def describe(
 ) -> list[Description]:
     """The `beams` texts with the best scores for `codes` [h, w] that beam search finds, best first; none is empty.
 
-    `start` are raw text pieces that every text begins with and that are not returned. With `ends`, a text is over at
+    `start` are raw text pieces that every text begins with and that are not returned; a `Prompt` of them brings the
+    picture's vector, for a generator that reads such. With `ends`, a text is over at
     [SEP]; without, it has `max_pieces` pieces (default: the most that the model reads). One beam is greedy search.
     `on_step` is called before every piece; an exception that it raises stops the search.
     Raises `ValueError` for codes that do not fit, fewer than one beam, or a start that leaves no room.
@@ -64,7 +66,7 @@ def describe(
     room = min(max_pieces or model.config.max_text, model.config.max_text) - len(start)
     if beams < 1 or room < 1:
         raise ValueError(f"beams={beams} and {room} pieces of text to be found: both must be at least 1")
-    search = _Search(model, codes, start, room, ends)
+    search = TextSearch(DescribeRows(model.config), model, codes, start, room, ends)
     scores = torch.zeros(1, device=search.texts.device)
     found: list[Description] = []
     for step in range(room + 1 if ends else room):
@@ -110,7 +112,7 @@ def describe_for_judge(
     room = model.config.max_text - len(start)
     if beams < 1 or judged < beams or room < 1:
         raise ValueError(f"beams={beams} of judged={judged}, and {room} pieces of text to be found: all at least 1")
-    search = _Search(model, codes, start, room, ends=True)
+    search = TextSearch(DescribeRows(model.config), model, codes, start, room)
     device = search.texts.device
     likely, odds = torch.zeros(1, device=device), torch.zeros(1, device=device)
     found: list[tuple[Description, float]] = []
@@ -135,11 +137,21 @@ def describe_for_judge(
     return found
 
 
-class _Search:
+class TextSearch:
     """The texts that beam search follows for one picture, and the model's cache for them."""
 
-    def __init__(self, model: Transformer, codes: Tensor, start: Sequence[int], room: int, ends: bool) -> None:
+    def __init__(
+        self,
+        rows: RowKind,
+        model: Transformer,
+        codes: Tensor,
+        start: Sequence[int],
+        room: int,
+        ends: bool = True,
+    ) -> None:
         """Read `codes` [h, w] and the raw text pieces `start`; texts will have `room` more pieces at most.
+
+        `rows` say where the codes and the pieces go.
 
         Raises `ValueError` for a picture of more codes than the model knows.
         """
@@ -148,16 +160,18 @@ class _Search:
         if grid[0] > config.grid[0] or grid[1] > config.grid[1]:
             known = f"{config.grid[0]}x{config.grid[1]}"
             raise ValueError(f"this model describes up to {known} codes, not {grid[0]}x{grid[1]}")
-        rows, vocab = DescribeRows(config), config.vocabulary
+        vocab = config.vocabulary
         prompt = torch.tensor([rows.prompt(Given(start, grid, codes))], device=device)
         length = prompt.shape[1]
         positions = rows.positions(len(start) + room, grid).to(device)
         self.model, self.padded_size = model, vocab.padded_size
         self.first_piece, self.end = vocab.num_image_codes, vocab.command("[SEP]")
         self.texts = torch.empty(1, 0, dtype=torch.int64, device=device)  # [W, pieces so far], as ids of the vocabulary
-        self._allowed = _allowed(vocab, ends, device)
+        self._allowed = allowed_texts(vocab, device, ends)
         self._cache = make_cache("modules", model, torch.zeros(1, length + room, dtype=torch.bool))
-        self._hidden = model(prompt, positions[:length].unsqueeze(0), self._cache)  # [W, T, D]; T is 1 after the prompt
+        features = start.features.to(device) if isinstance(start, Prompt) and start.features is not None else None
+        # [W, T, D]; T is 1 after the prompt
+        self._hidden = model(prompt, positions[:length].unsqueeze(0), self._cache, features=features)
         self._positions = positions[length:]
         self._parents: Tensor | None = None  # [W], rows of the cache, where it lacks the last pieces
 
@@ -179,13 +193,14 @@ class _Search:
         """Go on with the texts `continued(best)` alone."""
         self.texts, self._parents = self.continued(best), best // self.padded_size
 
-    def descriptions(self, scores: Tensor) -> list[Description]:
-        """The texts with their log probabilities `scores` [W]."""
-        rows = (self.texts - self.first_piece).tolist()
+    def descriptions(self, scores: Tensor, places: Tensor | None = None) -> list[Description]:
+        """The texts, or those at `places` [n], with their log probabilities `scores` [W] or [n]."""
+        texts = self.texts if places is None else self.texts[places]
+        rows = (texts - self.first_piece).tolist()
         return [Description(tuple(row), score) for row, score in zip(rows, scores.tolist(), strict=True)]
 
 
-def _allowed(vocab: Vocabulary, ends: bool, device: torch.device) -> Tensor:
+def allowed_texts(vocab: Vocabulary, device: torch.device, ends: bool = True) -> Tensor:
     """A mask [V] to add to logits: 0 at text pieces and, with `ends`, at the end mark; minus infinity elsewhere."""
     allowed = torch.full((vocab.padded_size,), -torch.inf, device=device)
     allowed[vocab.text_range.start : vocab.text_range.stop] = 0
@@ -195,18 +210,22 @@ def _allowed(vocab: Vocabulary, ends: bool, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def caption_log_probabilities(model: Transformer, codes: Tensor, text: Sequence[int], start: int = 0) -> Tensor:
+def caption_log_probabilities(
+    model: Transformer, codes: Tensor, text: Sequence[int], start: int = 0, features: Tensor | None = None
+) -> Tensor:
     """Log probability (nats) of `text` and its end for each picture of `codes` [n, h, w]: [n], float32, on the CPU.
 
     This is inverse prompting (Zou et al. 2021, arXiv:2103.10685): the pictures that suit a prompt best are those that
-    make it most likely. The first `start` of the raw text pieces are given, as a language tag is. The figures compare
-    pictures for one text, and not texts with each other.
+    make it most likely. The first `start` of the raw text pieces are given, as a language tag is. `features` [n, C] are
+    the pictures' vectors, for a generator that reads such. The figures compare pictures for one text, and not texts
+    with each other.
     """
     config, device = model.config, model.embed.weight.device
     rows = [caption_row(config.vocabulary, [text], one, config.max_text, config.position_kind) for one in codes.cpu()]
     batch = collate(config.vocabulary, rows).to(device)
     begin = batch.tokens.shape[1] - len(text[: config.max_text]) + start - 1  # its target is the first scored piece
-    hidden = model(batch.tokens, batch.positions)[:, begin:]
+    vectors = None if features is None else features.to(device)
+    hidden = model(batch.tokens, batch.positions, features=vectors)[:, begin:]
     logits = model.logits(hidden).float()
     logits[..., : config.num_image_codes] = -torch.inf
     targets = batch.targets[:, begin:, None]

@@ -5,25 +5,27 @@ V vocabulary (padded), H width, P positions, L layers. The files hold float16 we
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from generation.cogview.rows import cogview_config
+from generation.cogview.rows import PUBLISHED_DEPTHS, cogview_config
 from generation.rows.vocabulary import Vocabulary
 from generation.transformer.config import TransformerConfig
 from vqvae.storage.parts import ModelError
-from vqvae.storage.published import Source, check_tensors, converted, read_checkpoint, stream_part
+from vqvae.storage.published import Source, converted, read_checkpoint, section, shape_of, stream_part
 
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest")  # the second is DeepSpeed's own
 HEAD_WIDTH = 64  # of every published model; the files do not contain it
 
 WORDS = "word_embeddings.weight"
 PLACES = "transformer.position_embeddings.weight"
+LAYER = re.compile(r"transformer\.layers\.(0|[1-9]\d{0,3})\.")
+
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -79,36 +81,63 @@ def generator_config(
     num_text_pieces: int,
     grid: tuple[int, int] = (32, 32),
     heads: int | None = None,
+    layers: int | None = None,
 ) -> TransformerConfig:
     """The sizes of published weights. The number of heads does not show in them: width / 64 if `heads` is not given.
 
-    Raises `ModelError` for weights that do not fit the two vocabularies, the grid or the heads.
+    Raises `ModelError` for weights that do not fit the two vocabularies, the grid, the heads or the layers (`_depth`).
     """
-    words, places = found.get(WORDS), found.get(PLACES)
-    if not isinstance(words, Tensor) or not isinstance(places, Tensor) or words.ndim != 2 or places.ndim != 2:
-        raise ModelError(f"{path} is no CogView transformer: it needs {WORDS} [V, H] and {PLACES} [P, H]")
-    vocabulary_size, width = words.shape
+    vocabulary_size, width = shape_of(found, WORDS, 2, path, "CogView transformer")
+    positions = shape_of(found, PLACES, 2, path, "CogView transformer")[0]
     vocab = Vocabulary(num_image_codes, num_text_pieces)
     if vocabulary_size != vocab.padded_size:
         raise ModelError(
             f"{path} has {vocabulary_size} ids, but {num_image_codes} image codes, {num_text_pieces} text pieces and "
             f"27 commands make {vocab.padded_size}: are the tokenizer and the text model those of these weights?"
         )
-    layers = {int(match[1]) for key in found if (match := re.match(r"transformer\.layers\.(\d+)\.", str(key)))}
     if heads is None and width % HEAD_WIDTH:
         raise ModelError(f"{path} is {width} wide, no multiple of {HEAD_WIDTH}: say how many heads it has (--heads)")
     try:
         return cogview_config(
-            positions=places.shape[0],
+            positions=positions,
             width=width,
-            depth=max(layers, default=0) + 1,
+            depth=_depth(found, path, width, layers),
             heads=heads or width // HEAD_WIDTH,
             num_image_codes=num_image_codes,
             num_text_pieces=num_text_pieces,
             grid=grid,
         )
+    except ModelError:
+        raise
     except ValueError as error:
         raise ModelError(f"{path} does not fit: {error}") from error
+
+
+def _depth(found: Mapping[str, Any], path: Path, width: int, wanted: int | None) -> int:
+    """The number of layers, which must be there from 0 on without gaps.
+
+    A checkpoint that lost its last layers looks like a smaller model. So there must be `wanted` of them; if that is not
+    given, as many as the published models of this width have (`PUBLISHED_DEPTHS`). Of another width nothing is known,
+    and a warning says so.
+    """
+    layers = sorted({int(match[1]) for key in found if isinstance(key, str) and (match := LAYER.match(key))})
+    if layers != [*range(len(layers))] or not layers:
+        gap = next((place for place, layer in enumerate(layers) if layer != place), 0)
+        raise ModelError(
+            f"{path} does not fit: transformer.layers.{gap} is missing, and {len(layers)} others are there"
+        )
+    depth = PUBLISHED_DEPTHS.get(width) if wanted is None else wanted
+    if depth is None:
+        logger.warning(
+            "%s: no published model is %d wide, so whether its %d layers are all is not known: --layers says how many "
+            "there must be", path, width, len(layers),
+        )  # fmt: skip
+    elif len(layers) != depth:
+        reason = (
+            "as asked" if wanted is not None else f"of the published models that are {width} wide (or say --layers)"
+        )
+        raise ModelError(f"{path} does not fit: it has {len(layers)} layers, and not the {depth} {reason}")
+    return len(layers)
 
 
 def import_generator(
@@ -121,19 +150,15 @@ def import_generator(
     text_hash: str,
     grid: tuple[int, int] = (32, 32),
     heads: int | None = None,
+    layers: int | None = None,
 ) -> tuple[TransformerConfig, str]:
     """Convert a published checkpoint folder to the new part `folder`; returns its config and content hash.
 
     Raises `ModelError` for a folder that is incomplete, a file that is damaged or unsafe, and weights that do not fit.
     """
     path = find_checkpoint(checkpoint)
-    found = read_checkpoint(path).get("module")
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} has no weights under the key 'module'")
-    config = generator_config(
-        found, path, num_image_codes=num_image_codes, num_text_pieces=num_text_pieces, grid=grid, heads=heads
-    )
+    found = section(read_checkpoint(path), "module", path)
+    vocabularies = {"num_image_codes": num_image_codes, "num_text_pieces": num_text_pieces}
+    config = generator_config(found, path, **vocabularies, grid=grid, heads=heads, layers=layers)
     config = replace(config, tokenizer_hash=tokenizer_hash, text_hash=text_hash)
-    sources = generator_sources(config)
-    check_tensors(found, sources, path)
-    return config, stream_part(folder, config, converted(found, sources))
+    return config, stream_part(folder, config, converted(found, generator_sources(config), path))

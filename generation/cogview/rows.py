@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, P positions, N image codes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from generation.transformer.model import Transformer
 
 POSITIONS = 1089  # rows of the published position table: 61 text pieces, 32 x 32 codes, four commands
 TEXT_SLOTS = 64  # of a row in the published binary training files
+logger = logging.getLogger(__name__)
+
 MASK = -1  # "to be generated"
 
 _SIZES: dict[str, dict[str, int]] = {
@@ -33,6 +36,8 @@ _SIZES: dict[str, dict[str, int]] = {
     "cogview-small": {"width": 1024, "depth": 12, "heads": 16},  # the training scripts of the tutorial
 }
 PRESETS = tuple(_SIZES)
+# width -> layers of the models whose weights are published; "cogview-small" is a configuration without weights
+PUBLISHED_DEPTHS = {_SIZES[name]["width"]: _SIZES[name]["depth"] for name in PRESETS if name != "cogview-small"}
 
 
 def cogview_config(preset: str = "cogview-4b", *, positions: int = POSITIONS, **overrides: Any) -> TransformerConfig:
@@ -105,12 +110,20 @@ def read_binary_rows(path: Path | str, vocab: Vocabulary, positions: int = POSIT
     return tokens, mask
 
 
-def restarted_positions(vocab: Vocabulary, tokens: Tensor, positions: int = POSITIONS) -> Tensor:
+def restarted_positions(vocab: Vocabulary, tokens: Tensor, positions: int | None = None) -> Tensor:
     """Positions [B, T] of finetuning for super-resolution: counted anew from 0 ON the first [ROI2] of each row.
 
-    What lies beyond the table is clamped to its last entry. (In sampling, [ROI2] itself keeps its absolute position:
-    `generation.cogview.sampler`.) Raises `ValueError` for a row without [ROI2].
+    `positions` is the size of the model's position table, `config.num_positions`. Without it, that of the published
+    models is assumed, with a warning where the rows are longer. What lies beyond the table is clamped to its last
+    entry. (In sampling, [ROI2] itself keeps its absolute position: `generation.cogview.sampler`.) Raises `ValueError`
+    for a row without [ROI2].
     """
+    if positions is None:
+        positions = POSITIONS
+        if tokens.shape[1] > POSITIONS:
+            logger.warning("no size of a position table was given: positions are clamped to those of %d", POSITIONS)
+    elif positions < 1:
+        raise ValueError(f"a position table has at least one entry, not {positions}")
     marks = tokens == vocab.command("[ROI2]")
     if not marks.any(dim=1).all():
         raise ValueError("every row needs an [ROI2], where its positions start again")

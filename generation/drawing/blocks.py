@@ -16,29 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generation.drawing.engines import Kind, make_cache, make_step
+from generation.drawing.products import MOST_ROWS, cancelling, make_product
 from generation.drawing.prompts import pad_prompts, prefill
 from generation.drawing.sampling import SamplingOptions
 from generation.drawing.window_cache import WindowCache
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.config import TransformerConfig
+from generation.transformer.int8 import is_quantised
 from generation.transformer.model import Transformer
 
-BLOCK_ROWS = 16  # a guided image takes two of them
-SMALL_BLOCKS = (2, 4, 8)
+BLOCK_ROWS = MOST_ROWS  # a guided image takes two of them
+SMALL_BLOCKS = (1, 2, 4, 6, 8, 12)
 MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
 
 
 def cache_shape(config: TransformerConfig, rows: int, grid: tuple[int, int]) -> tuple[int, int, int, int]:
     """Layers, rows, slots and width of the keys (and of the values) that drawing keeps."""
-    return config.depth, rows, config.max_text + COMMANDS_IN_ROW + grid[0] * grid[1] - 2, config.width
+    slots = config.max_text + COMMANDS_IN_ROW + grid[0] * grid[1] - 2
+    return config.depth, rows, slots, config.key_heads * config.head_width
 
 
 def full_block(config: TransformerConfig, grid: tuple[int, int]) -> int:
-    """The rows of a full block: `BLOCK_ROWS`, halved until the cache holds at most `MOST_CACHED` numbers; 2 at least.
+    """The rows of a full block: the model's, halved until the cache holds at most `MOST_CACHED` numbers; 2 at least.
 
     The model decides, not the memory that is free: a picture would differ between two cards.
     """
-    rows = BLOCK_ROWS
+    rows = config.block_rows
     while rows > 2 and 2 * math.prod(cache_shape(config, rows, grid)) > MOST_CACHED:
         rows //= 2
     return rows
@@ -55,12 +58,11 @@ def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: i
         return most  # a step of few rows is no faster there
     for rows in SMALL_BLOCKS:
         if needed <= rows < most:
-            shape = replace(model.config, tokenizer_hash="", text_hash="")
-            key = (repr(shape), model.embed.weight.dtype, torch.get_num_threads(), rows, most, grid, window, kind)
-            if key not in _trials:
-                full, small = _trial(model, most, grid, window, kind), _trial(model, rows, grid, window, kind)
-                _trials[key] = bool((full == full[:1]).all() and (small == full[:1]).all())
-            if _trials[key]:
+            full = _row_of(model, most, grid, window, kind)
+            if full is None:
+                break
+            small = _row_of(model, rows, grid, window, kind)
+            if small is not None and bool((small == full).all()):
                 return rows
     return most
 
@@ -70,7 +72,18 @@ def images_in_block(options: SamplingOptions, rows: int) -> int:
     return rows if options.guidance == 1 else rows // 2
 
 
-_trials: dict[tuple[object, ...], bool] = {}
+_trials: dict[tuple[object, ...], Tensor | None] = {}
+
+
+def _row_of(model: Transformer, rows: int, grid: tuple[int, int], window: int, kind: Kind) -> Tensor | None:
+    """What each row of a block of so many computes in the trial; None if they do not compute the same."""
+    shape = replace(model.config, tokenizer_hash="", text_hash="")
+    numbers = (model.embed.weight.dtype, is_quantised(model), torch.get_num_threads())
+    key = (repr(shape), numbers, rows, grid, window, kind)
+    if key not in _trials:
+        found = _trial(model, rows, grid, window, kind)
+        _trials[key] = found[0].clone() if bool((found == found[:1]).all()) else None
+    return _trials[key]
 
 
 def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int, kind: Kind) -> Tensor:
@@ -107,27 +120,13 @@ def _trial_products(model: Transformer, rows: int, lengths: tuple[int, ...], kin
     linear = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     results = []
     for inputs, outputs in sorted(linear | {(config.width, config.num_image_codes)}):
+        x, weight = cancelling(inputs, outputs)
         if kind == "fused" and lengths == (1,):
-            x, weight, _ = _cancelling(inputs, outputs, False, torch.float32)
-            results.append(x.expand(rows, inputs).contiguous() @ weight.t().contiguous())
+            results.append(make_product(weight)(x.expand(rows, inputs).contiguous()))
         else:
-            x, weight, bias = _cancelling(inputs, outputs, config.bias, model.embed.weight.dtype)
+            x, weight = x.to(model.embed.weight.dtype), weight.to(model.embed.weight.dtype)
+            bias = torch.zeros(outputs, dtype=weight.dtype) if config.bias else None
             for length in lengths:
                 y = F.linear(x.expand(rows, length, inputs).contiguous(), weight, bias)
                 results.append(y.flatten(1).float())
     return results
-
-
-def _cancelling(inputs: int, outputs: int, with_bias: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [inputs], weight [outputs, inputs] and bias whose exact product is 0, so that all it gives is rounding error.
-
-    That error shows the order of a sum, which rounding an ordinary result to bfloat16 mostly hides.
-    """
-    generator = torch.Generator().manual_seed(0)
-    half, order = inputs // 2, torch.randperm(inputs, generator=generator)
-    x, weight = torch.zeros(inputs), torch.zeros(outputs, inputs)
-    x[order[:half]] = torch.randn(half, generator=generator)
-    weight[:, order[:half]] = torch.randn(outputs, half, generator=generator)
-    x[order[half : 2 * half]] = x[order[:half]]
-    weight[:, order[half : 2 * half]] = -weight[:, order[:half]]
-    return x.to(dtype), weight.to(dtype), torch.zeros(outputs, dtype=dtype) if with_bias else None

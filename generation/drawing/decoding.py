@@ -22,7 +22,7 @@ from generation.drawing.blocks import BLOCK_ROWS, block_rows, full_block, images
 from generation.drawing.engines import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.drawing.jacobi import Windows, draw_by_windows
 from generation.drawing.logits import draw_noise, guide, sample
-from generation.drawing.prompts import PaddedPrompts, pad_prompts, prefill
+from generation.drawing.prompts import PaddedPrompts, pad_prompts, prefill, prefill_around_holes
 from generation.drawing.sampling import SamplingOptions
 from generation.drawing.window_cache import WindowCache
 from generation.transformer.config import TransformerConfig
@@ -34,10 +34,11 @@ Report = Callable[[int], None]  # told how many codes of each picture of the blo
 
 @dataclass(frozen=True)
 class DrawJob:
-    """Pictures to be drawn: a prompt (raw text pieces) and a seed each, and `codes` [n, S], -1 where there is a gap.
+    """Pictures to be drawn: a prompt (raw text pieces, or a `Prompt`) and a seed each, and their `codes` [n, S].
 
-    No picture has a gap before the column `prefix`. In a block there may be more prompts and seeds than codes: those
-    of unused rows, which repeat the first image.
+    A code is -1 where there is a gap. No picture has a gap before the column `prefix`; with `around_holes`, all have
+    the same gaps, and only these take steps. In a block there may be more prompts and seeds than codes: those of unused
+    rows, which repeat the first image.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -46,11 +47,18 @@ class DrawJob:
     grid: tuple[int, int]
     options: SamplingOptions
     prefix: int
+    alone: bool = False  # whether no other picture is ever in a block
+    around_holes: bool = False
 
     @property
     def steps(self) -> int:
         """S: codes of a picture."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def known(self) -> int:
+        """Codes of each picture that take no step."""
+        return int((self.codes[0] >= 0).sum()) if self.around_holes else self.prefix
 
     @property
     def guided(self) -> bool:
@@ -71,13 +79,22 @@ class DrawJob:
 
 
 def count_steps(
-    n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), prefix: int = 0, rows: int = BLOCK_ROWS
+    n: int, options: SamplingOptions, grid: tuple[int, int] = (16, 16), known: int = 0, rows: int = BLOCK_ROWS
 ) -> int:
-    """How many steps `generate_codes` counts for `on_token`, of `n` images that all begin with `prefix` given codes.
+    """How many steps `generate_codes` counts for `on_token`, of `n` images with `known` codes (see `known_codes`).
 
     `rows` is the model's `full_block`.
     """
-    return math.ceil(n / images_in_block(options, rows)) * (grid[0] * grid[1] - prefix)
+    return math.ceil(n / images_in_block(options, rows)) * (grid[0] * grid[1] - known)
+
+
+def known_codes(given: Tensor, fills: bool) -> int:
+    """How many of the codes that are `given` (bool [h, w]) take no step.
+
+    All of them where the model fills holes (`TransformerConfig.fills`); else those that the picture begins with.
+    """
+    places = given.flatten().int()
+    return int(places.sum() if fills else places.cumprod(dim=0).sum())
 
 
 @torch.inference_mode()
@@ -92,10 +109,12 @@ def generate_codes(
     on_token: OnToken | None = None,
     engine: Engine | None = None,
 ) -> Tensor:
-    """Codes [n, h, w] int64, one picture a prompt (raw text pieces) and seed, on the model's device.
+    """Codes [n, h, w] int64, one picture a prompt (raw text pieces, or a `Prompt`) and seed, on the model's device.
 
     `given_codes` [n, h, w] are kept wherever they are not -1. A code is drawn in sight of what comes before it in
-    raster order, and so not of the given codes behind it. `on_token(step, codes)` is called after every step, from 1
+    raster order, and so not of the given codes behind it, unless the model was trained to fill holes
+    (`TransformerConfig.fills`): then of all given codes, only the others take steps, and they must be the same in all
+    pictures. `on_token(step, codes)` is called after every step, from 1
     to `count_steps` (with a window after every pass, which is several steps), with the codes [n, h, w] so far, -1 where
     none is known yet; the tensor is the one being filled, so copy what you keep, and raise an exception to stop. The
     `engine` says how a step is run; a window is always drawn by the modules. Raises `ValueError` for arguments that do
@@ -109,33 +128,44 @@ def generate_codes(
     size = images_in_block(options, full)
     codes = _given(model.config, prompts, seeds, grid, given_codes).to(model.embed.weight.device)
     prefix = int((codes >= 0).all(dim=0).int().cumprod(dim=0).sum())  # given in all pictures: no step is needed
-    job = DrawJob(prompts, seeds, codes, grid, options, prefix)
-    if prefix == job.steps:
+    around_holes = model.config.fills and bool((codes >= 0).any())
+    if around_holes and bool(((codes < 0) != (codes[0] < 0)).any()):
+        raise ValueError("pictures with holes in different places: draw them in different calls")
+    if around_holes:  # windows and recorded steps go by raster order
+        options, kind = replace(options, window=1), "fused" if kind == "fused" else "modules"
+    job = DrawJob(prompts, seeds, codes, grid, options, prefix, alone=size == 1, around_holes=around_holes)
+    known_before = job.known
+    if known_before == job.steps:
         return codes.view(-1, *grid)
     done = 0  # steps of the blocks before
 
     def report(known: int) -> None:
         if on_token is not None:
-            on_token(done + known - prefix, codes.view(-1, *grid))
+            on_token(done + known - known_before, codes.view(-1, *grid))
 
-    with evaluation(model):
+    # in the weights' own type, whatever the training around computes in: packed weights have one type
+    with evaluation(model), torch.autocast(codes.device.type, enabled=False):
         for first in range(0, len(prompts), size):
             last = min(first + size, len(prompts))
             rows = full
             if not engine.images:
                 rows = block_rows(model, (last - first) * full // size, grid, options.window, kind)
             _draw_block(model, job.block(first, last, rows * size // full), kind, report)
-            done += job.steps - prefix
+            done += job.steps - known_before
     return codes.view(-1, *grid)
 
 
 def _draw_block(model: Transformer, block: DrawJob, kind: Kind, report: Report) -> None:
     """Fill the gaps of a block's codes."""
-    device = block.codes.device
-    rows = [*block.prompts, *([[]] * len(block.prompts) if block.guided else [])]
-    prompts = pad_prompts(model.config, rows, block.grid).to(device)
+    device, frame = block.codes.device, model.config.frame
+    rows = [*block.prompts, *(map(frame.unprompted, block.prompts) if block.guided else [])]
+    # both rows of a picture are as long in such a frame; what is recorded keeps its shape
+    tight = block.alone and frame.own and kind in ("modules", "fused")
+    prompts = pad_prompts(model.config, rows, block.grid, tight=tight).to(device)
     noise = _block_noise(block.seeds, block.steps, model.config.num_image_codes, device)
-    if block.options.window > 1:
+    if block.around_holes:
+        _draw_holes(model, block, prompts, noise, kind, report)
+    elif block.options.window > 1:
         _draw_by_windows(model, block, prompts, noise, report)
     else:
         _draw_by_steps(model, block, prompts, noise, kind, report)
@@ -181,6 +211,26 @@ def _draw_by_steps(
         codes[:, place] = token[: len(codes)]
         report(place + 1)
         if place + 1 < block.steps:
+            logits = step(token.repeat(repeats), place)
+
+
+def _draw_holes(
+    model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Tensor, kind: Kind, report: Report
+) -> None:
+    """Code by code, of the holes alone."""
+    codes, given, options = block.codes, block.given, block.options
+    repeats, known = 2 if block.guided else 1, block.known
+    hidden = given[0] < 0
+    cache = make_cache(kind, model, prompts.hidden)
+    firsts = prefill_around_holes(model, prompts, cache, given.repeat(repeats, 1), hidden)
+    step = make_step(kind, model, prompts.code_positions, cache)
+    logits = torch.empty(0)
+    for count, place in enumerate(hidden.nonzero()[:, 0].tolist(), start=1):
+        logits = firsts.get(place, logits)
+        token = sample(guide(logits, options.guidance) if block.guided else logits, noise[:, place], options)
+        codes[:, place] = token[: len(codes)]
+        report(known + count)
+        if known + count < block.steps:
             logits = step(token.repeat(repeats), place)
 
 

@@ -49,7 +49,7 @@ def draw_by_windows(
     reached = final  # places before it have had a guess
     offsets = torch.arange(window, device=codes.device)
     begin = tokens[:, -1:]  # [BOI1], after which the first code comes
-    model(tokens[:, :-1], positions[:, : slots - 1], cache)
+    model(tokens[:, :-1], positions[:, : slots - 1], cache, features=prompts.features)
     if least:
         cache.starts = cache.starts + slots - 1
         given = torch.cat([begin, draft[:, : least - 1].repeat(repeats, 1)], dim=1)

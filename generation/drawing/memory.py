@@ -7,23 +7,21 @@ memory does not grow with the number of pictures.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from data.host_memory import free_host_bytes
 from generation.drawing.blocks import cache_shape, full_block
 from generation.drawing.fused_step import fused_numbers
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
-from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import without_weights
+from vqvae.tokenizers import TokenizerConfig, decoding_bytes, make_tokenizer
 
 SAMPLING = 32  # bytes a logit: copies in float32, a sort and its indices
 
@@ -57,18 +55,25 @@ class DrawingMemory:
 
 def plan_drawing(
     config: TransformerConfig,
-    tokenizer: VQVAEConfig,
+    tokenizer: TokenizerConfig,
     dtype: torch.dtype,
     device: str,
     grid: tuple[int, int] | None = None,
     given: int = 0,
     options: SamplingOptions | None = None,
+    eight_bits: bool = False,
 ) -> DrawingMemory:
-    """The memory of drawing pictures of `grid` codes, `given` of them known, on a device type such as "cuda"."""
+    """The memory of drawing pictures of `grid` codes, `given` of them known, on a device type such as "cuda".
+
+    `eight_bits`: the matrices of the blocks have 8 bits (`generation.transformer.int8`).
+    """
     grid, options = grid or config.grid, options or SamplingOptions()
     steps, window = grid[0] * grid[1], min(options.window, grid[0] * grid[1])
     rows = full_block(config, grid)
     size = dtype.itemsize
+    gates = 3 if config.mlp == "swiglu" else 2
+    outputs = (2 * config.heads + 2 * config.key_heads) * config.head_width + gates * config.hidden_width
+    eight = config.depth * outputs * config.width if eight_bits else 0
     prompt = config.max_text + COMMANDS_IN_ROW - 1
     alone = device == "cpu" and window == 1  # every row is prefilled by itself
     needs = [
@@ -80,14 +85,14 @@ def plan_drawing(
         trial = _trial_bytes(config, rows, 1 if alone else prompt + window)
         needs += [trial + _layer_bytes(config, 1 if alone else rows, prompt, prompt, size), 2 * trial]
     return DrawingMemory(
-        transformer=_weight_bytes(lambda: Transformer(config), size),
-        tokenizer=_weight_bytes(lambda: VQVAE(tokenizer), 4),
+        transformer=_weight_bytes(lambda: Transformer(config), size) - (size - 1) * eight,
+        tokenizer=_weight_bytes(lambda: make_tokenizer(tokenizer), 4),
         rows=rows,
         cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does
-        matrices=4 * fused_numbers(config) if alone else 0,
+        matrices=4 * fused_numbers(config, eight_bits) if alone else 0,
         noise=rows // (1 if options.guidance == 1 else 2) * steps * config.num_image_codes * 4,
         activations=max(needs),
-        picture=_picture_bytes(tokenizer, grid),
+        picture=decoding_bytes(tokenizer, grid),
     )
 
 
@@ -115,46 +120,29 @@ def _trial_bytes(config: TransformerConfig, rows: int, length: int) -> int:
     return rows * length * outputs * 4
 
 
-def _picture_bytes(config: VQVAEConfig, grid: tuple[int, int]) -> int:
-    """The input of a transposed convolution, its output, and that after the ReLU, where the three are largest."""
-    channels = [config.code_dim, *reversed(config.channels)]
-    cells = grid[0] * grid[1]
-    stages = [
-        cells * 4**stage * before + 2 * cells * 4 ** (stage + 1) * after
-        for stage, (before, after) in enumerate(zip(channels, channels[1:], strict=False))
-    ]
-    return 4 * max(stages)
-
-
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    found = []
-    with suppress(OSError, ValueError, IndexError):  # Linux
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    if not found:
-        with suppress(OSError, ValueError, AttributeError):  # other Unix systems
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):  # no control groups here, or no limit ("max")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(usage["file"]))  # the page cache can be freed
-    return min(found, default=None)
+    return free_host_bytes() if device.type == "cpu" else None
 
 
-def check_memory(needed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """`NotEnoughMemory`, which says what to change, if a device has fewer than `needed` bytes left."""
+def check_memory(
+    needed: int, device: torch.device, dtype: torch.dtype, others: Callable[[], dict[str, int]] | None = None
+) -> None:
+    """`NotEnoughMemory`, which says what to change, if a device has fewer than `needed` bytes left.
+
+    `others` tells what drawing takes in smaller number formats, by name, so that those that fit are named.
+    """
     available = available_bytes(device)
     if available is None or needed <= available:
         return
     choices = ["a smaller model", "--device cpu" if device.type == "cuda" else "a machine with more memory"]
-    if dtype == torch.float32:
+    if others is not None:
+        fitting = {name: size for name, size in others().items() if size <= available}
+        choices = [f"--dtype {name} ({size / 1e9:.2f} GB)" for name, size in fitting.items()] + choices
+    elif dtype == torch.float32:
         choices.insert(0, "--dtype bfloat16")
     raise NotEnoughMemory(
         f"drawing with this model takes {needed / 1e9:.2f} GB more on {device.type}, where {available / 1e9:.2f} GB "

@@ -46,7 +46,8 @@ class RaggedCache(WindowCache):
         self.begin(hidden)
         self._mask: Any = None
         halves = dtype in (torch.float16, torch.bfloat16)
-        on_gpu = self.keys.device.type == "cuda" and halves and not config.pb_relax
+        shared = config.key_heads != config.heads  # which the kernel would need in another layout
+        on_gpu = self.keys.device.type == "cuda" and halves and not (config.pb_relax or shared)
         if kernels and on_gpu and _xformers_installed():
             from xformers.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from data.sample import Sample
+from generation.rows.prompt import FeatureSource
 from generation.rows.row import PositionKind, Row
 from generation.rows.texts import CaptionMix
 from generation.rows.vocabulary import Vocabulary
@@ -32,7 +33,7 @@ class RowFormat(Protocol):
     def position_kind(self) -> PositionKind: ...
 
 
-class TextEncoder(Protocol):
+class PieceEncoder(Protocol):
     """Texts to raw text pieces: a `TextTokenizer`, or one that puts prompt vectors in front."""
 
     def encode(self, text: str) -> list[int]: ...
@@ -48,12 +49,17 @@ class CodedPicture:
 
 @dataclass(frozen=True)
 class RowRecipe:
-    """How training rows are made. See `GeneratorTrainConfig` for the meaning of the numbers."""
+    """How training rows are made. See `GeneratorTrainConfig` for the meaning of the numbers.
 
-    text: TextEncoder
+    `features` gives the vectors of prompts, for a generator that reads them.
+    """
+
+    text: PieceEncoder
     captions: CaptionMix
     code_noise: float = 0.0
     code_mask: float = 0.0
+    features: FeatureSource | None = None
+    from_picture: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class RowKind(ABC):
 
     name: ClassVar[str]  # in `mix` of a training configuration
     needs_caption: ClassVar[bool]  # a row of any kind needs the codes of a picture, and one of this kind a caption too
+    lacking: ClassVar[str] = "caption"  # what a picture has not that cannot become such a row
 
     def __init__(self, format: RowFormat) -> None:
         self.format = format
@@ -96,8 +103,8 @@ class RowKind(ABC):
         """A row to learn from, with captions and noise drawn by `chance`."""
 
     @abstractmethod
-    def held_out_row(self, picture: CodedPicture, text: TextEncoder, named_style: bool) -> Row:
-        """The row to measure a model on: no noise, and a language chosen by the sample's id.
+    def held_out_row(self, picture: CodedPicture, recipe: RowRecipe, named_style: bool) -> Row:
+        """The row to measure a model on: no noise, and a language chosen by the sample's id, whatever `recipe` says.
 
         `named_style` says whether a caption names the family, where this kind of rows can.
         """

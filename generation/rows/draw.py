@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from generation.rows.base import Chance, CodedPicture, Given, RowKind, RowRecipe, TextEncoder
+from generation.rows.base import Chance, CodedPicture, Given, RowKind, RowRecipe
 from generation.rows.noise import with_noise
 from generation.rows.row import COMMANDS_IN_ROW, PositionKind, Row
-from generation.rows.texts import CaptionMix, draw_caption
+from generation.rows.texts import CaptionMix, DrawnCaption, draw_caption
 from generation.rows.vocabulary import Vocabulary
 
 
@@ -73,7 +74,7 @@ class DrawRows(RowKind):
 
     def training_row(self, picture: CodedPicture, recipe: RowRecipe, chance: Chance) -> Row:
         rng = chance.rng
-        row = self._row(picture, draw_caption(picture.sample, recipe.captions, rng), recipe.text)
+        row = self._captioned(picture, recipe, rng)
         if not (recipe.code_noise or recipe.code_mask):
             return row
         if rng.random() < recipe.code_mask:
@@ -84,9 +85,9 @@ class DrawRows(RowKind):
             other, share = chance.other_codes(rng), rng.uniform(0, recipe.code_noise)
         return with_noise(row, other, share, torch.Generator().manual_seed(rng.getrandbits(63)))
 
-    def held_out_row(self, picture: CodedPicture, text: TextEncoder, named_style: bool) -> Row:
+    def held_out_row(self, picture: CodedPicture, recipe: RowRecipe, named_style: bool) -> Row:
         names = CaptionMix(name=1.0, keywords=0.0, style=float(named_style), dropout=0.0)
-        return self._row(picture, draw_caption(picture.sample, names, random.Random(picture.sample.id)), text)
+        return self._row(picture, draw_caption(picture.sample, names, random.Random(picture.sample.id)), recipe)
 
     def prompt(self, given: Given) -> list[int]:
         return prompt_row(self.format.vocabulary, given.text, given.grid, self.format.max_text)
@@ -94,6 +95,27 @@ class DrawRows(RowKind):
     def positions(self, num_text: int, grid: tuple[int, int]) -> Tensor:
         return row_positions(num_text, grid, self.format.max_text, self.format.position_kind)
 
-    def _row(self, picture: CodedPicture, caption: str, text: TextEncoder) -> Row:
-        ids, format = text.encode(caption) if caption else [], self.format
-        return training_row(format.vocabulary, ids, picture.codes, format.max_text, format.position_kind)
+    def _captioned(self, picture: CodedPicture, recipe: RowRecipe, rng: random.Random) -> Row:
+        """A row with a caption drawn by chance, and all codes as they are."""
+        row = self._row(picture, draw_caption(picture.sample, recipe.captions, rng), recipe)
+        if recipe.from_picture and row.features is not None and row.features.any():
+            row = self._from_picture(row, picture, recipe, rng)
+        return row
+
+    def _from_picture(self, row: Row, picture: CodedPicture, recipe: RowRecipe, rng: random.Random) -> Row:
+        """In the share `from_picture` of the rows the vector is the picture's own, and half of these have no text."""
+        if rng.random() >= recipe.from_picture:
+            return row
+        assert recipe.features is not None
+        if rng.random() < 0.5:
+            row = self._row(picture, DrawnCaption(), recipe)
+        return replace(row, features=recipe.features.of_sample(picture.sample.id))
+
+    def _row(self, picture: CodedPicture, caption: DrawnCaption, recipe: RowRecipe) -> Row:
+        ids, format, source = recipe.text.encode(caption.text) if caption.text else [], self.format, recipe.features
+        row = training_row(format.vocabulary, ids, picture.codes, format.max_text, format.position_kind)
+        if source is None:
+            return row
+        # of the name, not of the whole caption: names can be known before training, and a style is no content
+        features = source.of_text(caption.name) if caption.text else torch.zeros(1, source.width)
+        return replace(row, features=features)

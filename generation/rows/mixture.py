@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from generation.rows.answer import AnswerRows
 from generation.rows.base import RowKind
 from generation.rows.describe import DescribeRows
 from generation.rows.draw import DrawRows
+from generation.rows.fill import FillRows
 
 # A new kind goes to the end: `Mixture.pick` starts there, and a kind of weight 0 changes no choice among the others.
-ROW_KINDS: dict[str, type[RowKind]] = {kind.name: kind for kind in (DrawRows, DescribeRows)}
+ROW_KINDS: dict[str, type[RowKind]] = {kind.name: kind for kind in (DrawRows, DescribeRows, FillRows, AnswerRows)}
 
 
 class Mixture:

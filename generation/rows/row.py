@@ -17,6 +17,7 @@ from generation.rows.vocabulary import Vocabulary
 PositionKind = Literal["sequence", "grid"]
 
 COMMANDS_IN_ROW = 4  # [ROI1] [SIZE] [BOI1] [EOI1]
+BEYOND = 2**30  # a level above those of all tokens
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Row:
 
     `tokens` [T] and `targets` [T] are int64; a target is the next token, or [PAD] where nothing is learned.
     `positions` are [T] or [T, 2], and `image_mask` [T] is true where the target is an image code. A row that describes
-    has `segments` [T]: 0 for the picture and k for its k-th text. A text attends to the picture and to itself. Without
-    segments, a token attends to all tokens before it.
+    has `segments` [T]: 0 for the picture and k for its k-th text. A text attends to the picture and to itself. A row
+    with holes has `levels` [T], which say instead of the order who sees whom (`generation.transformer.visibility`).
+    Without segments and levels, a token attends to all tokens before it. `features` [n, C] are the vectors of towers at
+    its n [ROI1], for a generator that reads such vectors.
     """
 
     tokens: Tensor
@@ -34,6 +37,8 @@ class Row:
     targets: Tensor
     image_mask: Tensor
     segments: Tensor | None = None
+    features: Tensor | None = None
+    levels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class RowBatch:
     """Rows with [PAD] at the end: `tokens`, `targets`, `image_mask`, `weights` [B, T], `positions` [B, T] or [B, T, 2].
 
     `weights` (float32) are 1 where the target is an image code, the text weight at text and commands, and 0 at [PAD].
-    Rows that describe have `segments` [B, T], see `Row`. Packed rows have `lengths`, see `pack`.
+    Rows that describe have `segments` [B, T] and rows with holes `levels` [B, T], see `Row`. Packed rows have
+    `lengths`, see `pack`. `features` [F, C] are those of all rows, one row after another.
     """
 
     tokens: Tensor
@@ -51,6 +57,9 @@ class RowBatch:
     weights: Tensor
     segments: Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    features: Tensor | None = None
+    levels: Tensor | None = None
+    kind: str = ""  # of its rows, in batches to learn from
 
     def to(self, device: torch.device | str) -> RowBatch:
         """The same batch on another device."""
@@ -62,6 +71,9 @@ class RowBatch:
             self.weights.to(device, non_blocking=True),
             None if self.segments is None else self.segments.to(device, non_blocking=True),
             self.lengths,
+            None if self.features is None else self.features.to(device, non_blocking=True),
+            None if self.levels is None else self.levels.to(device, non_blocking=True),
+            kind=self.kind,
         )
 
 
@@ -75,6 +87,8 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
     positions = torch.zeros(size, length, *rows[0].positions.shape[1:], dtype=torch.int64)
     image_mask = torch.zeros(size, length, dtype=torch.bool)
     segments = None if rows[0].segments is None else torch.zeros_like(tokens)
+    # no token of a row sees the padding behind it
+    levels = None if rows[0].levels is None else torch.full_like(tokens, BEYOND)
     for i, row in enumerate(rows):
         end = len(row.tokens)
         tokens[i, :end] = row.tokens
@@ -84,8 +98,12 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
         assert (row.segments is None) == (segments is None)
         if segments is not None and row.segments is not None:
             segments[i, :end] = row.segments
+        assert (row.levels is None) == (levels is None)
+        if levels is not None and row.levels is not None:
+            levels[i, :end] = row.levels
     weights = torch.where(image_mask, 1.0, text_weight).masked_fill(targets == padding, 0.0)
-    return RowBatch(tokens, positions, targets, image_mask, weights, segments)
+    features = _features(rows)
+    return RowBatch(tokens, positions, targets, image_mask, weights, segments, features=features, levels=levels)
 
 
 def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> RowBatch:
@@ -95,13 +113,22 @@ def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> Ro
     """
     if not rows:
         raise ValueError("a batch needs at least one row")
-    assert len({row.segments is None for row in rows}) == 1
+    assert len({(row.segments is None, row.levels is None) for row in rows}) == 1
     segments = [row.segments for row in rows if row.segments is not None]
+    levels = [row.levels for row in rows if row.levels is not None]
     whole = Row(
         torch.cat([row.tokens for row in rows]),
         torch.cat([row.positions for row in rows]),
         torch.cat([row.targets for row in rows]),
         torch.cat([row.image_mask for row in rows]),
         torch.cat(segments) if segments else None,
+        levels=torch.cat(levels) if levels else None,
     )
-    return replace(collate(vocab, [whole], text_weight), lengths=tuple(len(row.tokens) for row in rows))
+    lengths = tuple(len(row.tokens) for row in rows)
+    return replace(collate(vocab, [whole], text_weight), lengths=lengths, features=_features(rows))
+
+
+def _features(rows: Sequence[Row]) -> Tensor | None:
+    found = [row.features for row in rows if row.features is not None]
+    assert len(found) in (0, len(rows)), "all rows of a batch have prompt features, or none"
+    return torch.cat(found) if found else None

@@ -31,10 +31,18 @@ class CaptionMix:
             raise ValueError("captions.name + captions.keywords must not exceed 1")
 
 
-def draw_caption(sample: Sample, mix: CaptionMix, rng: random.Random) -> str:
-    """A caption of `sample` as `mix` says; the empty string for caption dropout and for a sample without captions."""
+@dataclass(frozen=True)
+class DrawnCaption:
+    """What a row says, and the name of the picture in the caption's (first) language; both are empty for no caption."""
+
+    text: str = ""
+    name: str = ""
+
+
+def draw_caption(sample: Sample, mix: CaptionMix, rng: random.Random) -> DrawnCaption:
+    """A caption of `sample` as `mix` says; an empty one for caption dropout and for a sample without captions."""
     if rng.random() < mix.dropout or not sample.captions:
-        return ""
+        return DrawnCaption()
     language = rng.choice(sorted(sample.captions))
     text = draw_text(sample.captions[language], mix.name, mix.keywords, rng)
     if mix.second and rng.random() < mix.second:
@@ -42,7 +50,7 @@ def draw_caption(sample: Sample, mix: CaptionMix, rng: random.Random) -> str:
         text += ", " + draw_text(sample.captions[other], mix.name, mix.keywords, rng)
     if sample.family and rng.random() < mix.style:
         text = with_style(text, sample.family, language)
-    return text
+    return DrawnCaption(text, sample.captions[language].name)
 
 
 def descriptions(sample: Sample) -> list[str]:

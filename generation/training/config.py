@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data.options import check_options, option
+from data.options import COUNT, check_options, option
 from generation.rows.mixture import Mixture
 from generation.rows.texts import CaptionMix
 from generation.transformer.config import TransformerConfig
-from vqvae.training.config import LoopConfig
+from vqvae.training.config import LoopConfig, ParallelConfig
 
 
 @dataclass
@@ -21,15 +21,27 @@ class GeneratorDataConfig:
     train: str = "train"
     test: list[str] = field(default_factory=lambda: ["test-family", "test-concept"])
     exclude_families: list[str] = field(default_factory=list)
-    balance: float = 0.5  # see CodedPairs.sampling_weights
-    test_pictures: int = 256  # of each test split
+    balance: float = option(
+        0.5, "A picture's weight is the count of its concept's and family's pictures to the power of minus this.",
+        least=0, most=10,
+    )  # fmt: skip
+    test_pictures: int = option(256, "Evaluate on this many pictures of each test split.", least=1, most=COUNT)
+    # for model.prompt_features: a model that has towers, or a folder of towers; and the file of their vectors, which is
+    # made if it is missing (empty = features-HASH.safetensors in the folder of codes)
+    towers: str = ""
+    features: str = ""
+    pictures: str = ""  # the shards of pictures that the codes were made of, for from_picture
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass
 class GeneratorTrainConfig:
     """Everything that `mmwudao train generator` reads from its YAML file.
 
-    Of `model`, the vocabulary sizes, the grid and the hashes are filled in from the data. Raises `ValueError` for a
+    Of `model`, the vocabulary sizes, the grid, the width of prompt features and the hashes are filled in from the data.
+    Raises `ValueError` for a
     value out of range.
     """
 
@@ -37,17 +49,26 @@ class GeneratorTrainConfig:
     captions: CaptionMix = field(default_factory=CaptionMix)
     model: TransformerConfig = field(default_factory=TransformerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # row kind -> weight, see `generation.rows.mixture`: how often a step learns rows of that kind
     mix: dict[str, float] = field(default_factory=lambda: {"draw": 1.0})
     start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
     text_weight: float = option(
-        0.2, "Weigh the loss of a text token in rows that draw by this, where an image token weighs 1.", least=0
-    )
+        0.2, "Weigh the loss of a text token in rows that draw by this, where an image token weighs 1.",
+        least=0, most=1e6,
+    )  # fmt: skip
     code_noise: float = option(
         0.0, "Replace up to this share of the codes that a row is given with wrong ones.", least=0, most=1
     )
     code_mask: float = option(
         0.0, "Hide half or more of the given codes in this share of the rows that draw.", least=0, most=1
+    )
+    from_picture: float = option(
+        0.0,
+        "Give this share of the rows that draw with a caption the vector of the picture itself instead of its name's; "
+        "needs model.prompt_features.kind both.",
+        least=0,
+        most=1,
     )
     given_codes: float = option(
         1.0, "Give rows that describe between this share of the codes and all of them.", least=0, most=1
@@ -55,8 +76,12 @@ class GeneratorTrainConfig:
     packing: bool = True  # rows one after another without padding; padded where attention is sparse
     checkpoint_gradients: bool = False  # less memory, a third more time
     sample_prompts: list[str] = field(default_factory=list)
-    sample_every: int = 2000  # steps between sample sheets
+    sample_every: int = option(
+        2000, "Steps between two sample sheets, which are made at evaluations.", least=1, most=COUNT
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
         Mixture(self.mix)
+        if (self.from_picture > 0) != (self.model.prompt_features.kind == "both"):
+            raise ValueError("from_picture above 0 and model.prompt_features.kind=both go together")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from generation.rows.base import CodedPicture
 class CodedPairs:
     """Every coded picture of a split, in memory: a million pictures of 256 codes take a gigabyte.
 
-    `samples` are the P samples and `codes` int32 [P, h, w], since PyTorch can do little with uint16.
+    `samples` are the P samples and `codes` int32 [P, h, w], since PyTorch can do little with uint16. `views` are the
+    codes of other views of the pictures, int32 [P, K, h, w], if all have K of them.
     """
 
     def __init__(
@@ -42,6 +44,10 @@ class CodedPairs:
             raise DataError(f"the pictures of {folder} differ in size; tokenize them at one size")
         self.samples = [c.sample for c in kept]
         self.codes = torch.stack([torch.from_numpy(c.codes.astype(numpy.int32)) for c in kept])
+        views = [torch.from_numpy(c.views.astype(numpy.int32)) for c in kept if c.views is not None]
+        if views and (len(views) < len(kept) or len({one.shape for one in views}) > 1):
+            raise DataError(f"the pictures of {folder} differ in the number of their other views; tokenize them anew")
+        self.views = torch.stack(views) if views else None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -51,9 +57,13 @@ class CodedPairs:
         """(h, w) in codes."""
         return self.codes.shape[1], self.codes.shape[2]
 
-    def picture(self, index: int) -> CodedPicture:
-        """The picture at a place of `samples`."""
-        return CodedPicture(self.samples[index], self.codes[index])
+    def picture(self, index: int, rng: random.Random | None = None) -> CodedPicture:
+        """The picture at a place of `samples`; with `rng`, itself or one of its other views, all equally likely."""
+        codes = self.codes[index]
+        if rng is not None and self.views is not None:
+            view = rng.randrange(1 + self.views.shape[1])
+            codes = self.views[index, view - 1] if view else codes
+        return CodedPicture(self.samples[index], codes)
 
     def sampling_weights(self, balance: float) -> Tensor:
         """Float64 [P]: (number of pictures of the same base concept and family) ** -balance.

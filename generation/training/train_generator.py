@@ -6,30 +6,43 @@ token on held-out splits and sheets of sample pictures. Under torchrun, every pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from data.codes import tokenizer_hash
 from data.config import ConfigError
+from data.reading import open_shards
+from data.styles import without_style
 from data.text import TextTokenizer
 from generation.drawing.decoding import generate_codes
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.mixture import Mixture
+from generation.rows.prompt import Prompt
 from generation.rows.row import RowBatch
-from generation.training.batches import RowBatches, RowMaker, held_out_batches, mean_bits
+from generation.training.batches import RowBatches, RowMaker, answer_accuracy, held_out_batches, mean_bits
 from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
+from generation.training.features import FeatureEncoder, StoredFeatures, caption_names, picture_key, prepare_features
 from generation.training.pairs import CodedPairs, unigram_bits
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
+from generation.transformer.tensor_parallel import split_blocks
 from vqvae.model import VQVAE
 from vqvae.storage.parts import content_hash, load_part, save_part
 from vqvae.training.loop import train_model
 from vqvae.training.process import distributed, rank, world_size
+from vqvae.training.sharding import Cut
 from vqvae.training.task import Task
+
+SPARSE = {"sparse_window", "sparse_windows", "sparse_pivots"}
+CHANGEABLE = {"dropout", "pb_relax", "tokenizer_hash", "text_hash", "fills"} | SPARSE
+OTHER_KINDS = ("describe", "fill", "answer")  # of rows that a generator may learn beside drawing, as in `HeldOutSplit`
 
 
 class LossModule(nn.Module):
@@ -49,50 +62,80 @@ class LossModule(nn.Module):
         return self.model.loss(batch, total)
 
 
-def train(config: GeneratorTrainConfig, resume: bool = False) -> Path:
+def train(config: GeneratorTrainConfig, resume: bool = False, encoder: FeatureEncoder | None = None) -> Path:
     """Train the generator and save its averaged weights; returns their folder, `out`/generator.
 
-    Raises `ValueError` for settings that do not fit the data.
+    `encoder` makes the prompt features that are not on disk yet. Raises `ValueError` for settings that do not fit the
+    data.
     """
-    return train_model(config.loop, lambda device: _task(config, device), resume)
+    return train_model(config.loop, lambda device: _task(config, device, encoder), resume, config.parallel)
 
 
-def _task(config: GeneratorTrainConfig, device: torch.device) -> Task:
+def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEncoder | None) -> Task:
     text = TextTokenizer(Path(config.data.text_model))
     pairs = CodedPairs(Path(config.data.codes), config.data.train, config.data.exclude_families)
+    tests = _test_pairs(config.data)
     tokenizer = _sheet_tokenizer(config.data, tokenizer_hash(Path(config.data.codes)))
+    families = sorted({str(sample.family) for sample in pairs.samples})
+    samples = {prompt: without_style(prompt, families) for prompt in config.sample_prompts}  # and what is shown
+    names = set().union(*(caption_names(some.samples) for some in (pairs, *tests.values())))
+    features = _stored_features(config, names.union(samples.values()), {config.data.train: pairs, **tests}, encoder)
     model_config = _model_config(config, text, pairs, tokenizer)
+    if features is not None:
+        found = {"width": features.width, "towers_hash": features.towers_hash}
+        model_config.prompt_features = replace(model_config.prompt_features, **found)
     model = _start(config.start_from, model_config)
     if config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.loop.compile:
         for block in model.blocks:
             block.compile(dynamic=True)  # rows differ in length from batch to batch
-    maker = RowMaker(text, model_config, config)
+    maker = RowMaker(text, model_config, config, features)
     batches = RowBatches(pairs, maker)
-    tests = _held_out_splits(pairs, maker)
+    held_out = _held_out_splits(pairs, tests, maker)
 
     def loss_of(wrapped: nn.Module, micro_batch: tuple[RowBatch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
         losses = wrapped(batch.to(device), total.to(device))
         if batch.segments is not None:
-            return {"loss": losses["loss"], "caption_bits": losses["text_bits"]}
+            name = "answer_bits" if batch.kind == "answer" else "caption_bits"
+            return {"loss": losses["loss"], name: losses["text_bits"]}
+        if batch.levels is not None:
+            return {"loss": losses["loss"], "fill_bits": losses["image_bits"]}
         return losses
 
     def evaluate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, LossModule)
         figures: dict[str, float] = {}
-        for test in tests:
+        for test in held_out:
             figures |= test.figures(averaged.model, device)
         if rank() == 0 and tokenizer is not None and config.sample_prompts and step % config.sample_every == 0:
-            _write_sheet(averaged.model, tokenizer, text, config, step)
+            prompts = [
+                Prompt(tuple(text.encode(prompt)), features.of_text(shown) if features else None)
+                for prompt, shown in samples.items()
+            ]
+            _write_sheet(averaged.model, tokenizer, prompts, Path(config.loop.out) / "sheets" / f"{step:06d}.png")
         return figures
 
     def save(averaged: nn.Module, folder: Path) -> None:
         assert isinstance(averaged, LossModule)
         save_part(averaged.model, folder)
 
-    return Task(LossModule(model), batches, loss_of, evaluate, "generator", save)
+    # of the configuration, what a run cannot change halfway although all shapes stay
+    fixed = {name: value for name, value in asdict(model_config).items() if name not in CHANGEABLE}
+    origin = {
+        "image tokenizer (data.codes)": model_config.tokenizer_hash,
+        "text model (data.text_model)": model_config.text_hash,
+        "configuration (model)": json.dumps(fixed, sort_keys=True),
+    }
+    return Task(
+        LossModule(model), batches, loss_of, evaluate, "generator", save, origin=origin, tensor_plan=_tensor_plan
+    )
+
+
+def _tensor_plan(module: nn.Module, mesh: DeviceMesh) -> dict[str, Cut]:
+    assert isinstance(module, LossModule)
+    return split_blocks(module.model, mesh, "model.")
 
 
 @dataclass(frozen=True)
@@ -102,6 +145,8 @@ class HeldOutSplit:
     name: str
     draw: list[RowBatch]
     describe: list[RowBatch]  # empty where the generator does not learn to describe
+    fill: list[RowBatch]  # the same of holes
+    answer: list[RowBatch]  # the same of questions
     unigram_bits: float
 
     def figures(self, model: Transformer, device: torch.device) -> dict[str, float]:
@@ -109,18 +154,60 @@ class HeldOutSplit:
         found = mean_bits(model, self.draw, device)
         if self.describe:
             found["caption_bits"] = mean_bits(model, self.describe, device)["text_bits"]
+        if self.fill:
+            found["fill_bits"] = mean_bits(model, self.fill, device)["image_bits"]
+        if self.answer:
+            found["answer_bits"] = mean_bits(model, self.answer, device)["text_bits"]
+            found["answer_accuracy"] = answer_accuracy(model, self.answer, device)
         found["unigram_bits"] = self.unigram_bits
         return {f"{self.name}/{name}": value for name, value in found.items()}
 
 
-def _held_out_splits(train_pairs: CodedPairs, maker: RowMaker) -> list[HeldOutSplit]:
-    data, describes = maker.config.data, "describe" in Mixture(maker.config.mix).shares
+def _test_pairs(data: GeneratorDataConfig) -> dict[str, CodedPairs]:
+    return {name: CodedPairs(Path(data.codes), name, data.exclude_families) for name in data.test}
+
+
+def _stored_features(
+    config: GeneratorTrainConfig, texts: set[str], splits: dict[str, CodedPairs], encoder: FeatureEncoder | None
+) -> StoredFeatures | None:
+    """The vectors of all texts, and of the pictures of `splits` if rows are made from those; None if there are none.
+
+    The first process makes what is missing.
+    """
+    if not config.model.prompt_features.used:
+        return None
+    data = config.data
+    if encoder is None and not data.features:
+        raise ConfigError("model.prompt_features: name the towers that make the vectors in data.towers")
+    path = Path(data.features or Path(data.codes) / f"features-{encoder.hash[:12] if encoder else ''}.safetensors")
+    if encoder is not None and rank() == 0:
+        if config.from_picture and not data.pictures:
+            raise ConfigError("from_picture: name the shards of pictures that the codes were made of in data.pictures")
+        shown = splits if config.from_picture else {}
+        ids = {sample.id for pairs in shown.values() for sample in pairs.samples}
+        prepare_features(
+            path, encoder, texts, ids, chain.from_iterable(open_shards(data.pictures, one) for one in shown)
+        )
+    if distributed():
+        dist.barrier()
+    stored = StoredFeatures(path)
+    if config.from_picture:
+        texts = texts.union(picture_key(sample.id) for pairs in splits.values() for sample in pairs.samples)
+    missing = [text for text in sorted(texts) if text not in stored]
+    if missing:
+        raise ConfigError(f"{path} holds no vector of {missing[0]!r} and {len(missing) - 1} more: name data.towers")
+    return stored
+
+
+def _held_out_splits(train_pairs: CodedPairs, tests: dict[str, CodedPairs], maker: RowMaker) -> list[HeldOutSplit]:
+    learned = Mixture(maker.config.mix).shares
     splits = []
-    for name in data.test:
-        pairs = CodedPairs(Path(data.codes), name, data.exclude_families)
+    for name, pairs in tests.items():
         draw = held_out_batches(pairs, maker)
-        describe = held_out_batches(pairs, maker, "describe") if describes else []
-        splits.append(HeldOutSplit(name, draw, describe, unigram_bits(train_pairs, pairs, maker.model.num_image_codes)))
+        others = {kind: held_out_batches(pairs, maker, kind) for kind in OTHER_KINDS if kind in learned}
+        describe, fill, answer = (others.get(kind, []) for kind in OTHER_KINDS)
+        unigram = unigram_bits(train_pairs, pairs, maker.model.num_image_codes)
+        splits.append(HeldOutSplit(name, draw, describe, fill, answer, unigram))
     return splits
 
 
@@ -136,6 +223,7 @@ def _model_config(
         grid=pairs.grid,
         tokenizer_hash=tokenizer_hash(folder),
         text_hash=text.content_hash,
+        fills="fill" in Mixture(config.mix).shares,
     )
     if int(pairs.codes.max()) >= completed.num_image_codes:
         raise ConfigError(f"model.num_image_codes={completed.num_image_codes}, but {folder} holds larger codes")
@@ -147,7 +235,8 @@ def _start(folder: str, config: TransformerConfig) -> Transformer:
     model = Transformer(config)
     if folder:
         trained = load_part(Transformer, folder)
-        if trained.config != config:
+        # it may go on with other kinds of rows
+        if replace(trained.config, fills=config.fills) != config:
             raise ConfigError(f"start_from={folder} is a generator of another configuration or of other parts")
         model.load_state_dict(trained.state_dict())
     return model
@@ -162,14 +251,10 @@ def _sheet_tokenizer(data: GeneratorDataConfig, expected: str) -> VQVAE | None:
     return tokenizer
 
 
-def _write_sheet(
-    model: Transformer, tokenizer: VQVAE, text: TextTokenizer, config: GeneratorTrainConfig, step: int
-) -> None:
+def _write_sheet(model: Transformer, tokenizer: VQVAE, prompts: list[Prompt], path: Path) -> None:
     from torchvision.utils import save_image
 
-    prompts = [text.encode(prompt) for prompt in config.sample_prompts]
     options = SamplingOptions(guidance=2.0, top_k=100)
     codes = generate_codes(model, prompts, list(range(len(prompts))), options, grid=model.config.grid)
-    path = Path(config.loop.out) / "sheets" / f"{step:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(tokenizer.decode(codes.cpu()), path, nrow=8)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from data.atomic import write_files
 from data.config import ConfigError, from_dict, to_dict
+from data.options import WIDTH, check_options, option
 from generation.rows.vocabulary import Vocabulary
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
@@ -42,16 +43,15 @@ class AdapterOptions:
     """What is trained. `prompt_vectors` and `encoder_width` belong to P-tuning, `rank` and `alpha` to LoRA."""
 
     method: Method = "both"
-    prompt_vectors: int = 8
-    encoder_width: int = 32
-    rank: int = 4
-    alpha: float = 8.0  # the update is alpha / rank * B A
+    prompt_vectors: int = option(8, "Vectors before the text.", least=1, most=2**16)
+    encoder_width: int = option(32, "The width of the network that makes them, which is even.", least=2, most=WIDTH)
+    rank: int = option(4, "The rank of the updates of the matrices.", least=1, most=WIDTH)
+    alpha: float = option(8.0, "The update is alpha / rank * B A.", above=0, most=1e6)
 
     def __post_init__(self) -> None:
-        if min(self.prompt_vectors, self.rank) < 1 or self.encoder_width < 2 or self.encoder_width % 2:
-            raise ValueError("prompt_vectors and rank must be at least 1, and encoder_width even")
-        if self.alpha <= 0:
-            raise ValueError("alpha must be above 0")
+        check_options(self)
+        if self.encoder_width % 2:
+            raise ValueError(f"encoder_width must be even, not {self.encoder_width}")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,12 @@ class AdapterConfig:
 
     style: str
     method: Method
-    alpha: float
-    generator: str  # content hash
-    weights: str  # of the bytes of adapter.safetensors
+    alpha: float = option(help="The update is alpha / rank * B A.", above=0, most=1e6)
+    generator: str = option(help="The content hash of the base generator.")
+    weights: str = option(help="The hash of the bytes of adapter.safetensors.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def hash(self) -> str:
@@ -74,7 +77,7 @@ class AdapterConfig:
 class AdaptedConfig(TransformerConfig):
     """The configuration of a generator with prompt vectors; never stored."""
 
-    num_prompt_vectors: int = 0
+    num_prompt_vectors: int = option(0, "Vectors before the text.", least=0, most=2**16)
 
     @property
     def vocabulary(self) -> Vocabulary:

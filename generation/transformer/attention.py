@@ -1,6 +1,6 @@
 """Dense attention and rotary positions.
 
-Shapes: B rows, H heads, T tokens, S tokens that are looked at, d head width.
+Shapes: B rows, H heads, K heads of keys and values, T tokens, S tokens that are looked at, d head width.
 """
 
 from __future__ import annotations
@@ -32,19 +32,13 @@ class DenseAttention(nn.Module):
         return not (self.config.pb_relax or (self.training and self.config.dropout))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """[B, H, T, d] of `q` [B, H, T, d] and `k`, `v` [B, H, S, d]; `bias` is added to the scores, None is causal."""
+        """[B, H, T, d] of `q` [B, H, T, d] and `k`, `v` [B, K, S, d]; `bias` is added to the scores, None is causal."""
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         dropout = self.config.dropout if self.training else 0.0
         if self.config.pb_relax:
             return relaxed_attention(q, k, v, bias, self.config.pb_relax, dropout)
         bias = None if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
-
-
-def segment_bias(segments: Tensor) -> Tensor:
-    """What is added to the scores of rows with `segments` [B, T]: [B, 1, T, T], 0 or minus infinity."""
-    shared_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-    visible = shared_or_own.tril()
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf).unsqueeze(1)
 
 
 def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alpha: float, dropout: float) -> Tensor:
@@ -65,9 +59,15 @@ def relaxed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alph
 
 
 def single_query_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of one query a row, q [B, H, 1, d], in the dtype of the keys and values [B, H, S, d]."""
-    scores = (q.to(k.dtype) / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + bias.to(k.dtype)
-    return (scores.softmax(-1) @ v).to(q.dtype)
+    """Attention of one query a row, q [B, H, 1, d], in the dtype of the keys and values [B, K, S, d]."""
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # those that share a head of keys are its queries
+    scores = (grouped.to(k.dtype) / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + bias.to(k.dtype)
+    return (scores.softmax(-1) @ v).to(q.dtype).view(q.shape)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, K, S, d] as [B, H, S, d], each of them as often as queries share it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from generation.transformer.config import TransformerConfig
+from generation.transformer.visibility import Visibility, hidden_as_bias
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated: each [B, H, length, d].
+    """Keys and values of all layers, preallocated: each [B, H, length, d], H the heads of keys.
 
     `hidden` [B, length] marks slots that no other token may look at (padding left of short prompts).
     `used` counts the filled slots; the model fills the next ones.
@@ -24,7 +25,7 @@ class KVCache:
         self, config: TransformerConfig, hidden: Tensor, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         rows, length = hidden.shape
-        shape = (config.depth, rows, config.heads, length, config.head_width)
+        shape = (config.depth, rows, config.key_heads, length, config.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.used = 0
@@ -71,6 +72,14 @@ class KVCache:
     def hide_before(self, slot: int) -> None:
         """No later token may look at the slots before `slot`."""
         self._bias[..., : max(0, slot)] = -torch.inf
+
+    def first_bias(self, levels: Tensor) -> Tensor:
+        """As `bias`, for the first tokens of all, [B, T] with `levels`: padding is hidden, and sees itself."""
+        assert self.used == 0, "what is in the cache has no levels"
+        length = levels.shape[1]
+        padding = torch.isinf(self._bias[..., :length])
+        own = torch.eye(length, dtype=torch.bool, device=levels.device)
+        return hidden_as_bias((Visibility.of(levels, levels).visible().unsqueeze(1) & ~padding) | own)
 
     def bias(self, new: int) -> Tensor:
         """What is added to the scores of the `new` next tokens: [B, 1, new, used + new], 0 or minus infinity."""

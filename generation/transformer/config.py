@@ -6,57 +6,84 @@ learned 1-D positions), `TransformerConfig.modern` has RMSNorm, rotary 2-D posit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data.options import DEPTH, WIDTH, check_options, option
+from generation.rows.frame import PromptFrame
 from generation.rows.row import COMMANDS_IN_ROW, PositionKind
 from generation.rows.vocabulary import Vocabulary
+from generation.transformer.prompt_features import PromptFeatures
 
 
 @dataclass
 class TransformerConfig:
     """Sizes and choices. `max_text` counts text pieces, `grid` is (h, w) of the largest picture in codes."""
 
-    num_image_codes: int = 1024
-    num_text_pieces: int = 4096
-    width: int = 384
-    depth: int = 8
-    heads: int = 6
-    max_text: int = 48
-    grid: tuple[int, int] = (16, 16)
+    num_image_codes: int = option(1024, "How many codes there are for pictures.", least=1, most=2**20)
+    num_text_pieces: int = option(4096, "How many pieces there are for text.", least=1, most=2**22)
+    width: int = option(384, "The width of the layers.", least=1, most=WIDTH)
+    depth: int = option(8, "How many blocks there are.", least=1, most=DEPTH)
+    heads: int = option(6, "Attention heads of a block.", least=1, most=DEPTH)
+    # Ainslie et al. 2023, arXiv:2305.13245
+    kv_heads: int = option(
+        0, "Heads of keys and values, each shared by several of the queries; 0: as many as heads.", least=0, most=DEPTH
+    )
+    max_text: int = option(48, "Text pieces of a row at most.", least=0, most=2**16)
+    grid: tuple[int, int] = option((16, 16), "Height and width of the largest picture in codes.", least=1, most=1024)
     norm: Literal["layernorm", "rmsnorm", "max_scaled_layernorm"] = "rmsnorm"  # the last: see MaxScaledLayerNorm
-    norm_eps: float = 1e-5
+    norm_eps: float = option(1e-5, "What norms add to the variance.", above=0, most=1)
     sandwich: bool = False  # a second norm after each branch, before it is added (CogView section 2.4)
     mlp: Literal["gelu", "swiglu"] = "swiglu"
-    mlp_width: int = 0  # 0: 4 x width for gelu; 8/3 x width, rounded to 64, for swiglu (the same parameter count)
-    position: Literal["sequence", "learned_2d", "rotary_2d"] = "rotary_2d"
-    rotary_base: float = 10000.0
+    # the two defaults have the same parameter count
+    mlp_width: int = option(
+        0, "Width inside the MLP; 0: 4 x width for gelu; 8/3 x width, rounded to 64, for swiglu.",
+        least=0, most=8 * WIDTH,
+    )  # fmt: skip
+    position: Literal["sequence", "learned_2d", "rotary_2d", "rotary_1d"] = "rotary_2d"
+    rotary_base: float = option(10000.0, "The base of the rotary positions' wavelengths.", above=1, most=1e12)
     qk_norm: bool = True
-    pb_relax: float = 0.0  # alpha of precision-bottleneck relaxation; 0: plain attention
-    # attention over three regions (`generation.transformer.sparse`) in training; 0: dense, as it always is in eval mode
-    sparse_window: int = 0
-    sparse_windows: int = 4  # the published settings: 64, 4, 256
-    sparse_pivots: int = 256
+    pb_relax: float = option(0.0, "Alpha of precision-bottleneck relaxation; 0: plain attention.", least=0, most=1e6)
+    # `generation.transformer.sparse`; the published settings are 64, 4, 256
+    sparse_window: int = option(
+        0, "Tokens of a window of sparse attention in training; 0: dense, as it always is in eval mode.",
+        least=0, most=2**16,
+    )  # fmt: skip
+    sparse_windows: int = option(4, "Windows that a token sees where attention is sparse.", least=1, most=2**16)
+    sparse_pivots: int = option(256, "Pivots that a token sees where attention is sparse.", least=1, most=2**16)
     bias: bool = False
-    dropout: float = 0.0
+    dropout: float = option(0.0, "The share of activations that training drops.", least=0, below=1)
     tie_embeddings: bool = True
+    # mlp: Linear, GELU (erf), Linear, with biases, to the codes alone: such a model draws and tells nothing of text
+    image_head: Literal["linear", "mlp"] = "linear"
     image_softmax: Literal["codes", "full"] = "codes"  # the softmax of the image loss: over N codes, or over V ids
     tokenizer_hash: str = ""  # content hashes of the parts this model was trained with
     text_hash: str = ""
+    prompt_features: PromptFeatures = field(default_factory=PromptFeatures)
+    frame: PromptFrame = field(default_factory=PromptFrame)
+    block_rows: int = option(
+        16, "Rows that are drawn side by side at most; a guided picture takes two.", least=2, most=16
+    )
+    fills: bool = False  # was trained on rows with holes, so that any codes may be given
 
     def __post_init__(self) -> None:
+        check_options(self)
         height, width = self.grid
         self.grid = (int(height), int(width))  # JSON has only lists
-        if min(self.width, self.depth, self.heads, self.num_image_codes, self.num_text_pieces, *self.grid) < 1:
-            raise ValueError("width, depth, heads, grid and both vocabulary sizes must be at least 1")
+        if isinstance(self.prompt_features, dict):  # and dictionaries
+            self.prompt_features = PromptFeatures(**self.prompt_features)
+        if isinstance(self.frame, dict):
+            self.frame = PromptFrame(**self.frame)
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         if self.position == "rotary_2d" and self.head_width % 4:
             raise ValueError(f"rotary_2d needs width / heads to be a multiple of 4, not {self.head_width}")
-        if self.max_text < 0 or self.pb_relax < 0 or not 0 <= self.dropout < 1:
-            raise ValueError("max_text and pb_relax must not be negative, and dropout must lie in [0, 1)")
-        if self.sparse_window < 0 or min(self.sparse_windows, self.sparse_pivots) < 1:
-            raise ValueError("sparse_window must be 0 (dense) or more, sparse_windows and sparse_pivots at least 1")
+        if self.position == "rotary_1d" and self.head_width % 2:
+            raise ValueError(f"rotary_1d needs width / heads to be even, not {self.head_width}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        if self.frame.own and max(self.frame.begin, self.frame.end, self.frame.blank) >= self.num_text_pieces:
+            raise ValueError(f"the marks of the frame must be text pieces, below {self.num_text_pieces}")
 
     @classmethod
     def cogview(cls, **overrides: Any) -> TransformerConfig:
@@ -95,6 +122,11 @@ class TransformerConfig:
         return self.width // self.heads
 
     @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
     def hidden_width(self) -> int:
         """Width inside the MLP."""
         if self.mlp_width:
@@ -109,11 +141,11 @@ class TransformerConfig:
     @property
     def position_kind(self) -> PositionKind:
         """Which positions the rows need (`rows.draw.row_positions`)."""
-        return "sequence" if self.position == "sequence" else "grid"
+        return "sequence" if self.position in ("sequence", "rotary_1d") else "grid"
 
     @property
     def num_positions(self) -> int:
         """Entries of a position table: along the row, or along each of the two axes."""
-        if self.position == "sequence":
+        if self.position_kind == "sequence":
             return self.max_length
         return self.max_text + COMMANDS_IN_ROW + max(self.grid) + 1

@@ -1,25 +1,29 @@
 """Weights of 8 bits: the matrices of the blocks as int8 with one scale a row, computed in the model's own dtype.
 
 The weights are half as large as in bfloat16. A GPU that draws one picture reads all of them for every code, so half as
-much (with the engine "compile", which multiplies them as they are). On a CPU they only save space on disk and in
-memory: `fused_step` turns them back into float32.
+much (with the engine "compile", which multiplies them as they are). On a CPU `fused_step` multiplies them as they are.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from generation.transformer.model import Block, Transformer
 
 
-def quantise(model: Transformer) -> Transformer:
-    """Round the matrices of the blocks to 8 bits, in place. Raises `ValueError` where torchao is missing."""
+def quantise(model: Transformer, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
+    """Round the matrices of the blocks to 8 bits, in place. Raises `ValueError` where torchao is missing.
+
+    The model moves to `device` and `dtype` block by block, so that no more than one block is there in full.
+    """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ValueError("weights of 8 bits need torchao: pip install 'mmwudao[int8]'") from error
-    quantize_(model.blocks, Int8WeightOnlyConfig())
-    return model
+    for block in model.blocks:
+        quantize_(block.to(device=device, dtype=dtype), Int8WeightOnlyConfig())
+    return model.to(device=device, dtype=dtype)
 
 
 def is_quantised(model: Transformer) -> bool:
@@ -32,3 +36,18 @@ def is_quantised(model: Transformer) -> bool:
 def full_weight(weight: Tensor) -> Tensor:
     """A weight as an ordinary tensor; 8-bit numbers are scaled back to the values they stand for."""
     return weight.data if type(weight.data) is Tensor else weight.dequantize()
+
+
+def stored_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The numbers, int8 [out, in], and scales, float32 [out], of a weight that `quantise` made; None for another."""
+    data = weight.data
+    if type(data) is Tensor:
+        return None
+    numbers, scale = getattr(data, "qdata", None), getattr(data, "scale", None)
+    # libraries store 8 bits in more than one way: one scale a row and no offset is the one that is known here
+    if not isinstance(numbers, Tensor) or not isinstance(scale, Tensor) or scale.numel() != len(numbers):
+        return None
+    offsets = getattr(data, "zero_point", None)
+    if numbers.dtype != torch.int8 or (offsets is not None and bool(offsets.any())):
+        return None
+    return numbers.contiguous(), scale.flatten().float()

@@ -17,6 +17,7 @@ from generation.rows.row import RowBatch
 from generation.transformer.attention import DenseAttention, Rotation, rotate
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
+from generation.transformer.prompt_features import FeatureMap
 from generation.transformer.views import Inputs, View, choose_view
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
@@ -69,21 +70,25 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        numbers = (config.heads + 2 * config.key_heads) * config.head_width  # of q, k and v, one after the other
+        self.qkv = nn.Linear(config.width, numbers, bias=config.bias)
         self.project = nn.Linear(config.width, config.width, bias=config.bias)
         self.q_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, view: View) -> Tensor:
-        rows, length, width = x.shape
-        qkv = self.qkv(x).view(rows, length, 3, self.config.heads, self.config.head_width)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, T, d]
+        rows, length, _ = x.shape
+        qkv = self.qkv(x).view(rows, length, -1, self.config.head_width).transpose(1, 2)
+        # tensor parallel: a part of the heads
+        heads = qkv.shape[1] * self.config.heads // (self.config.heads + 2 * self.config.key_heads)
+        keys = (qkv.shape[1] - heads) // 2
+        q, k, v = qkv.split([heads, keys, keys], dim=1)  # [B, H, T, d], and [B, K, T, d] twice
         # the norms may give float32 under autocast
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if view.rotation is not None:
             q, k = rotate(q, view.rotation), rotate(k, view.rotation)
         x = view.attend(q, k, v)
-        return self.project(x.transpose(1, 2).reshape(rows, length, width))
+        return self.project(x.transpose(1, 2).reshape(rows, length, -1))
 
 
 class MLP(nn.Module):
@@ -124,6 +129,18 @@ class Block(nn.Module):
         return x + self.mlp_out_norm(self.dropout(branch))
 
 
+class CodeHead(nn.Module):
+    """Hidden states [..., D] to logits [..., N] of the codes by a layer between, as Janus has one."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.width, config.width)
+        self.project = nn.Linear(config.width, config.num_image_codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(F.gelu(self.expand(x)))
+
+
 class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", license="apache-2.0"):
     """Tokens to the hidden states that predict the next ones."""
 
@@ -133,20 +150,23 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         self.checkpoints_gradients = False
         vocabulary_size = config.vocabulary.padded_size
         self.embed = nn.Embedding(vocabulary_size, config.width)
-        axes = {"sequence": 1, "learned_2d": 2, "rotary_2d": 0}[config.position]
+        axes = {"sequence": 1, "learned_2d": 2}.get(config.position, 0)
         self.embed_positions = nn.ModuleList(nn.Embedding(config.num_positions, config.width) for _ in range(axes))
         self.dropout = nn.Dropout(config.dropout)
         self.dense = DenseAttention(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = make_norm(config, config.width)
-        if not config.tie_embeddings:
+        if config.image_head == "mlp":
+            self.code_head = CodeHead(config)
+        elif not config.tie_embeddings:
             self.head = nn.Linear(config.width, vocabulary_size, bias=False)
-        if config.position == "rotary_2d":
+        if config.position in ("rotary_2d", "rotary_1d"):
             # cos and sin, not frequencies: a table survives `.to(bfloat16)`, a frequency times 80 does not
-            frequencies = config.rotary_base ** -torch.linspace(0, 1, config.head_width // 4 + 1)[:-1]
-            angles = torch.arange(config.num_positions).unsqueeze(1) * frequencies  # [P, d/4]
+            angles = torch.arange(config.num_positions).unsqueeze(1) * _frequencies(config)  # [P, d/4] or [P, d/2]
             self.register_buffer("angles_cos", angles.cos(), persistent=False)
             self.register_buffer("angles_sin", angles.sin(), persistent=False)
+        if config.prompt_features.used:
+            self.feature_map = FeatureMap(config.prompt_features, config.width)
         self._initialise()
 
     angles_cos: Tensor
@@ -163,6 +183,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             assert isinstance(block, Block)
             for branch in (block.attention, block.mlp):
                 nn.init.normal_(branch.project.weight, std=0.02 / math.sqrt(2 * self.config.depth))
+        if self.config.prompt_features.used:
+            self.feature_map.initialise()
 
     def checkpoint_gradients(self) -> None:
         """In training, keep the inputs of the blocks alone and compute the rest again in the backward pass."""
@@ -175,14 +197,21 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         cache: KVCache | None = None,
         segments: Tensor | None = None,
         lengths: tuple[int, ...] | None = None,
+        features: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, of `tokens` [B, T] at `positions` [B, T] or [B, T, 2].
 
-        With a `cache`, the tokens follow those already in it and are added to it. With `segments` [B, T], a token sees
-        those before it of segment 0 and of its own alone; attention is dense then. With `lengths`, B is 1 and the row
-        is rows of those lengths behind one another, none of which sees another (`rows.row.pack`); dense, too.
+        With a `cache`, the tokens follow those already in it and are added to it. With `levels` or `segments` [B, T],
+        the rule of `visibility` says who sees whom; with levels, a cache must be empty. With `lengths`, B is 1 and the
+        row is rows of those lengths behind one another, none of which sees another (`rows.row.pack`). With any of the
+        three attention is not sparse.
+        `features` [..., C] are the vectors of the prompts, one for each [ROI1] of `tokens` in their order; without
+        them, no row has a prompt.
         """
         x = self.embed(tokens)
+        if features is not None:
+            x = self.feature_map(x, tokens == self.config.vocabulary.command("[ROI1]"), features)
         rotation = None
         if self.config.position == "sequence":
             x = x + self.embed_positions[0](positions)
@@ -192,7 +221,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         else:
             rotation = self._rotation(positions, self._compute_dtype(x))
         x = self.dropout(x)
-        view = choose_view(Inputs(tokens, self._compute_dtype(x), rotation, cache, segments, lengths), self.dense)
+        dtype = self._compute_dtype(x)
+        view = choose_view(Inputs(tokens, dtype, rotation, cache, segments, lengths, levels), self.dense)
         for layer, block in enumerate(self.blocks):
             if self.checkpoints_gradients and self.training:
                 x = checkpoint(block, x, view.at(layer), use_reentrant=False)
@@ -204,6 +234,9 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
 
     def logits(self, hidden: Tensor, image_only: bool = False) -> Tensor:
         """Logits [..., V] of `hidden` [..., D], or [..., N] of the image codes alone. V includes the padding ids."""
+        if self.config.image_head == "mlp":
+            assert image_only, "this model has no logits of text"
+            return self.code_head(hidden)
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
         return F.linear(hidden, weight[: self.config.num_image_codes] if image_only else weight)
 
@@ -213,7 +246,14 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         `total_weight` replaces the batch's own sum of weights as the divisor, so that the losses (and gradients) of
         several batches can be added up to exactly those of one large one. Bits of a kind with no tokens are NaN.
         """
-        hidden = self(batch.tokens, batch.positions, segments=batch.segments, lengths=batch.lengths)
+        hidden = self(
+            batch.tokens,
+            batch.positions,
+            segments=batch.segments,
+            lengths=batch.lengths,
+            features=batch.features,
+            levels=batch.levels,
+        )
         text_mask = (batch.weights > 0) & ~batch.image_mask
         # apart, because text needs the product with the whole vocabulary and image codes, most of a row, do not
         codes_only = self.config.image_softmax == "codes"
@@ -236,10 +276,11 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         return losses, batch.weights.flatten()[places]
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """cos and sin [B, 1, T, d/2] of the angles at `positions` [B, T, 2]."""
+        """cos and sin [B, 1, T, d/2] of the angles at `positions` [B, T, 2] or [B, T]."""
+        rows, length = positions.shape[:2]
         return (
-            self.angles_cos[positions].flatten(-2).unsqueeze(1).to(dtype),  # [B, T, 2, d/4] to [B, 1, T, d/2]
-            self.angles_sin[positions].flatten(-2).unsqueeze(1).to(dtype),
+            self.angles_cos[positions].view(rows, 1, length, -1).to(dtype),  # of [B, T, 2, d/4] or [B, T, d/2]
+            self.angles_sin[positions].view(rows, 1, length, -1).to(dtype),
         )
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -247,3 +288,12 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return x.dtype
+
+
+def _frequencies(config: TransformerConfig) -> Tensor:
+    """How far each pair turns from one position to the next, in radians: [d/4] for each axis, or [d/2] for the one."""
+    if config.position == "rotary_1d":
+        # in the order of operations of other projects: a last bit off is a different angle at position 600
+        exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+        return 1.0 / config.rotary_base**exponents
+    return config.rotary_base ** -torch.linspace(0, 1, config.head_width // 4 + 1)[:-1]

@@ -5,15 +5,19 @@
 * `DenseView`: a token sees all before it in its row, or what a bias of the pass lets it see;
 * `CachedView`: the new tokens follow those in a `KVCache`; `OneTokenView`: one new token a row, on a CPU;
 * `PackedView`: rows behind one another in one row (`generation.rows.row.pack`), each sees itself alone;
+* `FlexView`: rows with levels or segments on CUDA, packed or not, by FlexAttention;
 * `PivotView`: three regions of a long row (`generation.transformer.sparse`), in training.
 
-Shapes: B rows, H heads, T tokens, d head width.
+Shapes: B rows, H heads, K heads of keys and values, T tokens, d head width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +26,22 @@ from torch.utils.checkpoint import checkpoint
 from generation.transformer.attention import (
     DenseAttention,
     Rotation,
-    segment_bias,
+    repeat_heads,
     single_query_attention,
 )
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
 from generation.transformer.packing import Packing, make_packing, packed_attention
 from generation.transformer.sparse import draw_pivots, sparse_attention
+from generation.transformer.visibility import Visibility
 
 
 @dataclass
 class Inputs:
     """What a pass is given: `tokens` [B, T], the dtype of its products, and what restricts who sees whom.
 
-    `cache`, `segments` and `lengths` are those of `Transformer.forward`. `rotation` is None where
-    positions are learned.
+    `cache`, `levels`, `segments` and `lengths` are those of `Transformer.forward`. `rotation` is None where positions
+    are learned.
     """
 
     tokens: Tensor
@@ -45,6 +50,14 @@ class Inputs:
     cache: KVCache | None = None
     segments: Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    levels: Tensor | None = None
+
+    @property
+    def visibility(self) -> Visibility | None:
+        """Who sees whom, where the order of the tokens does not say it."""
+        if self.levels is None and self.segments is None:
+            return None
+        return Visibility.of(self.tokens, self.levels, self.segments, self.lengths)
 
 
 class View(ABC):
@@ -59,24 +72,33 @@ class View(ABC):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention [B, H, T, d] of the tokens; `q`, `k` and `v` are as large, `q` and `k` rotated already."""
+        """Attention [B, H, T, d] of the tokens: `q` [B, H, T, d], `k` and `v` [B, K, T, d], `q` and `k` rotated."""
 
 
 def choose_view(inputs: Inputs, dense: DenseAttention) -> View:
-    """The view of a pass. A cache decides first, then packed rows, then segments; attention is sparse without these.
+    """The view of a pass. A cache decides first, then levels and segments, then packed rows; else it may be sparse.
 
     Sparse attention is for training. A row inside its windows sees all of itself, which is dense attention.
     """
     tokens, config = inputs.tokens, dense.config
     if inputs.cache is not None:
         assert inputs.segments is None
+        if inputs.levels is not None:
+            return CachedView(dense, inputs.rotation, inputs.cache, inputs.cache.first_bias(inputs.levels))
         # the fused CPU kernel is made for many queries: with one it takes 3 times as long as two products
         one = tokens.shape[1] == 1 and tokens.device.type == "cpu" and not config.pb_relax
-        return (OneTokenView if one else CachedView)(dense, inputs.rotation, inputs.cache, tokens.shape[1])
+        return (OneTokenView if one else CachedView)(
+            dense, inputs.rotation, inputs.cache, inputs.cache.bias(tokens.shape[1])
+        )
+    visibility = inputs.visibility
+    if visibility is not None and tokens.device.type == "cuda" and dense.plain:
+        return FlexView(dense, inputs.rotation, visibility.block_mask())
     if inputs.lengths is not None:
-        return PackedView(dense, inputs.rotation, _packing(inputs, inputs.lengths, dense))
-    if inputs.segments is not None:
-        return DenseView(dense, inputs.rotation, segment_bias(inputs.segments))
+        biases = None if visibility is None else [one.bias() for one in visibility.split(inputs.lengths)]
+        packing = make_packing(inputs.lengths, tokens.device, inputs.dtype, biases, dense.plain)
+        return PackedView(dense, inputs.rotation, packing)
+    if visibility is not None:
+        return DenseView(dense, inputs.rotation, visibility.bias())
     if dense.training and 0 < config.sparse_window * config.sparse_windows < tokens.shape[1]:
         return PivotView(dense, inputs.rotation, tokens)
     return DenseView(dense, inputs.rotation)
@@ -96,9 +118,9 @@ class DenseView(View):
 class CachedView(View):
     """The tokens follow those in `cache`, to which their keys and values are added; `bias` is the cache's."""
 
-    def __init__(self, dense: DenseAttention, rotation: Rotation | None, cache: KVCache, new: int) -> None:
+    def __init__(self, dense: DenseAttention, rotation: Rotation | None, cache: KVCache, bias: Tensor) -> None:
         super().__init__(dense, rotation)
-        self._cache, self._bias, self._layer = cache, cache.bias(new), 0
+        self._cache, self._bias, self._layer = cache, bias, 0
 
     def at(self, layer: int) -> View:
         # the same object: without gradients no layer is computed again
@@ -129,7 +151,20 @@ class PackedView(View):
         self._packing = packing
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         return packed_attention(q, k, v, self._packing, self.dense)
+
+
+class FlexView(View):
+    """Rows, packed or not, in which a `BlockMask` says who sees whom (`visibility.Visibility.block_mask`)."""
+
+    def __init__(self, dense: DenseAttention, rotation: Rotation | None, block_mask: Any) -> None:
+        super().__init__(dense, rotation)
+        self._block_mask = block_mask
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        return _flex_attention(q.device.type)(q, k, v, block_mask=self._block_mask)
 
 
 class PivotView(View):
@@ -149,17 +184,20 @@ class PivotView(View):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self._pivots is not None, "the view of a layer attends, see `at`"
         sizes = self.dense.config.sparse_window, self.dense.config.sparse_windows
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         # recomputed in the backward pass: what is gathered for the blocks is many times as large as k and v
         mixed = checkpoint(sparse_attention, q, k, v, self._pivots, *sizes, self.dense, use_reentrant=False)
         assert isinstance(mixed, Tensor)
         return mixed
 
 
-def _packing(inputs: Inputs, lengths: tuple[int, ...], dense: DenseAttention) -> Packing:
-    biases = None
-    if inputs.segments is not None:
-        biases = [segment_bias(row) for row in inputs.segments.split(lengths, dim=1)]
-    return make_packing(lengths, inputs.tokens.device, inputs.dtype, biases, dense.plain)
+@cache
+def _flex_attention(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # uncompiled, it computes all scores; compiled, it has no backward pass on a CPU
+    attention: Callable[..., Any] = flex_attention
+    return torch.compile(attention, dynamic=True) if device == "cuda" else attention
 
 
 def _pivot_settings(config: TransformerConfig) -> tuple[int, int, int]:
