@@ -18,7 +18,8 @@ from data.images import open_image, to_square
 from data.reading import Example, open_shards
 from data.sample import DataError, Sample
 from data.styles import LANGUAGES, with_style
-from mmwudao.pipeline import Pipeline
+from mmwudao.evaluation_settings import GeneratorEvalConfig
+from mmwudao.pipeline import MAX_PICTURES, Pipeline
 from retrieval.evaluation.evaluate import concept_of
 from retrieval.towers.base import Towers
 
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 64  # px
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class GeneratorEvalConfig:
-    """`prompts` in each language, each ranked among `candidates`; `neighbours` are shown beside each picture."""
-
-    split: str = "test-family"
-    prompts: int = 16
-    candidates: int = 100
-    neighbours: int = 4
-    train_limit: int | None = None  # compare with only this many training pictures
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.prompts < 2 or self.candidates < 2 or self.neighbours < 1:
-            raise ValueError("ask for 2 prompts and 2 candidates or more, and for 1 neighbour or more")
 
 
 @dataclass(frozen=True)
@@ -67,13 +52,13 @@ def evaluate_generator(
 
     Raises `DataError` if the split has too few concepts, or no training picture can be read.
     """
-    chosen, samples = _choose(shards, config, pipe.config.styles)
+    chosen, samples = choose_held_out(shards, config, pipe.config.styles)
     languages = [name for name in LANGUAGES if all(name in sample.captions for sample, _ in chosen)]
     if not languages:
         raise DataError(f"no language has a caption for each of the {len(chosen)} prompts of {config.split}")
     pictured = [sample for sample, _ in chosen]
     texts = {language: candidate_texts(pictured, samples, language, config) for language in languages}
-    prompts = [_prompt(sample, language, pipe.config.styles) for language in languages for sample in pictured]
+    prompts = [prompt_of(sample, language, pipe.config.styles) for language in languages for sample in pictured]
     drawn = _draw(pipe, prompts, config.seed, progress)
     drawn_features = towers.encode_image(drawn)
     real_features = towers.encode_image([image for _, image in chosen])
@@ -91,6 +76,7 @@ def evaluate_generator(
     record = {
         **asdict(config),
         "model_hash": pipe.config.model_hash,
+        "selection": asdict(pipe.config.selection),
         "chance": 1 / config.candidates,
         "r_precision": figures,
         "mean": {name: sum(f[name] for f in figures.values()) / len(figures) for name in ("drawn", "real", "random")},
@@ -103,7 +89,7 @@ def evaluate_generator(
     return record, neighbour_sheet(drawn, nearest[: len(drawn)], columns=len(languages))
 
 
-def _prompt(sample: Sample, language: str, styles: Sequence[str]) -> str:
+def prompt_of(sample: Sample, language: str, styles: Sequence[str]) -> str:
     """The sample's name in `language`, with its family if the model can draw it."""
     name = sample.captions[language].name
     return with_style(name, sample.family, language) if sample.family and sample.family in styles else name
@@ -112,13 +98,18 @@ def _prompt(sample: Sample, language: str, styles: Sequence[str]) -> str:
 def _draw(pipe: Pipeline, prompts: list[str], seed: int, progress: bool) -> list[Image.Image]:
     from tqdm import tqdm
 
-    with tqdm(desc="drawing", disable=not progress) as bar:
+    size = MAX_PICTURES // pipe.config.selection.candidates  # prompts of a call
+    images = []
+    for start in range(0, len(prompts), size):
+        with tqdm(desc="drawing", disable=not progress) as bar:
 
-        def on_progress(step: Any) -> None:
-            bar.total = step.total
-            bar.update(step.done - bar.n)
+            def on_progress(step: Any, bar: Any = bar) -> None:
+                bar.total = step.total
+                bar.update(step.done - bar.n)
 
-        return pipe.generate(prompts, seed=seed, on_progress=on_progress)
+            first = seed + start * pipe.config.selection.candidates
+            images += pipe.generate(prompts[start : start + size], seed=first, on_progress=on_progress)
+    return images
 
 
 def _nearest_in_training(
@@ -132,7 +123,7 @@ def _nearest_in_training(
     )
 
 
-def _choose(
+def choose_held_out(
     shards: Path | str, config: GeneratorEvalConfig, styles: Sequence[str]
 ) -> tuple[list[Example], list[Sample]]:
     """The held-out pictures whose captions become prompts, one a base concept, and all samples of the split."""

@@ -24,20 +24,23 @@ RECIPE_FIELDS: dict[str, type] = {
     "style": str,
     "text": str,  # what the model read: the prompt with the style's phrase
     "seed": int,
+    "like": str,  # the vector of a picture that took the place of the prompt's
     **SAMPLING_FIELDS,
     "model": str,
     "model_hash": str,
     "tokenizer_hash": str,
     "adapter_hash": str,
+    "towers_hash": str,  # of a generator that reads their vectors
     "device": str,
     "dtype": str,
     "engine": str,
     "version": str,
 }
 # An older version may not have known a sampling option: it drew as the option's default does.
-OPTIONAL_FIELDS = frozenset({"style", "adapter_hash", "engine", *SAMPLING_FIELDS})
+OPTIONAL_FIELDS = frozenset({"style", "like", "adapter_hash", "towers_hash", "engine", *SAMPLING_FIELDS})
 # What else a picture tells: how well its prompt describes it, and what was kept of another picture.
 NOTES = ("score", "kept")
+SEEDS = range(2**63)
 MAX_STEM_BYTES = 60  # of the prompt's part of a file name; file systems stop at 255
 
 
@@ -73,9 +76,13 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
     if "kept" in text:
         raise ValueError(f"{path} was completed from another picture: only pictures drawn whole can be drawn again")
     try:
-        return {name: kind(text[name]) for name, kind in RECIPE_FIELDS.items() if name in text}
+        recipe = {name: kind(text[name]) for name, kind in RECIPE_FIELDS.items() if name in text}
+        SamplingOptions(**{name: recipe[name] for name in SAMPLING_FIELDS if name in recipe})
+        if recipe["seed"] not in SEEDS:
+            raise ValueError(f"a seed lies in 0..{SEEDS.stop - 1}, not {recipe['seed']}")
     except ValueError as error:
         raise ValueError(f"{path} holds a damaged recipe: {error}") from error
+    return recipe
 
 
 def differing_pixels(path: Path | str, image: Image.Image) -> int:

@@ -13,11 +13,11 @@ import torch
 from data.atomic import write_files
 from data.shards import MANIFEST_NAME, Manifest, read_manifest
 from mmwudao.pictures import encode_png, unused_path
-from vqvae.model import VQVAE
 from vqvae.tokenize import TokenizeSettings, tensor_to_image, tokenize_image, tokenize_shards
+from vqvae.tokenizers import ImageTokenizer
 
 
-def tokenize_files(tokenizer: VQVAE, sources: Sequence[Path], out: Path, size: int | None = None) -> list[str]:
+def tokenize_files(tokenizer: ImageTokenizer, sources: Sequence[Path], out: Path, size: int | None = None) -> list[str]:
     """Write the codes [h, w] of pictures (.npy), and pictures decoded from codes, into the folder `out`, all or none.
 
     Returns a line to print for each file. Raises `ValueError` that names the source that is no picture or no codes.
@@ -60,7 +60,7 @@ def read_code_file(path: Path) -> torch.Tensor:
 
 
 def tokenize_folder(
-    tokenizer: VQVAE, shards: Path, out: Path, size: int | None = None, **options: Any
+    tokenizer: ImageTokenizer, shards: Path, out: Path, size: int | None = None, **options: Any
 ) -> Manifest:
     """`tokenize_shards` with the pictures' own size where `size` is None; `options` are those of `TokenizeSettings`.
 

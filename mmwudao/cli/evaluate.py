@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmwudao.cli.options import Device, Json
+from mmwudao.cli.options import Device, Json, field_option
+from mmwudao.cli.output import output_folder
 from mmwudao.cli.vectors import TowersDtype
+from mmwudao.evaluation_settings import GeneratorEvalConfig
+from retrieval.evaluation.settings import RetrievalEvalConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,28 +32,22 @@ def eval_retrieval(
         "mmwudao-out/eval-retrieval"
     ),
     split: Annotated[str | None, typer.Option(help="Measure these splits (a,b); by default all but train.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first pictures of each split.")] = None,
+    limit: Annotated[int | None, field_option(RetrievalEvalConfig, "limit")] = None,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Measure recall in both directions, median rank and zero-shot accuracy for each language and split."""
     from mmwudao.loading.towers import load_model_towers
-    from retrieval.evaluation.evaluate import (
-        RetrievalEvalConfig,
-        evaluate,
-        format_retrieval_table,
-        held_out_splits,
-        plot_recall,
-    )
+    from retrieval.evaluation.evaluate import evaluate, format_retrieval_table, held_out_splits, plot_recall
 
     config = RetrievalEvalConfig(tuple(split.split(",") if split else held_out_splits(shards)), limit)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"model": model, "shards": str(shards)} | evaluate(
-        load_model_towers(model, device, dtype), shards, config, progress=sys.stderr.isatty()
-    )
-    plot_recall(record, out / "retrieval.png")
-    _print(record, format_retrieval_table(record), out / "retrieval.json", as_json)
+    with output_folder(out):
+        record = {"model": model, "shards": str(shards)} | evaluate(
+            load_model_towers(model, device, dtype), shards, config, progress=sys.stderr.isatty()
+        )
+        plot_recall(record, out / "retrieval.png")
+        _print(record, format_retrieval_table(record), out / "retrieval.json", as_json)
 
 
 @app.command("generator")
@@ -62,17 +59,17 @@ def eval_generator(
     ),
     towers: Annotated[str | None, typer.Option(help="Judge by these towers; by default the model's own.")] = None,
     split: Annotated[str, typer.Option(help="Take the prompts from this split.")] = "test-family",
-    prompts: Annotated[int, typer.Option(help="Draw this many prompts in each language, one picture each.")] = 16,
-    candidates: Annotated[int, typer.Option(help="Rank each prompt among this many.")] = 100,
-    neighbours: Annotated[int, typer.Option(help="Show this many training pictures beside each drawn one.")] = 4,
-    train_limit: Annotated[int | None, typer.Option(help="Compare with this many training pictures only.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed the drawing and the choice of wrong prompts.")] = 0,
+    prompts: Annotated[int, field_option(GeneratorEvalConfig, "prompts")] = GeneratorEvalConfig.prompts,
+    candidates: Annotated[int, field_option(GeneratorEvalConfig, "candidates")] = GeneratorEvalConfig.candidates,
+    neighbours: Annotated[int, field_option(GeneratorEvalConfig, "neighbours")] = GeneratorEvalConfig.neighbours,
+    train_limit: Annotated[int | None, field_option(GeneratorEvalConfig, "train_limit")] = None,
+    seed: Annotated[int, field_option(GeneratorEvalConfig, "seed")] = GeneratorEvalConfig.seed,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure the R-precision of drawn, real and random pictures, and find the nearest training pictures."""
     from data.atomic import write_files
-    from mmwudao.evaluation import GeneratorEvalConfig, evaluate_generator, format_generator_table
+    from mmwudao.evaluation import evaluate_generator, format_generator_table
     from mmwudao.loading.towers import load_model_towers
     from mmwudao.pictures import encode_png
     from mmwudao.pipeline import load
@@ -80,11 +77,11 @@ def eval_generator(
     judge = load_model_towers(towers or model, device)
     config = GeneratorEvalConfig(split, prompts, candidates, neighbours, train_limit, seed)
     pipe = load(model, device)
-    out.mkdir(parents=True, exist_ok=True)
-    measured, sheet = evaluate_generator(pipe, judge, shards, config, progress=sys.stderr.isatty())
-    write_files({out / "nearest.png": encode_png(sheet)})
-    record = {"model": model, "towers": towers or model, "shards": str(shards)} | measured
-    _print(record, format_generator_table(record), out / "generator.json", as_json)
+    with output_folder(out):
+        measured, sheet = evaluate_generator(pipe, judge, shards, config, progress=sys.stderr.isatty())
+        write_files({out / "nearest.png": encode_png(sheet)})
+        record = {"model": model, "towers": towers or model, "shards": str(shards)} | measured
+        _print(record, format_generator_table(record), out / "generator.json", as_json)
 
 
 def _print(record: dict[str, Any], table: Table, path: Path, as_json: bool) -> None:

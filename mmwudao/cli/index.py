@@ -1,4 +1,4 @@
-"""`index` and `search`: build, change and search collections. Heavy imports happen inside the commands."""
+"""`index`: build, change and check collections. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmwudao.cli.options import Device, Json, as_typed
+from mmwudao.cli.options import Device, Json, as_typed, option_groups
+from mmwudao.cli.photos import PhotoOptions, is_photo_folder, update_photos
 from mmwudao.cli.vectors import TowersDtype, TowersModel
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from retrieval.collections.opening import Hit
-
-SHEET_PIXELS = 128  # the side of each picture on the sheet of `search`
+    from retrieval.towers.base import Towers
 
 app = typer.Typer(help="Build, change and check collections of vectors.", no_args_is_help=True)
 
@@ -27,6 +24,13 @@ Sources = Annotated[
     typer.Argument(
         metavar="VECTORS|SHARDS...",
         help="A folder that `embed` wrote, or shards to embed first (a folder, tar files, a brace pattern).",
+    ),
+]
+BuildSources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FOLDER|VECTORS|SHARDS...",
+        help="A folder of pictures, one that `embed` wrote, or shards (a folder, tar files, a brace pattern).",
     ),
 ]
 Place = Annotated[
@@ -40,25 +44,50 @@ Where = Annotated[
 
 
 @app.command()
+@option_groups
 def build(
-    sources: Sources,
-    collection: Place,
+    sources: BuildSources,
+    *,
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, s3://bucket/prefix, or http://host:port/name (Milvus). Pictures have a place by default."
+        ),
+    ] = None,
     kind: Kinds = "image",
+    photos: PhotoOptions,
     model: TowersModel = "emoji",
     durable: Durable = False,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Build a new collection of vectors, with an index if there are many.
+    """Build a collection: of a folder of pictures, which it then follows, or of vectors or shards.
 
-    To finish an interrupted build, run `add --replace` and `optimise`.
+    FOLDER: run it again to add what is new or changed and to drop what is gone, or to continue an interrupted run.
+    Shards: to finish an interrupted build, run `add --replace` and `optimise`.
     """
     from mmwudao.loading.towers import load_model_towers
-    from retrieval.collections.building import build_collection, open_source
+    from retrieval.collections.building import build_collection, check_unfilled, open_source
+    from retrieval.collections.opening import CollectionError
 
     progress = sys.stderr.isatty()
-    with open_source(sources, lambda: load_model_towers(model, device, dtype), progress=progress) as vectors:
+
+    def load_towers() -> Towers:
+        return load_model_towers(model, device, dtype)
+
+    if is_photo_folder(sources):
+        if kind != "image":
+            raise CollectionError("a folder of pictures has no captions: --kind is image")
+        update_photos(Path(sources[0]), collection, photos, load_towers, model, as_json=as_json)
+        return
+    if collection is None:
+        missing = next((source for source in sources if "{" not in source and not Path(source).exists()), None)
+        if missing is not None:
+            raise CollectionError(f"no folder of pictures or shards at {missing}")
+        raise CollectionError("say where to build it: --collection FOLDER")
+    check_unfilled(collection)  # before hours of encoding, not after
+    with open_source(sources, load_towers, kind, progress=progress) as vectors:
         count = build_collection(vectors, collection, kind, durable=durable, progress=progress)
     _tell(as_json, f"{count} items in {collection}", collection=collection, added=count)
 
@@ -81,8 +110,9 @@ def add(
     from retrieval.collections.opening import open_collection
 
     progress = sys.stderr.isatty()
+    open_collection(collection, durable=durable).close()  # before hours of encoding, not after
     with (
-        open_source(sources, lambda: load_model_towers(model, device, dtype), progress=progress) as vectors,
+        open_source(sources, lambda: load_model_towers(model, device, dtype), kind, progress=progress) as vectors,
         open_collection(collection, dim=vectors.dim, model=vectors.model, durable=durable) as opened,
     ):
         count = add_vectors(opened, vectors, kind, replace=replace, progress=progress)
@@ -104,8 +134,7 @@ def delete(
 
     wanted = [as_typed(name) for name in ids or []]
     if ids_file:
-        text = sys.stdin.read() if str(ids_file) == "-" else ids_file.read_text(encoding="utf-8")
-        wanted += text.splitlines()
+        wanted += _read_ids(ids_file)
     if not wanted:
         raise CollectionError("no id: name the items to delete, or give --ids-file")
     with open_collection(collection, durable=durable) as opened:
@@ -152,8 +181,8 @@ def snapshots(
 @app.command()
 def check(
     collection: Place,
-    queries: Annotated[int, typer.Option(help="Search for the neighbours of this many stored items.")] = 100,
-    k: Annotated[int, typer.Option("-k", help="Look for this many neighbours of each.")] = 10,
+    queries: Annotated[int, typer.Option(help="Search for neighbours of this many stored items, at least 1.")] = 100,
+    k: Annotated[int, typer.Option("-k", help="Look for this many neighbours of each, 1 to 10000.")] = 10,
     where: Where = None,
     as_json: Json = False,
 ) -> None:
@@ -170,61 +199,17 @@ def check(
     _tell(as_json, f"{text} (least {report.least:.2f})", **asdict(report), **record)
 
 
-def search_command(
-    collection: Annotated[str, typer.Argument(help="The collection: a folder, s3://bucket/prefix, or http://host:port/name.")],
-    text: Annotated[str | None, typer.Argument(help="The text to search for.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Search for this picture file instead of a text.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Return this many items.")] = 10,
-    where: Where = None,
-    sheet: Annotated[Path | None, typer.Option(help="Write the pictures of the results to this PNG file.")] = None,
-    shards: Annotated[
-        str | None, typer.Option(help="Read the pictures from these shards; by default from where they were embedded.")
-    ] = None,
-    model: TowersModel = "emoji",
-    device: Device = "auto",
-    dtype: TowersDtype = "float32",
-    as_json: Json = False,
-) -> None:
-    """Print the items most similar to a text or a picture, best first."""
-    from data.atomic import write_files
-    from mmwudao.loading.towers import load_model_towers
-    from mmwudao.pictures import encode_png, grid
-    from retrieval.collections.opening import open_collection
-    from retrieval.collections.query import check_towers, embed_query, hit_pictures
+def _read_ids(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises `ValueError` for a file that is no text."""
+    from data.characters import decode_text
 
-    query = _read_query(text, image)
-    with open_collection(collection) as opened:
-        towers = load_model_towers(model, device, dtype)
-        check_towers(opened, collection, towers)
-        hits = opened.search(embed_query(towers, query), k, where)
-    if sheet:
-        write_files({sheet: encode_png(grid(hit_pictures(hits, SHEET_PIXELS, shards)))})
-    for hit in hits:
-        if as_json:
-            print(json.dumps(asdict(hit), ensure_ascii=False))
-        else:
-            print(f"{hit.score:.4f}  {hit.id}  {_describe(hit)}")
-
-
-def _read_query(text: str | None, image: Path | None) -> str | Image.Image:
-    """The text or the decoded picture to search for. Raises `ValueError` unless exactly one is given and usable."""
-    from mmwudao.tasks import read_pictures
-
-    if (text is None) == (image is None):
-        raise ValueError("give a text or --image: one of them is what to look for")
-    if image is not None:
-        return read_pictures([image])[0]
-    query = as_typed(text or "")
-    if not query.strip():
-        raise ValueError("an empty text: say what to look for")
-    return query
-
-
-def _describe(hit: Hit) -> str:
-    from retrieval.collections.query import hit_captions
-
-    family = hit.metadata.get("family")
-    return " / ".join(hit_captions(hit)) + (f"  ({family})" if family else "")
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        # at line feeds alone: other ends of lines that Unicode knows may stand in an id
+        lines = decode_text(data).replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return [line for line in lines if line]
 
 
 def _tell(as_json: bool, text: str, **record: object) -> None:

@@ -11,13 +11,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from data.options import help_of
+from data.options import full_help, help_of
 from generation.drawing.sampling import SamplingOptions
-from mmwudao.loading.options import EngineName, RunOptions
+from mmwudao.loading.options import EngineName, JudgeName, RunOptions
 
 if TYPE_CHECKING:
     from mmwudao.pipeline import Pipeline
@@ -36,8 +36,13 @@ Seed = Annotated[
     int | None, typer.Option(help="Picture k is drawn with this seed + k; without it a random seed is drawn and told.")
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Write the pictures into this folder.")]
-Judge = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which imports PyTorch
+Judge = JudgeName
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def field_option(settings: type, name: str, *names: str, **extra: Any) -> Any:
+    """The command line option of a settings field, with the help and the limits of the field."""
+    return typer.Option(*names, help=help_of(settings, name), **extra)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +120,7 @@ def _group_parameters(group: Any, some: bool) -> Iterator[inspect.Parameter]:
         if get_origin(kind) is not Annotated:
             # a flag needs no `--no-` form where off is the default
             names = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
-            kind = Annotated[kind | None if some else kind, typer.Option(*names, help=field.metadata["help"])]
+            kind = Annotated[kind | None if some else kind, typer.Option(*names, help=full_help(field))]
         made = field.default_factory
         default = None if some else field.default if made is dataclasses.MISSING else made()
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)

@@ -15,12 +15,26 @@ if TYPE_CHECKING:
 
     from mmwudao.pipeline import DrawingProgress
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".npy")
 PREVIEW_ROWS = 2  # rows of codes between two previews
+
+
+def check_png(path: Path) -> None:
+    """Raises `ValueError` for a file name that is not that of a PNG, which can hold the recipe of a picture."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: a PNG is written, so give a name that ends in .png")
+
+
+def check_folder_name(folder: Path) -> None:
+    """Raises `ValueError` for a folder that is not there and has the name of a picture."""
+    if folder.suffix.lower() in PICTURE_SUFFIXES and not folder.is_dir():
+        raise ValueError(f"{folder}: -o names the folder that files are written into, not a file")
 
 
 @contextlib.contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and check that it can be written, before the work; remove it again if the work fails."""
+    check_folder_name(folder)
     missing = []
     parent = folder
     while not parent.exists():

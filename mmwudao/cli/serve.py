@@ -40,13 +40,19 @@ def serve(
     config = settings.config(keys)
     from mmwudao.loading.devices import choose_threads
     from mmwudao.service.opening import open_served
-    from mmwudao.service.server import configure_logging, make_server, run_server
+    from mmwudao.service.server import bind, configure_logging, make_server, run_server
 
     configure_logging(config.log_prompts)
     choose_threads()
-    served = open_served(settings)
-    print(f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr)
-    try:
-        run_server(make_server(served, config, host, port))
-    finally:
-        served.close()
+    with bind(host, port) as listener:  # before the models are loaded: a port that is taken is told at once
+        served = open_served(settings)
+
+        def tell(port: int) -> None:
+            print(
+                f"serving {served.name} ({', '.join(served.abilities)}) on {host}:{port}", file=sys.stderr, flush=True
+            )
+
+        try:
+            run_server(make_server(served, config, host, port, tell), listener)
+        finally:
+            served.close()

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from data.options import SIDE
+from data.settings import TokenizeSettings
 from generation.drawing.sampling import SamplingOptions
-from mmwudao.cli.options import Device, option_groups
+from mmwudao.cli.options import Device, field_option, option_groups
+from mmwudao.loading.options import Selection
 
 app = typer.Typer(help="Train the parts of a model.", no_args_is_help=True)
 
@@ -22,6 +25,7 @@ TRAININGS = {
     "style": ("generation.training.train_style", "StyleTrainConfig"),
     "upscaler": ("vqvae.train_upscaler", "UpscalerTrainConfig"),
     "retrieval": ("retrieval.training.train_towers", "RetrievalTrainConfig"),
+    "text-encoder": ("retrieval.training.train_text_encoder", "TextEncoderTrainConfig"),
 }
 
 
@@ -73,7 +77,14 @@ def train_tokenizer(config: Config, overrides: Overrides = None, resume: Resume 
 @app.command("generator")
 def train_generator(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
     """Train the transformer. Runs under torchrun too: `torchrun --nproc-per-node 2 -m mmwudao train generator ...`."""
-    _train("generator", config, overrides, resume)
+    from data.config import load_config
+    from generation.training.config import GeneratorTrainConfig
+    from generation.training.train_generator import train
+    from mmwudao.loading.towers import FrozenTowers
+
+    settings = load_config(GeneratorTrainConfig, config, overrides or [])
+    named = settings.data.towers if settings.model.prompt_features.used else ""
+    train(settings, resume, FrozenTowers(named) if named else None)
 
 
 @app.command("style")
@@ -85,7 +96,8 @@ def train_style(config: Config, overrides: Overrides = None, resume: Resume = Fa
 
     settings = load_config(StyleTrainConfig, config, overrides or [])
     base = load(settings.base, device="cpu", dtype="float32")
-    train(settings, StyleBase(base.generator, base.text, base.config.parts["generator"].hash), resume)
+    start = StyleBase(base.generator, base.text, base.config.parts["generator"].hash, base.features)
+    train(settings, start, resume)
 
 
 @app.command("upscaler")
@@ -100,6 +112,12 @@ def train_retrieval(config: Config, overrides: Overrides = None, resume: Resume 
     _train("retrieval", config, overrides, resume)
 
 
+@app.command("text-encoder")
+def train_text_encoder(config: Config, overrides: Overrides = None, resume: Resume = False, _: Fields = False) -> None:
+    """Distil a small text encoder from a large one. Runs under torchrun too."""
+    _train("text-encoder", config, overrides, resume)
+
+
 @option_groups
 def assemble(
     *,
@@ -108,7 +126,9 @@ def assemble(
     text: Annotated[Path, typer.Option(help="Take this SentencePiece model, which the transformer was trained with.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Make this new model directory.")],
     name: Annotated[str, typer.Option(help="The model has this name.")],
-    image_size: Annotated[int, typer.Option(help="The model draws pictures of this many pixels a side.")],
+    image_size: Annotated[
+        int, typer.Option(min=8, max=SIDE, help="The model draws pictures of this many pixels a side.")
+    ],
     styles: Annotated[str, typer.Option(help="The model knows these picture families, as in noto,twemoji.")] = "",
     languages: Annotated[str, typer.Option(help="The model was trained with captions in these languages.")] = (
         "zh,en,fr,de,cs,ja,ko"
@@ -119,12 +139,19 @@ def assemble(
         Literal["no", "tagged", "untagged"],
         typer.Option(help="The transformer learned to describe pictures too: after a language's tag, or without one."),
     ] = "no",
+    answers: Annotated[
+        bool, typer.Option("--answers", help="The transformer learned to answer questions about pictures too.")
+    ] = False,
+    selection: Selection,
     upscaler: Annotated[Path | None, typer.Option(help="Take the trained upscaler in this folder.")] = None,
     towers: Annotated[Path | None, typer.Option(help="Take the trained retrieval towers in this folder.")] = None,
+    eight_bits: Annotated[
+        bool, typer.Option("--eight-bits", help="Store the transformer in 8 bits a number: half of the file.")
+    ] = False,
 ) -> None:
     """Put trained parts together as a model directory, which `generate --model` reads.
 
-    The options of sampling are what the model draws with when `generate` is given none.
+    The options of sampling, --candidates and --judge are what the model draws with when `generate` is given none.
     """
     from mmwudao.loading.model_dir import assemble_model
 
@@ -141,6 +168,9 @@ def assemble(
         card=card.read_text(encoding="utf-8") if card else None,
         optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
         describes=describes,
+        answers=answers,
+        selection=selection,
+        eight_bits=eight_bits,
     )
     print(made)
 
@@ -155,22 +185,32 @@ def tokenize(
         typer.Option(help="The model is a shipped name, a model directory, a hub id, or a trained tokenizer's folder."),
     ] = "emoji",
     size: Annotated[
-        int | None, typer.Option(help="Crop pictures to a square of this many pixels; default: leave them as they are.")
+        int | None, field_option(TokenizeSettings, "image_size")
     ] = None,
     device: Device = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Work on this many batches of shards at a time; default: one for each core.")
+        int | None, field_option(TokenizeSettings, "workers")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad picture in shards.")] = False,
     draft: Annotated[
         bool, typer.Option("--draft", help="Decode large JPEGs in shards faster, a few grey levels off.")
     ] = False,
+    augment: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="In shards, also encode this many shifted, scaled and, where direction means nothing, mirrored views "
+            "of each picture of the split train.",
+        ),
+    ] = 0,
 ) -> None:
     """Encode pictures as codes (.npy) and decode codes (.png), or turn a folder of shards into shards of codes."""
     from mmwudao import tokenizing
+    from mmwudao.cli.output import check_folder_name
     from mmwudao.loading.devices import choose_device
     from mmwudao.loading.model_dir import load_tokenizer
 
+    check_folder_name(out)
     where = choose_device(device)
     tokenizer = load_tokenizer(model)
     if not any(source.is_dir() for source in sources):
@@ -188,6 +228,7 @@ def tokenize(
         progress=sys.stderr.isatty(),
         strict=strict,
         draft=draft,
+        augment=augment,
     )
     for split in manifest.splits:
         print(f"{split}: {manifest.samples(split)} samples")

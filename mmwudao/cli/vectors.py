@@ -6,23 +6,17 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from data.options import help_of
-from mmwudao.cli.options import Device, Json
+from mmwudao.cli.options import Device, Json, field_option
 from retrieval.vectors.settings import EmbedSettings, RaySettings
 
 export_app = typer.Typer(help="Export parts of a model to the formats of other programs.", no_args_is_help=True)
 
 TowersModel = Annotated[str, typer.Option(help="Use this shipped model, model directory, or folder of towers.")]
 TowersDtype = Annotated[str, typer.Option(help="Run the towers in float32, bfloat16 or float16.")]
-
-
-def _option(settings: type[EmbedSettings] | type[RaySettings], name: str, **extra: Any) -> Any:
-    """The command line option of a settings field, with the help of the field."""
-    return typer.Option(help=help_of(settings, name), **extra)
 
 
 @export_app.callback()
@@ -36,14 +30,14 @@ def embed_command(
     model: TowersModel = "emoji",
     images: Annotated[bool, typer.Option("--images", help="Embed pictures only; by default both.")] = False,
     texts: Annotated[bool, typer.Option("--texts", help="Embed captions only; by default both.")] = False,
-    split: Annotated[str | None, _option(EmbedSettings, "split")] = EmbedSettings.split,
-    vectors: Annotated[str, _option(EmbedSettings, "dtype")] = EmbedSettings.dtype,
-    batch_size: Annotated[int, _option(EmbedSettings, "batch_size")] = EmbedSettings.batch_size,
-    workers: Annotated[int | None, _option(EmbedSettings, "workers")] = EmbedSettings.workers,
+    split: Annotated[str | None, field_option(EmbedSettings, "split")] = EmbedSettings.split,
+    vectors: Annotated[str, field_option(EmbedSettings, "dtype")] = EmbedSettings.dtype,
+    batch_size: Annotated[int, field_option(EmbedSettings, "batch_size")] = EmbedSettings.batch_size,
+    workers: Annotated[int | None, field_option(EmbedSettings, "workers")] = EmbedSettings.workers,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
-    ray: Annotated[str | None, _option(RaySettings, "address", metavar="ADDRESS")] = None,
-    replicas: Annotated[int | None, _option(RaySettings, "replicas")] = None,
+    ray: Annotated[str | None, field_option(RaySettings, "address", metavar="ADDRESS")] = None,
+    replicas: Annotated[int | None, field_option(RaySettings, "replicas")] = None,
     as_json: Json = False,
 ) -> None:
     """Embed pictures and captions: write their vectors and metadata as Parquet.

@@ -19,17 +19,20 @@ from PIL import Image
 
 from data.atomic import write_files
 from data.images import CorruptImage, ImageTooLarge, open_image
+from mmwudao.asking import Answer
 from mmwudao.demo.library import Library, SearchResult
 from mmwudao.demo.words import EN, Reason
 from mmwudao.pictures import encode_png, unused_path, write_pictures
 from mmwudao.pipeline import MAX_PROMPT, DrawingProgress, OnProgress, Pipeline, Sampling
 from mmwudao.service.settings import ServiceConfig
 from mmwudao.upscaling import check_size
+from retrieval.collections.terms import read_query, split_query
 
 LIMITS = ServiceConfig()  # the demo allows what the service allows
 MAX_DRAWN = 8
 MAX_CANDIDATES = 32
 MAX_FOUND = 48
+MAX_QUESTIONS = 16
 PREVIEW_ROWS = 2  # rows of codes between two previews
 KEPT_FOR = 3600  # seconds that results can be downloaded
 
@@ -62,6 +65,8 @@ class Result:
     infos: list[dict[str, Any]]
     download: Path
     hidden: int = 0  # found, but without a picture on this machine
+    near: bool = True  # whether something was found that is nearer than chance
+    read: str | None = None  # what the model has read of a prompt that is too long for it
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,13 @@ class Actions:
         _check_count(max(candidates, 1), MAX_CANDIDATES)
 
         def work(on_progress: OnProgress) -> list[Image.Image]:
-            chosen_from = candidates if candidates > n else None
+            chosen_from = candidates if candidates > n else 0
             return self.pipeline.generate(
                 prompt, n, seed, style, sampling, candidates=chosen_from, on_progress=on_progress
             )
 
-        yield self._drawn((yield from self._previews(work, session)))
+        read = self.pipeline.read_part(self.pipeline.plan(prompt, style=style)[0].text)
+        yield self._drawn((yield from self._previews(work, session, max(n, candidates))), read)
 
     def complete(
         self,
@@ -126,7 +132,8 @@ class Actions:
             keep = f"{side}:{share:g}"
             return self.pipeline.complete(image, prompt, keep, n, seed, style, sampling, on_progress=on_progress)
 
-        yield self._drawn((yield from self._previews(work, session)))
+        read = self.pipeline.read_part(self.pipeline.plan(prompt, style=style)[0].text)
+        yield self._drawn((yield from self._previews(work, session, n)), read)
 
     def stop(self, session: str) -> None:
         """End the drawing of that session, if there is one."""
@@ -140,13 +147,23 @@ class Actions:
             raise Refused("no_language")
         told: dict[str, str] = {}
         for language in languages:
-            told[language] = self.pipeline.caption([image], language)[0]
+            told[language] = self.pipeline.caption([image], language or None)[0]
             yield Captions(dict(told))
         config = self.pipeline.config
         record = {"model": config.name, "model_hash": config.model_hash, "captions": told}
         path = self._new_folder() / "captions.json"
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
         yield Captions(told, path)
+
+    def ask(self, picture: str | None, text: str) -> list[Answer]:
+        """The answer to each line of `text`, a question about the picture."""
+        image = open_upload(picture)
+        questions = [line.strip() for line in text.splitlines() if line.strip()]
+        if not questions:
+            raise Refused("no_question")
+        if len(questions) > MAX_QUESTIONS:
+            raise ValueError(f"{len(questions)} questions: at most {MAX_QUESTIONS} at a time")
+        return self.pipeline.ask(image, questions)
 
     def upscale(self, picture: str | None) -> tuple[Path, Result]:
         """The picture stretched by Lanczos for comparison, and enlarged by the model."""
@@ -170,8 +187,10 @@ class Actions:
         if len(text) > LIMITS.max_text:
             raise ValueError(f"a text of {len(text)} characters: at most {LIMITS.max_text}")
         _check_count(k, MAX_FOUND)
-        query = open_upload(picture) if picture else text
+        # the text is a visitor's: it names no files
+        query = open_upload(picture) if picture else read_query(split_query(text), files=False)
         found = self.library.search(query, k, family, where)
+        least = self.library.near_from(query)
         folder = self._new_folder()
         paths, records = [], []
         for rank, one in enumerate(found, 1):
@@ -183,7 +202,9 @@ class Actions:
         listing = folder / "results.json"
         listing.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
         shown = [record for record in records if "file" in record]
-        return Result(paths, shown, _pack(folder / "search.zip", [listing, *paths]), len(found) - len(paths))
+        packed = _pack(folder / "search.zip", [listing, *paths])
+        near = least is None or any(one.score >= least for one in found)
+        return Result(paths, shown, packed, len(found) - len(paths), near)
 
     def add(self, picture: str | None, description: str = "") -> int:
         """Store a picture of the user's in the library; return how many pictures it has now."""
@@ -193,9 +214,9 @@ class Actions:
         return self.library.add(open_upload(picture), description)
 
     def _previews(
-        self, work: Callable[[OnProgress], list[Image.Image]], session: str
+        self, work: Callable[[OnProgress], list[Image.Image]], session: str, count: int
     ) -> Generator[Preview, None, list[Image.Image]]:
-        """Run `work` in a thread of its own. Closing this generator stops it."""
+        """Run `work`, which draws `count` pictures, in a thread of its own. Closing this generator stops it."""
         updates = SimpleQueue[Preview | None]()
         stop = self._stops[session] = Event()
         shown = -1
@@ -208,10 +229,13 @@ class Actions:
                 shown = progress.rows // PREVIEW_ROWS
                 updates.put(Preview(progress.preview(), progress.done / progress.total))
 
+        side = self.pipeline.config.image_size
         with ThreadPoolExecutor(1, thread_name_prefix="draw") as executor:
             future = executor.submit(work, on_progress)
             future.add_done_callback(lambda _: updates.put(None))
             try:
+                # at once: the first rows may take seconds
+                yield Preview([Image.new("RGB", (side, side), "white")] * count, 0.0)
                 while (update := updates.get()) is not None:
                     yield update
             finally:
@@ -219,11 +243,11 @@ class Actions:
                 self._stops.pop(session, None)
             return future.result()
 
-    def _drawn(self, images: list[Image.Image]) -> Result:
+    def _drawn(self, images: list[Image.Image], read: str | None) -> Result:
         folder = self._new_folder()
         paths = write_pictures(folder, images)
         infos = [{str(name): value for name, value in image.info.items()} for image in images]
-        return Result(paths, infos, _pack(folder / "pictures.zip", paths))
+        return Result(paths, infos, _pack(folder / "pictures.zip", paths), read=read)
 
     def _new_folder(self) -> Path:
         """A new folder; those older than `KEPT_FOR` seconds are removed."""

@@ -17,6 +17,7 @@ from mmwudao.demo.library import SAMPLES, Library, given_collection, sample_coll
 from mmwudao.demo.page import Page
 from mmwudao.demo.words import WORDS, Language
 from mmwudao.pipeline import Pipeline
+from retrieval.photos.places import read_place
 
 WAITING = 32  # events that wait for the model; beyond, Gradio says that the queue is full
 
@@ -56,7 +57,7 @@ def opened(
             else:
                 items, added = given_collection(pipeline.towers, collection), added or folder / "added"
             stack.callback(items.close)
-            library = Library(items, pipeline.towers, added, shards)
+            library = Library(items, pipeline.towers, added, shards, read_place(collection) if collection else None)
         elif collection is not None:
             raise ValueError(f"{pipeline.source} has no towers to search a collection with: give another --model")
         yield Actions(pipeline, library, folder / "cache" / "results")
@@ -128,6 +129,9 @@ def _page(page: Page, main_page: str) -> None:
         if config.describes != "no":
             with gr.Tab(words.caption, id="caption"):
                 tabs.caption_tab(page)
+        if config.answers and config.languages:
+            with gr.Tab(words.ask, id="ask"):
+                tabs.ask_tab(page)
         with gr.Tab(words.complete, id="complete"):
             tabs.complete_tab(page)
         if "upscaler" in config.parts:

@@ -70,4 +70,6 @@ def count_field(words: Words) -> gr.Slider:
 
 def start_and_stop(words: Words, name: str) -> tuple[gr.Button, gr.Button]:
     """Two buttons in one place: the second is there while something is drawn."""
-    return gr.Button(name, variant="primary"), gr.Button(words.stop, variant="stop", visible=False)
+    return gr.Button(name, variant="primary"), gr.Button(
+        words.stop, variant="stop", visible=False, elem_classes="stop-drawing"
+    )

@@ -59,15 +59,36 @@ def picture_examples(page: Page, rows: Sequence[Sequence[str]], inputs: Sequence
     """Examples whose first column is the id of a sample picture, where the sample pictures are installed."""
     known = [[str(page.examples[row[0]]), *row[1:]] for row in rows if row[0] in page.examples]
     if known:
-        gr.Examples(
-            known, list(inputs), label=page.words.examples, visible_columns=[0], api_visibility="private"
-        )
+        gr.Examples(known, list(inputs), label=page.words.examples, visible_columns=[0], api_visibility="private")
+
+
+# on a narrow screen the results are below the fields: go there, once something has been given
+GO_TO_RESULTS = """(...given) => {
+  const results = [...document.querySelectorAll(".outcome")].find((one) => one.offsetParent);
+  if (innerWidth > 720 || !results || !given.some((one) => one && (one.trim ? one.trim() : true))) return;
+  document.activeElement?.blur();
+  results.scrollIntoView({ block: "start" });
+}"""
+
+
+def outcome() -> gr.Column:
+    """The right column of a tab, which is the lower one on a narrow screen."""
+    return gr.Column(scale=6, min_width=320, elem_classes="outcome")
 
 
 def on_model(
-    trigger: Callable[..., Dependency], fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]
+    trigger: Callable[..., Dependency],
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    given: Sequence[Any] = (),
 ) -> Dependency:
-    """Call `fn` after a click or Enter: one such event at a time in the whole server, in the order of arrival."""
+    """Call `fn` after a click or Enter: one such event at a time in the whole server, in the order of arrival.
+
+    If one of the fields `given` is filled in, a narrow screen moves on to the results.
+    """
+    if given:
+        trigger(None, list(given), None, js=GO_TO_RESULTS, queue=False, api_visibility="private")
     return trigger(
         fn,
         list(inputs),
@@ -155,7 +176,10 @@ def show_drawing(words: Words, updates: Iterator[Preview | Result], told: str) -
                     ]
                     gallery = gr.update(value=pictures, columns=columns_of(count), visible=True)
                     file = gr.update(value=str(update.download), visible=True)
-                    yield [hidden, gallery, told.format(count=count), file, shown, hidden]
+                    note = told.format(count=count)
+                    if update.read is not None:
+                        note += "\n\n" + words.cut.format(read=html.escape(update.read[-60:]))
+                    yield [hidden, gallery, note, file, shown, hidden]
         except Stopped:
             yield [gr.skip(), gr.skip(), words.stopped, gr.skip(), shown, hidden]
 
@@ -166,6 +190,7 @@ def connect_drawing(
     fn: Callable[..., Any],
     inputs: Sequence[Any],
     outputs: DrawingOutputs,
+    prompt: gr.Textbox,
 ) -> None:
     """Start on any of `triggers`, stop on the stop button; after an error the start button is shown again."""
 
@@ -173,7 +198,7 @@ def connect_drawing(
         page.actions.stop(request.session_hash or "")
 
     for trigger in triggers:
-        ended = on_model(trigger, fn, inputs, outputs.all)
+        ended = on_model(trigger, fn, inputs, outputs.all, [prompt])
         ended.then(
             lambda: [gr.update(visible=True), gr.update(visible=False)],
             None,

@@ -1,13 +1,14 @@
-"""The five tabs: fields on the left, results on the right."""
+"""The tabs: fields on the left, results on the right."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gradio as gr
 
+from mmwudao.asking import Answer
 from mmwudao.demo.actions import MAX_CANDIDATES, MAX_FOUND, Result, read_seed
 from mmwudao.demo.controls import (
     chosen_sampling,
@@ -25,6 +26,7 @@ from mmwudao.demo.page import (
     empty_html,
     errors_as_messages,
     on_model,
+    outcome,
     picture_examples,
     picture_field,
     results_gallery,
@@ -41,7 +43,7 @@ def draw_tab(page: Page) -> None:
     """Text to pictures."""
     words, actions = page.words, page.actions
     config = actions.pipeline.config
-    judges = config.describes != "no"
+    judges = config.describes != "no" or config.selection.judge == "towers"
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(words.draw_lead)
@@ -56,10 +58,8 @@ def draw_tab(page: Page) -> None:
             start, stop = start_and_stop(words, words.draw)
             rows = [[text, name if name in config.styles else ""] for text, name in words.draw_examples]
             names = [" · ".join(filter(None, row)) for row in rows]
-            gr.Examples(
-                rows, [prompt, style], label=words.examples, example_labels=names, api_visibility="private"
-            )
-        with gr.Column(scale=6, min_width=320):
+            gr.Examples(rows, [prompt, style], label=words.examples, example_labels=names, api_visibility="private")
+        with outcome():
             outputs = drawing_outputs(words, start, stop)
 
     def draw(
@@ -72,7 +72,7 @@ def draw_tab(page: Page) -> None:
         yield from show_drawing(words, updates, words.drawn)
 
     inputs = [prompt, style, seed, count, candidates, *sampling]
-    connect_drawing(page, [start.click, prompt.submit], draw, inputs, outputs)
+    connect_drawing(page, [start.click, prompt.submit], draw, inputs, outputs, prompt)
 
 
 def search_tab(page: Page) -> None:
@@ -94,34 +94,53 @@ def search_tab(page: Page) -> None:
             start = gr.Button(words.search, variant="primary")
             rows = [[one] for one in words.search_examples]
             gr.Examples(rows, [text], label=words.examples, api_visibility="private")
-            _add_fields(page)
-        with gr.Column(scale=6, min_width=320):
+            if library.can_add:
+                _add_fields(page)
+        with outcome():
             empty = gr.HTML(empty_html(8), elem_classes="live")
             gallery = results_gallery(words, 4)
             note = gr.Markdown()
+            scores = gr.Checkbox(False, label=words.show_scores, visible=False, container=False)
             download = gr.DownloadButton(words.download, visible=False)
+    last = gr.State(None)
 
-    def search(text: str, picture: str | None, family: str, where: str, k: int) -> list[Any]:
+    def search(text: str, picture: str | None, family: str, where: str, k: int, scores: bool) -> list[Any]:
         with errors_as_messages(words):
-            return _show_found(words, actions.search(text, picture, family, where, k))
+            result = actions.search(text, picture, family, where, k)
+            return [*_show_found(words, result, scores), result]
 
     for trigger in (start.click, text.submit):
-        on_model(trigger, search, [text, picture, family, where, k], [empty, gallery, note, download])
+        inputs = [text, picture, family, where, k, scores]
+        on_model(trigger, search, inputs, [empty, gallery, note, scores, download, last], [text, picture])
+    scores.change(
+        lambda result, scores: gr.update(value=_labelled(words, result, scores)) if result else gr.skip(),
+        [last, scores], gallery, queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
 
 
-def _show_found(words: Words, result: Result) -> list[Any]:
-    """Updates of the empty squares, the gallery, the note and the download."""
-    pictures = [
-        (str(path), _name(info["metadata"], words.language))
-        for path, info in zip(result.pictures, result.infos, strict=True)
-    ]
+def _labelled(words: Words, result: Result, scores: bool) -> list[tuple[str, str]]:
+    """Pictures that were found, with their names and perhaps their scores."""
+
+    def label(info: dict[str, Any]) -> str:
+        name = _name(info["metadata"], words.language)
+        return " · ".join(filter(None, (name, f"{info['score']:.2f}"))) if scores else name
+
+    return [(str(path), label(info)) for path, info in zip(result.pictures, result.infos, strict=True)]
+
+
+def _show_found(words: Words, result: Result, scores: bool = False) -> list[Any]:
+    """Updates of the empty squares, the gallery, the note, the choice of scores and the download."""
+    pictures = _labelled(words, result, scores)
     told = words.found.format(count=len(pictures)) if pictures else words.found_nothing
+    if pictures and not result.near:
+        told = words.nothing_near
     if result.hidden:
         told += " " + words.not_shown.format(count=result.hidden)
     return [
         gr.update(visible=False),
         gr.update(value=pictures, visible=True),
         told,
+        gr.update(visible=bool(pictures)),
         gr.update(value=str(result.download), visible=True),
     ]
 
@@ -147,15 +166,19 @@ def _add_fields(page: Page) -> None:
 def caption_tab(page: Page) -> None:
     """A picture to descriptions."""
     words, actions = page.words, page.actions
-    languages = [(LANGUAGE_NAMES.get(code, code), code) for code in actions.pipeline.config.languages]
+    # a model with one language may not name it
+    languages = [(LANGUAGE_NAMES.get(code, code), code) for code in actions.pipeline.config.languages or [""]]
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(words.caption_lead)
             picture = picture_field(words)
-            chosen = gr.CheckboxGroup(languages, value=[code for _, code in languages], label=words.languages)
+            chosen = gr.CheckboxGroup(
+                languages, value=[code for _, code in languages], label=words.languages,
+                visible=bool(actions.pipeline.config.languages),
+            )  # fmt: skip
             start = gr.Button(words.describe, variant="primary")
             picture_examples(page, [[one] for one in EXAMPLES], [picture])
-        with gr.Column(scale=6, min_width=320):
+        with outcome():
             table = gr.HTML(_captions_html(dict.fromkeys((code for _, code in languages), "")), elem_classes="captions")
             note = gr.Markdown()
             download = gr.DownloadButton(words.download, visible=False)
@@ -168,7 +191,28 @@ def caption_tab(page: Page) -> None:
                 told = words.described.format(count=len(chosen)) if captions.download else ""
                 yield [_captions_html(shown), told, file]
 
-    on_model(start.click, caption, [picture, chosen], [table, note, download])
+    on_model(start.click, caption, [picture, chosen], [table, note, download], [picture])
+
+
+def ask_tab(page: Page) -> None:
+    """A picture and questions to answers."""
+    words, actions = page.words, page.actions
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(words.ask_lead)
+            picture = picture_field(words)
+            asked = gr.Textbox("", label=words.questions, placeholder=words.questions_hint, lines=3, max_lines=8)
+            start = gr.Button(words.ask, variant="primary")
+        with outcome():
+            table = gr.HTML(elem_classes="captions")
+
+    def ask(picture: str | None, text: str) -> str:
+        with errors_as_messages(words):
+            answers = actions.ask(picture, text)
+            questions = [line for line in text.splitlines() if line.strip()]
+            return _answers_html(zip(questions, answers, strict=True))
+
+    on_model(start.click, ask, [picture, asked], [table], [picture, asked])
 
 
 def complete_tab(page: Page) -> None:
@@ -189,7 +233,7 @@ def complete_tab(page: Page) -> None:
             start, stop = start_and_stop(words, words.complete)
             rows = list(zip(COMPLETED, words.complete_examples, strict=True))
             picture_examples(page, rows, [picture, prompt])
-        with gr.Column(scale=6, min_width=320):
+        with outcome():
             outputs = drawing_outputs(words, start, stop)
 
     def complete(
@@ -203,7 +247,7 @@ def complete_tab(page: Page) -> None:
         yield from show_drawing(words, updates, words.completed)
 
     inputs = [picture, prompt, side, share, style, seed, count, *sampling]
-    connect_drawing(page, [start.click, prompt.submit], complete, inputs, outputs)
+    connect_drawing(page, [start.click, prompt.submit], complete, inputs, outputs, prompt)
 
 
 def upscale_tab(page: Page) -> None:
@@ -215,7 +259,7 @@ def upscale_tab(page: Page) -> None:
             picture = picture_field(words)
             start = gr.Button(words.enlarge, variant="primary")
             picture_examples(page, [[one] for one in EXAMPLES], [picture])
-        with gr.Column(scale=6, min_width=320):
+        with outcome():
             empty = gr.HTML(empty_html(1), elem_classes="live")
             both = gr.ImageSlider(
                 label=words.before_after, visible=False, interactive=False, buttons=["fullscreen"], max_height=520
@@ -234,7 +278,7 @@ def upscale_tab(page: Page) -> None:
             gr.update(value=str(result.download), visible=True),
         ]
 
-    on_model(start.click, upscale, [picture], [empty, both, note, download])
+    on_model(start.click, upscale, [picture], [empty, both, note, download], [picture])
 
 
 def _name(metadata: dict[str, Any], language: str) -> str:
@@ -250,3 +294,11 @@ def _captions_html(told: dict[str, str]) -> str:
         for code, text in told.items()
     )
     return f"<table>{rows}</table>"
+
+
+def _answers_html(answered: Iterable[tuple[str, Answer]]) -> str:
+    rows = (
+        f'<tr><th>{html.escape(question)}</th><td lang="{one.language}">{html.escape(one.text)}</td></tr>'
+        for question, one in answered
+    )
+    return f"<table>{''.join(rows)}</table>"

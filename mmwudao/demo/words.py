@@ -7,7 +7,8 @@ from typing import Literal
 
 Language = Literal["zh", "en"]
 Reason = Literal[
-    "no_prompt", "no_picture", "not_a_picture", "too_large", "one_query", "no_description", "no_language", "failed"
+    "no_prompt", "no_picture", "not_a_picture", "too_large", "one_query", "no_description", "no_language",
+    "no_question", "failed"
 ]
 
 
@@ -35,6 +36,7 @@ class Words:
     drawing: str  # a share in per cent
     results: str
     drawn: str
+    cut: str  # a prompt, after what was read
     picture: str
     drop: str  # in the empty picture field
 
@@ -54,6 +56,8 @@ class Words:
     how_many: str
     found: str
     found_nothing: str
+    nothing_near: str
+    show_scores: str
     not_shown: str
     add_title: str
     add_description: str
@@ -66,6 +70,11 @@ class Words:
     languages: str
     describe: str
     described: str
+
+    ask: str
+    ask_lead: str
+    questions: str
+    questions_hint: str
 
     complete: str
     complete_lead: str
@@ -121,6 +130,7 @@ ZH = Words(
     drawing="正在画… {percent}%",
     results="结果",
     drawn="画好了 {count} 张。每个 PNG 里都有配方：`mmwudao replay 图片.png` 可以原样重画。",
+    cut="文字太长：模型只读到“{read}”为止。",
     picture="图片",
     drop="# 拖到这里，或点击选择",
     draw="画图",
@@ -138,6 +148,8 @@ ZH = Words(
     how_many="最多几张",
     found="找到 {count} 张，最相近的在前。",
     found_nothing="没有符合条件的图片。",
+    nothing_near="没有相近的图片：下面是最接近的，但毫不相关的图片也能有这样的得分。",
+    show_scores="显示得分",
     not_shown="另有 {count} 项的图片不在这台机器上。",
     add_title="把自己的图片加进来",
     add_description="说明（可选）",
@@ -149,6 +161,10 @@ ZH = Words(
     languages="语言",
     describe="描述",
     described="用了 {count} 种语言。",
+    ask="问答",
+    ask_lead="给一张图片，提出问题，模型来回答。",
+    questions="问题",
+    questions_hint="每行一个，例如：这是什么颜色？",
     complete="补全",
     complete_lead="保留图片的上半或左半，其余的由模型接着画。",
     keep="保留",
@@ -177,6 +193,7 @@ ZH = Words(
         "one_query": "请写一句话，或者选一张图片——两者选一。",
         "no_description": "说明太长：最多 1000 个字符。",
         "no_language": "请至少选一种语言。",
+        "no_question": "请写下一个问题。",
         "failed": "出了意外，服务器的日志里有详情。",
     },
     draw_examples=(
@@ -211,6 +228,7 @@ EN = Words(
     drawing="drawing … {percent} %",
     results="Results",
     drawn="{count} drawn. Each PNG holds its recipe: `mmwudao replay PICTURE.png` draws it again, pixel by pixel.",
+    cut="The prompt is too long: the model has read it up to “{read}”.",
     picture="Picture",
     drop="# Drop a picture here, or click",
     draw="Draw",
@@ -228,6 +246,8 @@ EN = Words(
     how_many="At most",
     found="{count} found, the nearest first.",
     found_nothing="No picture fits these conditions.",
+    nothing_near="Nothing here is near: these are the nearest, with scores that unrelated pictures reach by chance.",
+    show_scores="Show scores",
     not_shown="{count} more have no picture on this machine.",
     add_title="Add a picture of your own",
     add_description="Description (if you like)",
@@ -239,6 +259,10 @@ EN = Words(
     languages="Languages",
     describe="Describe",
     described="Described in {count} languages.",
+    ask="Ask",
+    ask_lead="Give a picture, ask about it, and the model answers.",
+    questions="Questions",
+    questions_hint="One a line, for example: what colour is it?",
     complete="Complete",
     complete_lead="Keep the top or the left of a picture, and let the model draw the rest.",
     keep="Keep",
@@ -267,6 +291,7 @@ EN = Words(
         "one_query": "Write a sentence or choose a picture: one of the two.",
         "no_description": "The description is too long: at most 1000 characters.",
         "no_language": "Choose at least one language.",
+        "no_question": "Write a question.",
         "failed": "Something unexpected went wrong; the server's log tells more.",
     },
     draw_examples=(

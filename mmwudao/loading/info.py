@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from data.framed_text import FramedTokenizer, ModelText
 from generation.cogview.rows import PRESETS, cogview_config
 from generation.drawing.memory import plan_drawing
 from generation.transformer.config import TransformerConfig
@@ -17,7 +20,9 @@ from mmwudao.loading.devices import choose_dtype
 from mmwudao.loading.loaded import ModelParts, load_parts
 from mmwudao.loading.model_dir import OPTIONAL_PARTS, check_hash
 from vqvae.model import VQVAEConfig
+from vqvae.storage.blocks import bits_of, stored_numbers
 from vqvae.storage.parts import stored_hash, without_weights
+from vqvae.tokenizers import TokenizerConfig
 
 
 def describe_model(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
@@ -51,20 +56,32 @@ def _describe_parts(loaded: ModelParts) -> dict[str, dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for name, module in (("tokenizer", loaded.tokenizer), ("generator", loaded.generator)):
         count = sum(parameter.numel() for parameter in module.parameters())
-        parts[name] = {"parameters": count, "dtype": _dtype_name(next(iter(module.state_dict().values())))}
+        parts[name] = {"parameters": count, "dtype": _dtype_name(module.state_dict())}
     for name in config.parts.keys() & set(OPTIONAL_PARTS):
         stored = folder / config.parts[name].path
         check_hash(folder, name, stored_hash(stored), config.parts[name].hash)
-        tensors = list(load_file(stored / "model.safetensors").values())
-        parts[name] = {"parameters": sum(tensor.numel() for tensor in tensors), "dtype": _dtype_name(tensors[0])}
-    parts["text"] = {"pieces": loaded.text.vocab_size, "dtype": "sentencepiece"}
+        tensors = load_file(stored / "model.safetensors")
+        count = sum(stored_numbers(*item) for item in tensors.items())
+        parts[name] = {"parameters": count, "dtype": _dtype_name(tensors)}
+    parts["text"] = {"pieces": loaded.text.vocab_size, "dtype": _text_kind(loaded.text)}
     for name, part in config.parts.items():
         parts[name] |= {"hash": part.hash, "bytes": _size(folder / part.path)}
     return parts
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _text_kind(text: ModelText) -> str:
+    return "tokenizer.json" if isinstance(text, FramedTokenizer) else "sentencepiece"
+
+
+def _dtype_name(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The type that most numbers of the weights have; counters and the like are whole numbers."""
+    counts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        if bits := bits_of(name):
+            counts[f"{bits} bits"] += stored_numbers(name, tensor)
+        elif tensor.is_floating_point():
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return counts.most_common(1)[0][0]
 
 
 def _describe_preset(name: str, dtype: str) -> dict[str, Any]:
@@ -76,12 +93,13 @@ def _describe_preset(name: str, dtype: str) -> dict[str, Any]:
     return {"name": name, "image_size": image_size, "parameters": parameters, "memory": memory}
 
 
-def _plans(config: TransformerConfig, tokenizer: VQVAEConfig, dtype: str) -> dict[str, dict[str, Any]]:
+def _plans(config: TransformerConfig, tokenizer: TokenizerConfig, dtype: str) -> dict[str, dict[str, Any]]:
     plans = {}
     for device, usual in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        chosen = usual if dtype == "auto" else choose_dtype(dtype, torch.device(device))
-        plan = plan_drawing(config, tokenizer, chosen, device)
-        plans[device] = {"dtype": str(chosen).removeprefix("torch."), **asdict(plan), "total": plan.total}
+        chosen = usual if dtype in ("auto", "int8") else choose_dtype(dtype, torch.device(device))
+        plan = plan_drawing(config, tokenizer, chosen, device, eight_bits=dtype == "int8")
+        named = "int8" if dtype == "int8" else str(chosen).removeprefix("torch.")
+        plans[device] = {"dtype": named, **asdict(plan), "total": plan.total}
     return plans
 
 

@@ -12,16 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.text import TextTokenizer
+from data.framed_text import FramedTokenizer, ModelText, load_model_text
+from data.images import to_rgb
 from generation.drawing.memory import DrawingMemory, plan_drawing
+from generation.rows.prompt import Prompt
 from generation.transformer.adapters import AdapterConfig
 from generation.transformer.int8 import is_quantised
 from generation.transformer.model import Transformer
-from mmwudao.loading.model_dir import ModelConfig, check_hash, check_pairing, find_model, read_model_config
-from vqvae.model import VQVAE
-from vqvae.storage.parts import ModelError, content_hash, load_part
+from mmwudao.loading.model_dir import (
+    ModelConfig,
+    check_hash,
+    check_pairing,
+    check_prompt_towers,
+    find_model,
+    read_model_config,
+)
+from vqvae.storage.parts import ModelError, content_hash, load_part, stored_hash
+from vqvae.tokenizers import ImageTokenizer, load_image_tokenizer
 
 if TYPE_CHECKING:
+    from mmwudao.loading.towers import LiveFeatures
     from retrieval.towers.base import Towers
 
 log = logging.getLogger(__name__)
@@ -33,19 +43,18 @@ class ModelParts:
 
     folder: Path
     config: ModelConfig
-    tokenizer: VQVAE
+    tokenizer: ImageTokenizer
     generator: Transformer
-    text: TextTokenizer
+    text: ModelText
 
 
 def load_parts(model: str | Path) -> ModelParts:
     """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
     folder = find_model(model)
     config = read_model_config(folder)
-    tokenizer = load_part(VQVAE, folder / config.parts["tokenizer"].path)
+    tokenizer = load_image_tokenizer(folder / config.parts["tokenizer"].path)
     generator = load_part(Transformer, folder / config.parts["generator"].path)
-    # byte pieces are not required: CogView's text model has none, and the hash shows that this is the right model
-    text = TextTokenizer(folder / config.parts["text"].path, needs_bytes=False)
+    text = load_model_text(folder / config.parts["text"].path)
     hashes = {
         "tokenizer": content_hash(tokenizer),
         "generator": content_hash(generator),
@@ -54,6 +63,11 @@ def load_parts(model: str | Path) -> ModelParts:
     for part, found in hashes.items():
         check_hash(folder, part, found, config.parts[part].hash)
     check_pairing(generator.config.tokenizer_hash, generator.config.text_hash, hashes)
+    if generator.config.prompt_features.used:
+        towers = config.parts.get("towers")
+        check_prompt_towers(generator.config.prompt_features, towers.hash if towers else None)
+        if towers is not None:
+            check_hash(folder, "towers", stored_hash(folder / towers.path), towers.hash)
     if config.image_size % tokenizer.config.stride:
         raise ModelError(f"{folder}: image_size must be a multiple of {tokenizer.config.stride}")
     return ModelParts(folder, config, tokenizer, generator, text)
@@ -83,8 +97,9 @@ class LoadedModel:
         dtype = self.generator.embed.weight.dtype
         options = self.config.default_sampling
         return plan_drawing(
-            self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid, options=options
-        )
+            self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid, options=options,
+            eight_bits=is_quantised(self.generator),
+        )  # fmt: skip
 
     @cached_property
     def towers(self) -> Towers:
@@ -92,6 +107,24 @@ class LoadedModel:
         from mmwudao.loading.towers import load_model_towers
 
         return load_model_towers(self.folder, self.device.type)
+
+    @cached_property
+    def features(self) -> LiveFeatures | None:
+        """The source of the vectors in prompts; None for a generator that reads none.
+
+        Raises `ModelError` for towers whose vectors do not fit.
+        """
+        from mmwudao.loading.towers import LiveFeatures
+
+        wanted = self.generator.config.prompt_features
+        if not wanted.used:
+            return None
+        if self.towers.embed_dim != wanted.width:
+            raise ModelError(
+                f"{self.source}: the generator reads vectors of {wanted.width} numbers, and the towers make "
+                f"{self.towers.embed_dim}: put the towers beside it that it was trained with"
+            )
+        return LiveFeatures(self.towers, self.config.styles)
 
     @property
     def dtype(self) -> str:
@@ -101,14 +134,58 @@ class LoadedModel:
         return str(self.generator.embed.weight.dtype).removeprefix("torch.")
 
     def encode_text(self, text: str) -> list[int]:
-        """What the generator reads of a text, as raw pieces; a warning where it is cut."""
-        pieces = self.text.encode(text)
-        prompt = self.generator.config.vocabulary.prompt_pieces
-        longest = self.generator.config.max_text - len(prompt)
+        """What the generator reads of a text, as raw pieces; a warning where it is cut.
+
+        Raises `ValueError` for one that cannot be cut: its chat template would have no end.
+        """
+        pieces, longest = self._pieces(text), self.reads
         if len(pieces) > longest:
-            read = self.text.decode(pieces[:longest])
+            read = self._decode_start(pieces[:longest])
             log.warning("the model reads %d pieces of text at most; it stops after %r", longest, read[-40:])
-        return [*prompt, *pieces[:longest]]
+        return [*self.generator.config.vocabulary.prompt_pieces, *pieces[:longest]]
+
+    @property
+    def reads(self) -> int:
+        """How many pieces of a text the generator reads."""
+        return self.generator.config.max_text - len(self.generator.config.vocabulary.prompt_pieces)
+
+    @property
+    def reads_surely(self) -> int:
+        """A text of so many bytes is read whole, whatever it says: a piece of text has a byte or more."""
+        return 0 if isinstance(self.text, FramedTokenizer) else self.reads
+
+    def read_part(self, text: str) -> str | None:
+        """What the generator reads of a text that is too long for it; None: all of it. `ValueError`: `encode_text`."""
+        pieces = self._pieces(text)
+        return self._decode_start(pieces[: self.reads]) if len(pieces) > self.reads else None
+
+    def _pieces(self, text: str) -> list[int]:
+        pieces = self.text.encode(text)
+        if isinstance(self.text, FramedTokenizer) and len(pieces) > self.reads:
+            raise ValueError(
+                f"the prompt has {len(pieces)} pieces of text with its template, and this model reads {self.reads}: "
+                "shorten it (import janus --max-text sets how many, within the model's context)"
+            )
+        return pieces
+
+    def _decode_start(self, pieces: list[int]) -> str:
+        """The text of the first pieces of one, which may end inside a character: that is left out."""
+        return self.text.decode(pieces).rstrip("\ufffd")
+
+    def encode_prompt(self, text: str, vector: Tensor | None = None) -> Prompt:
+        """What the generator reads of a prompt: its pieces, and the vectors of it if the generator reads them.
+
+        `vector` [1, C] takes the place of the text's own. An empty text has no pieces.
+        """
+        if vector is None and self.features is not None:
+            vector = self.features.of_text(text)
+        return Prompt(tuple(self.encode_text(text)) if text else (), vector)
+
+    def encode_like(self, image: Image.Image) -> Tensor:
+        """The vector [1, C] of a picture, to draw from. Raises `ModelError` for a generator that reads none."""
+        if self.features is None or self.generator.config.prompt_features.kind != "both":
+            raise ModelError(f"{self.source} was not trained to draw from a picture: give a prompt alone")
+        return self.features.of_picture(to_rgb(image))
 
     def decode_codes(self, codes: Tensor) -> Image.Image:
         """Codes [h, w] to a picture. One at a time: a batch's convolutions may round differently."""

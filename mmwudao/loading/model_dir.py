@@ -1,10 +1,10 @@
 """Model directories: where they are found, what they hold, and how training's outputs become one.
 
-    config.json                       `ModelConfig`: the picture size, the styles, the sampling defaults, the parts
-    tokenizer/, generator/            config.json + model.safetensors each
-    text.model                        SentencePiece
-    upscaler/, towers/                not in every model: super-resolution; image and text embeddings
-    README.md                         the model card
+config.json                       `ModelConfig`: the picture size, the styles, the sampling defaults, the parts
+tokenizer/, generator/            config.json + model.safetensors each
+text.model                        SentencePiece; of an imported model, text.json (`data.framed_text`)
+upscaler/, towers/                not in every model: super-resolution; image and text embeddings
+README.md                         the model card
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from typing import Any, Literal
 
 from data.atomic import new_folder
 from data.config import ConfigError, from_dict, to_dict
-from data.text import TextTokenizer
+from data.framed_text import load_model_text
+from data.options import SIDE, check_options, option
 from generation.drawing.sampling import SamplingOptions
 from generation.transformer.model import Transformer
-from vqvae.model import VQVAE
-from vqvae.storage.parts import ModelError, content_hash, load_part, stored_hash
+from generation.transformer.prompt_features import PromptFeatures
+from mmwudao.loading.options import Selection
+from vqvae.storage.parts import ModelError, content_hash, load_part, pack_part, stored_hash
+from vqvae.tokenizers import ImageTokenizer, load_image_tokenizer
 
 FORMAT = "mmwudao-model/1"
 SHIPPED = Path(__file__).parents[1] / "models"
@@ -42,21 +45,31 @@ class Part:
     hash: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """`config.json` of a model directory. `image_size` in pixels, a side.
 
     `describes`: whether the generator also tells what a picture shows, after the language's tag (see
-    `data.styles.tagged`) or, as CogView's, without one.
+    `data.styles.tagged`) or, as CogView's, without one. `answers`: whether it answers questions about a picture.
     """
 
     name: str
-    image_size: int
+    image_size: int = option(help="The model draws pictures of this many pixels a side.", least=1, most=SIDE)
     styles: tuple[str, ...]
     languages: tuple[str, ...]
     default_sampling: SamplingOptions
     parts: dict[str, Part]
     describes: Literal["no", "tagged", "untagged"] = "no"
+    answers: bool = False
+    selection: Selection = Selection()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        judge = self.selection.judge
+        if self.selection.candidates > 1 and judge != "towers" and self.describes == "no":
+            raise ValueError(f"selection.judge is {judge}, and the model only draws: let its towers judge")
+        if self.selection.candidates > 1 and judge != "caption" and "towers" not in self.parts:
+            raise ValueError(f"selection.judge is {judge}, and the model has no towers: let it judge by caption")
 
     @property
     def model_hash(self) -> str:
@@ -88,7 +101,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # weights and plain text only: nothing that could run is fetched; towers have their own text tokenizer
-    patterns = ["config.json", "README.md", "*.png", "text.model", *(f"*/{file}" for file in PART_FILES)]
+    patterns = ["config.json", "README.md", "*.png", "text.model", "text.json", *(f"*/{file}" for file in PART_FILES)]
     patterns += ["towers/*.json", "towers/*.txt", "towers/*.model"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
@@ -107,7 +120,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ModelError(f"{path} does not describe a model: its \"format\" must be {FORMAT!r}")
+        raise ModelError(f'{path} does not describe a model: its "format" must be {FORMAT!r}')
     try:
         config = from_dict(ModelConfig, {key: value for key, value in record.items() if key != "format"})
     except ConfigError as error:
@@ -126,13 +139,13 @@ def read_model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def load_tokenizer(model: str | Path) -> VQVAE:
+def load_tokenizer(model: str | Path) -> ImageTokenizer:
     """The image tokenizer of a model, or of a folder that holds a trained tokenizer alone. Raises `ModelError`."""
     if (Path(model) / "model.safetensors").exists():
-        return load_part(VQVAE, model)
+        return load_image_tokenizer(model)
     folder = find_model(model)
     part = read_model_config(folder).parts["tokenizer"]
-    tokenizer = load_part(VQVAE, folder / part.path)
+    tokenizer = load_image_tokenizer(folder / part.path)
     check_hash(folder, "tokenizer", content_hash(tokenizer), part.hash)
     return tokenizer
 
@@ -155,7 +168,7 @@ def copy_model(folder: Path, out: Path | str) -> Path:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, building / file)
         for part in config.parts.values():
-            _copy_part(folder / part.path, building / part.path)
+            copy_part(folder / part.path, building / part.path)
     return Path(out)
 
 
@@ -173,30 +186,41 @@ def assemble_model(
     card: str | None = None,
     optional: dict[str, Path] | None = None,
     describes: Literal["no", "tagged", "untagged"] = "no",
+    answers: bool = False,
+    selection: Selection | None = None,
+    eight_bits: bool = False,
 ) -> Path:
     """Make the new model directory `out` of the folders and the file that training wrote; returns `out`.
 
-    `optional` are folders of `OPTIONAL_PARTS`; `card` is the text of README.md. Raises `ModelError` for a missing or
-    broken part, for a generator that was trained with another tokenizer or another text model, and when `out` is in
-    use.
+    `optional` are folders of `OPTIONAL_PARTS`; `card` is the text of README.md. With `eight_bits` the generator's
+    matrices are stored in 8 bits a number. Raises `ModelError` for a missing or
+    broken part, for a generator that was trained with another tokenizer, another text model or other towers, and
+    when `out` is in use.
     """
     parts = {"tokenizer": Path(tokenizer), "generator": Path(generator), "text": Path(text_model)}
-    hashes = check_parts(parts["tokenizer"], parts["generator"], parts["text"])
-    for part, source in (optional or {}).items():
-        assert part in OPTIONAL_PARTS, part
-        parts[part], hashes[part] = Path(source), stored_hash(Path(source))
+    hashes = {part: stored_hash(Path(source)) for part, source in (optional or {}).items()}
+    assert hashes.keys() <= set(OPTIONAL_PARTS)
+    hashes |= check_parts(parts["tokenizer"], parts["generator"], parts["text"], hashes.get("towers"))
+    parts |= {part: Path(source) for part, source in (optional or {}).items()}
+    text_name = "text.json" if parts["text"].suffix == ".json" else "text.model"
     config = ModelConfig(
         name=name,
         image_size=image_size,
         styles=tuple(styles),
         languages=tuple(languages),
         default_sampling=default_sampling,
-        parts={part: Part("text.model" if part == "text" else part, hashes[part]) for part in parts},
+        parts={part: Part(text_name if part == "text" else part, hashes[part]) for part in parts},
         describes=describes,
+        answers=answers,
+        selection=selection or Selection(),
     )
     with new_folder(Path(out)) as building:
         for part, source in parts.items():
-            _copy_part(source, building / config.parts[part].path)
+            copy_part(source, building / config.parts[part].path)
+        if eight_bits:
+            folder = building / config.parts["generator"].path
+            pack_part(folder)
+            config.parts["generator"] = Part("generator", content_hash(load_part(Transformer, folder)))
         write_model_config(building, config, card)
     return Path(out)
 
@@ -209,15 +233,19 @@ def write_model_config(folder: Path, config: ModelConfig, card: str | None = Non
     (folder / "README.md").write_text(card or f"# {config.name}\n", encoding="utf-8")
 
 
-def check_parts(tokenizer: Path, generator: Path, text_model: Path) -> dict[str, str]:
-    """Load the three parts, see that they belong together, and return their content hashes by name."""
+def check_parts(tokenizer: Path, generator: Path, text_model: Path, towers_hash: str | None = None) -> dict[str, str]:
+    """Load the three parts, see that they belong together, and return their content hashes by name.
+
+    `towers_hash` is that of the towers beside them, if there are any.
+    """
     loaded = load_part(Transformer, generator)
     hashes = {
-        "tokenizer": content_hash(load_part(VQVAE, tokenizer)),
+        "tokenizer": content_hash(load_image_tokenizer(tokenizer)),
         "generator": content_hash(loaded),
-        "text": TextTokenizer(text_model, needs_bytes=False).content_hash,
+        "text": load_model_text(text_model).content_hash,
     }
     check_pairing(loaded.config.tokenizer_hash, loaded.config.text_hash, hashes)
+    check_prompt_towers(loaded.config.prompt_features, towers_hash)
     return hashes
 
 
@@ -231,7 +259,18 @@ def check_pairing(tokenizer_hash: str, text_hash: str, hashes: dict[str, str]) -
             )
 
 
-def _copy_part(source: Path, target: Path) -> None:
+def check_prompt_towers(features: PromptFeatures, towers_hash: str | None) -> None:
+    """`ModelError` unless the towers with that hash are those whose vectors the generator reads, if it reads any."""
+    if features.used and towers_hash != features.towers_hash:
+        found = f"not of these ({towers_hash[:12]})" if towers_hash else "and there are none"
+        raise ModelError(
+            f"the generator reads vectors of the towers {features.towers_hash[:12]}, {found}: put the towers beside it "
+            "that it was trained with (mmwudao assemble --towers)"
+        )
+
+
+def copy_part(source: Path, target: Path) -> None:
+    """Copy a part, a folder or a file, to its new place."""
     if source.is_dir():
         target.mkdir(parents=True)
         for file in source.iterdir():

@@ -1,12 +1,13 @@
-"""How a model runs: the options that commands and the service share. Imports nothing heavy."""
+"""How a model runs, and how it chooses among what it draws: options that several doors share. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from data.options import option
+from data.options import check_options, option
 
+JudgeName = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which imports PyTorch
 EngineName = Literal["auto", "modules", "fused", "graph", "compile"]  # as in `generation.drawing.engines`
 
 
@@ -24,3 +25,22 @@ class RunOptions:
         "A step of drawing is run this way; on a GPU graph is faster than auto, and compile is faster still but takes "
         "a minute first.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How a model chooses among what it draws, unless it is told otherwise; it is part of the model's config.json.
+
+    CogView draws 60 pictures and keeps the best (Ding et al. 2021, arXiv:2105.13290, section 3.3). Raises `ValueError`
+    for a number out of range.
+    """
+
+    candidates: int = option(
+        1, "Draw this many pictures for each that is asked for, and keep the best.", least=1, most=60
+    )
+    judge: JudgeName = option(
+        "caption", "The candidates are judged by their captions, by the model's towers, or by both."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -37,6 +37,7 @@ class Backend:
 
     queues: ServiceQueues
     decoder: InputDecoder
+    created: int  # seconds since 1970, when the server was started
 
     @property
     def served(self) -> Served:

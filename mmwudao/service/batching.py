@@ -54,15 +54,19 @@ class WorkQueue(ABC, Generic[Item, Result]):
         while self._reserved:
             await asyncio.sleep(0.01)
 
-    @asynccontextmanager
-    async def reserve(self, count: int) -> AsyncIterator[None]:
-        """Room for `count` items while the block runs. Raises `QueueFull` at once when there is none."""
+    def check_room(self, count: int = 1) -> None:
+        """Raises `QueueFull` when there is no room for `count` items."""
         if self._reserved + count > self.limit:
             wait = math.ceil(self._reserved * self._seconds_per_item)
             raise QueueFull(
                 f"the queue for {self.name} is full ({self._reserved} of {self.limit}): try again later",
                 min(LONGEST_RETRY, max(1, wait)),
             )
+
+    @asynccontextmanager
+    async def reserve(self, count: int) -> AsyncIterator[None]:
+        """Room for `count` items while the block runs. Raises `QueueFull` at once when there is none."""
+        self.check_room(count)
         self._reserved += count
         try:
             yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Response
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from data.images import ImageTooLarge
 from generation.drawing.memory import NotEnoughMemory
+from mmwudao.service.wording import describe_mistake
 from retrieval.collections.base import ExistingIdsError
 
 OUR_PACKAGES = frozenset({"data", "vqvae", "generation", "retrieval", "mmwudao"})
@@ -129,6 +131,8 @@ class ClientsGone(Exception):
 
 def as_http_error(error: Exception) -> HTTPException:
     """What the client is told of an exception: a user's mistake is a 4xx, anything unexpected a 500 without details."""
+    if type(error) is HTTPException and error.detail == HTTPStatus(error.status_code).phrase:
+        return _in_words(error)
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, RequestValidationError):
@@ -136,6 +140,16 @@ def as_http_error(error: Exception) -> HTTPException:
     if isinstance(error, ValueError) and is_users_mistake(error):
         return refusal(error)
     return HTTPException(500, "the server failed")
+
+
+def _in_words(error: HTTPException) -> HTTPException:
+    """The framework's own answer, which is the name of its status, as one that says what to do."""
+    told = error.detail
+    if error.status_code == 404:
+        told = "there is no such address here: /docs lists those that there are"
+    elif error.status_code == 405:
+        told = f"this address takes {(error.headers or {}).get('Allow', 'another method')}"
+    return HTTPException(error.status_code, told, error.headers)
 
 
 def is_users_mistake(error: ValueError) -> bool:
@@ -188,8 +202,9 @@ def error_response(error: HTTPException) -> Response:
     return Response(json.dumps(error_record(error)), error.status_code, error.headers, "application/json")
 
 
-def invalid(error: RequestValidationError | ValidationError) -> BadInput:
-    """The first thing that is wrong with a request, without what was sent."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-    return BadInput(f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None)
+def invalid(error: RequestValidationError | ValidationError, sent: object = None) -> BadInput:
+    """What is wrong with a request, in words and without what was sent; `sent` is the body, where it was parsed."""
+    if isinstance(error, RequestValidationError):
+        sent = error.body
+    message, field = describe_mistake(error.errors(), sent)
+    return BadInput(message, param=field)

@@ -1,18 +1,21 @@
-"""What the routes need of a model that draws and describes pictures, and the one that works in this process.
+"""What the routes need of a model that draws, describes and answers, and the one that works in this process.
 
 `mmwudao.service.ray.remote` has the one whose work is done by the replicas of Ray Serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 from PIL import Image
 
+from generation.captions import OnStep
 from generation.drawing.blocks import full_block
+from mmwudao.asking import Answer, Asking, ask_picture
+from mmwudao.canvas import CanvasFormat
 from mmwudao.loading.model_dir import ModelConfig
 from mmwudao.pipeline import Pipeline
 from mmwudao.service.batching import Batcher, BatchLimits, Watch, WorkQueue
@@ -24,7 +27,7 @@ DrawingQueue = WorkQueue[DrawRequest, Image.Image]
 
 
 class Generator(Protocol):
-    """A model that draws, and perhaps describes. Its methods block: call them in threads."""
+    """A model that draws, and perhaps describes and answers. Its methods block: call them in threads."""
 
     @property
     def source(self) -> str:
@@ -39,19 +42,30 @@ class Generator(Protocol):
         """Rows and columns of codes of a picture."""
 
     @property
+    def canvas_format(self) -> CanvasFormat:
+        """What a picture to be completed must fit."""
+
+    @property
     def concurrent_tasks(self) -> int:
-        """How many calls of `caption`, `rerank` and `upscale` may run at a time."""
+        """How many calls of `caption`, `ask`, `rerank` and `upscale` may run at a time."""
 
     def drawing_queue(self, config: ServiceConfig, watch: Watch) -> DrawingQueue:
         """A queue, not yet started, that draws."""
 
-    def caption(self, images: Sequence[Image.Image], language: str, on_step: Callable[[], None]) -> list[str]:
-        """A description of each picture; see `tasks.caption_pictures`. An exception of `on_step` ends the search."""
+    def read_part(self, text: str) -> str | None:
+        """What the model reads of a text that is too long for it; None: all."""
 
-    def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge) -> list[float]:
+    # `on_step` is called again and again while these work: an exception that it raises ends them
+    def caption(self, images: Sequence[Image.Image], language: str | None, on_step: OnStep) -> list[str]:
+        """A description of each picture; see `tasks.caption_pictures`."""
+
+    def ask(self, image: Image.Image, asking: Asking, on_step: OnStep) -> list[Answer]:
+        """The answers to questions about a picture; see `asking.ask_picture`."""
+
+    def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge, on_step: OnStep) -> list[float]:
         """How well each picture shows the prompt; see `tasks.score_pictures`."""
 
-    def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+    def upscale(self, images: Sequence[Image.Image], on_step: OnStep) -> list[Image.Image]:
         """The pictures, enlarged; see `upscaling.upscale_pictures`."""
 
 
@@ -75,6 +89,10 @@ class LocalGenerator:
     def grid(self) -> tuple[int, int]:
         return self.pipeline.grid
 
+    @property
+    def canvas_format(self) -> CanvasFormat:
+        return self.pipeline.canvas_format
+
     def drawing_queue(self, config: ServiceConfig, watch: Watch) -> DrawingQueue:
         # a guided picture takes two rows of a block
         block = full_block(self.pipeline.generator.config, self.pipeline.grid) // 2
@@ -83,15 +101,21 @@ class LocalGenerator:
             partial(draw_block, self.pipeline),
             BatchLimits(config.waiting_drawings, block, config.drawing_window),
             begin=partial(torch.set_num_threads, torch.get_num_threads()),
-            key=lambda request: request.drawing.options,
+            key=lambda request: request.key,
             watch=watch,
         )
 
-    def caption(self, images: Sequence[Image.Image], language: str, on_step: Callable[[], None]) -> list[str]:
+    def read_part(self, text: str) -> str | None:
+        return self.pipeline.read_part(text)
+
+    def caption(self, images: Sequence[Image.Image], language: str | None, on_step: OnStep) -> list[str]:
         return self.pipeline.caption(images, language, on_step=on_step)
 
-    def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge) -> list[float]:
-        return self.pipeline.rerank(prompt, images, by)
+    def ask(self, image: Image.Image, asking: Asking, on_step: OnStep) -> list[Answer]:
+        return ask_picture(self.pipeline, image, asking, on_step)
 
-    def upscale(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        return self.pipeline.upscale(images)
+    def rerank(self, prompt: str, images: Sequence[Image.Image], by: Judge, on_step: OnStep) -> list[float]:
+        return self.pipeline.rerank(prompt, images, by, on_step)
+
+    def upscale(self, images: Sequence[Image.Image], on_step: OnStep) -> list[Image.Image]:
+        return self.pipeline.upscale(images, on_step=on_step)

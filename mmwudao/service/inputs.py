@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
+from urllib.parse import unquote
 
 import torch
 from PIL import Image
 
 from data.images import open_image
-from mmwudao.service.errors import BadInput, refusals
+from mmwudao.service.errors import BadInput, ServiceError, refusals
 from mmwudao.service.fetching import fetch
 from mmwudao.service.schemas import ImagePart, TextPart
 from mmwudao.service.settings import ServiceConfig
@@ -53,24 +54,41 @@ class InputDecoder:
         return text
 
     async def pictures(
-        self, sources: Sequence[str | bytes], prepare: Callable[[Image.Image], T], param: str
+        self,
+        sources: Sequence[str | bytes],
+        prepare: Callable[[Image.Image], T],
+        params: Sequence[str],
+        *,
+        alpha: bool = False,
     ) -> list[T]:
-        """`prepare` of each picture: encoded bytes, a data URI, or a URL. Raises `BadInput`, `TooLarge`."""
+        """`prepare` of each picture: encoded bytes, a data URI, or a URL; `params` are their names in the request.
+
+        With `alpha` pictures keep their transparency. Raises `BadInput`, `TooLarge`.
+        """
         loop = asyncio.get_running_loop()
 
-        def ready(source: str | bytes) -> T:
-            return prepare(self._decode(source, param))
+        def ready(source: str | bytes, param: str) -> T:
+            return prepare(self._decode(source, param, alpha))
 
-        async def fetched(url: str) -> T:
-            encoded = await fetch(url, self._config.max_fetch, self._config.fetch_deadline)
-            return await loop.run_in_executor(self._executor, ready, encoded)
+        async def fetched(url: str, param: str) -> T:
+            try:
+                encoded = await fetch(url, self._config.max_fetch, self._config.fetch_deadline)
+            except ServiceError as error:
+                error.param = param
+                raise
+            return await loop.run_in_executor(self._executor, ready, encoded, param)
 
         urls = [isinstance(source, str) and _looks_like_url(source) for source in sources]
         if any(urls) and not self._config.allow_urls:
-            raise BadInput("this server fetches no URLs: send the picture as a data URI", param=param)
+            named = params[urls.index(True)]
+            raise BadInput("this server fetches no URLs: send the picture as a data URI", param=named)
         futures = [
-            asyncio.ensure_future(fetched(str(source)) if url else loop.run_in_executor(self._executor, ready, source))
-            for source, url in zip(sources, urls, strict=True)
+            asyncio.ensure_future(
+                fetched(str(source).strip(), param)
+                if url
+                else loop.run_in_executor(self._executor, ready, source, param)
+            )
+            for source, url, param in zip(sources, urls, params, strict=True)
         ]
         try:
             return [await future for future in futures]
@@ -79,10 +97,10 @@ class InputDecoder:
                 future.cancel()
             await asyncio.gather(*futures, return_exceptions=True)
 
-    def _decode(self, source: str | bytes, param: str) -> Image.Image:
+    def _decode(self, source: str | bytes, param: str, alpha: bool) -> Image.Image:
         encoded = data_uri(source, param) if isinstance(source, str) else source
         with refusals(param):
-            return open_image(encoded, self._config.max_pixels)
+            return open_image(encoded, self._config.max_pixels, alpha=alpha)
 
 
 def split_input(content: str | Part | Sequence[str | Part]) -> list[Part]:
@@ -98,18 +116,21 @@ def split_input(content: str | Part | Sequence[str | Part]) -> list[Part]:
 
 def data_uri(text: str, param: str) -> bytes:
     """The bytes of a base64 data URI of a picture. Raises `BadInput`."""
-    head, comma, body = text.partition(",")
+    head, comma, body = text.strip().partition(",")
     if not _looks_like_picture(head) or not comma or not head.lower().endswith(";base64"):
         raise BadInput("a picture is sent as a data URI: data:image/png;base64,...", param=param)
+    if "%" in body:
+        body = unquote(body)  # as in any URI (RFC 2397)
     try:
-        return base64.b64decode(body, validate=True)
+        # tools break lines at 76 characters (RFC 2045)
+        return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadInput("a picture's data URI does not hold base64", param=param) from error
 
 
 def _looks_like_url(text: str) -> bool:
-    return text[:8].lower().startswith(("http://", "https://"))
+    return text[:40].lstrip()[:8].lower().startswith(("http://", "https://"))
 
 
 def _looks_like_picture(text: str) -> bool:
-    return text[:11].lower() == "data:image/"
+    return text[:40].lstrip()[:11].lower() == "data:image/"

@@ -41,6 +41,10 @@ class Metrics:
     def watch_queue(self, queue: str, length: Callable[[], int]) -> None:
         self.waiting.labels(queue).set_function(lambda: float(length()))
 
+    async def exposition(self) -> bytes:
+        """What /metrics answers: the metrics of this process, or of the cluster that it is part of."""
+        return self.text()
+
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
         return generate_latest(self.registry)

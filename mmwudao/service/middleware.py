@@ -45,12 +45,15 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send)
             return
         context = _RequestContext(self, scope, receive, send)
+        inner = scope
+        if scope["method"] == "HEAD":  # as GET, without the body (RFC 9110, section 9.3.2)
+            inner = context.scope = {**scope, "method": "GET"}
         self._requests += 1
         self._metrics.in_flight.inc()
         try:
             try:
                 self._admit(context)
-                await self._app(scope, context.receive, context.send)
+                await self._app(inner, context.receive, context.send)
             except ServiceError as error:
                 if context.status:
                     raise
@@ -80,6 +83,9 @@ class AdmissionMiddleware:
             if not length.isdigit():
                 raise BadInput("Content-Length must be a number")
             context.hold(int(length[:20]))
+        backend = getattr(context.scope["app"].state, "backend", None)
+        if backend is not None:
+            backend.queues.admit(context.scope["method"], context.scope["path"])
 
     def hold(self, context: _RequestContext, size: int) -> None:
         """Count bytes of a body before they are read. Raises `TooLarge` and `QueueFull`."""
@@ -95,11 +101,11 @@ class AdmissionMiddleware:
         # the path as declared: actual paths hold ids
         route = getattr(context.scope.get("route"), "path", "none")
         status = context.status or (500 if context.failed else ClientGone.status)
-        self._metrics.requests.labels(_method(context.scope["method"]), route, str(status)).inc()
+        self._metrics.requests.labels(_method(context.method), route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         if status == ClientGone.status or not (context.finished or context.failed):
             self._metrics.left.labels(route).inc()
-        log.info("%s %s %s %.1f ms", context.scope["method"], route, status, 1000 * seconds)
+        log.info("%s %s %s %.1f ms", context.method, route, status, 1000 * seconds)
 
 
 class _RequestContext:
@@ -107,6 +113,7 @@ class _RequestContext:
 
     def __init__(self, admission: AdmissionMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.started = scope, time.perf_counter()
+        self.method: str = scope["method"]
         self.status, self.arrived, self.finished, self.failed = 0, False, False, False
         self.held, self.read = 0, 0  # bytes of the body
         self._admission, self._receive, self._send = admission, receive, send
@@ -137,6 +144,8 @@ class _RequestContext:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        elif self.method == "HEAD" and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.finished = True

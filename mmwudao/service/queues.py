@@ -13,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmwudao.asking import check_answers
 from mmwudao.service.batching import Batcher, BatchLimits, WorkQueue
-from mmwudao.service.errors import NotFound
+from mmwudao.service.errors import NotFound, refusals
 from mmwudao.service.generators import DrawingQueue, Generator
 from mmwudao.service.metrics import Metrics
 from mmwudao.service.settings import ServiceConfig
+from mmwudao.tasks import check_describes
 from retrieval.collections.opening import Collection
 from retrieval.towers.base import Towers, to_device
-from vqvae.storage.parts import content_hash
+from vqvae.storage.parts import ModelError, content_hash
 
 T = TypeVar("T")
 JobQueue = WorkQueue[Callable[[], Any], Any]  # runs functions
@@ -62,12 +64,12 @@ class Served:
 
     @property
     def abilities(self) -> list[str]:
-        """Among embed, draw, caption, search."""
-        describes = self.generator is not None and self.generator.config.describes != "no"
+        """Among embed, draw, caption, answer, search."""
         able = {
             "embed": self.towers is not None,
             "draw": self.generator is not None,
-            "caption": describes,
+            "caption": self.generator is not None and _passes(check_describes, self.generator),
+            "answer": self.generator is not None and _passes(check_answers, self.generator),
             "search": self.collection is not None,
         }
         return [name for name, there in able.items() if there]
@@ -142,6 +144,33 @@ class ServiceQueues:
     def collection(self) -> Collection:
         return _require(self.served.collection, "collection: it does not search")
 
+    def admit(self, method: str, path: str) -> None:
+        """What can be said of a request before its body is read.
+
+        Raises `NotFound` for a path whose part this server lacks, a `ServiceError` for a model that cannot do it, and
+        `QueueFull`.
+        """
+        if path == "/v1/embeddings":
+            assert self.towers is not None
+        elif path in ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations"):
+            self.drawings.check_room()
+        elif path == "/v1/captions":
+            with refusals():
+                check_describes(self.generator)
+            self.tasks.check_room()
+        elif path == "/v1/chat/completions":
+            with refusals():
+                check_answers(self.generator)
+            self.tasks.check_room()
+        elif path == "/v1/rerank" and self.served.towers is None:
+            with refusals():
+                check_describes(self.generator)
+            self.tasks.check_room()
+        elif path == "/v1/search" or path.startswith("/v1/items"):
+            assert self.collection is not None
+            reads = method == "GET" or path in ("/v1/search", "/v1/items/get")
+            (self.searches if reads else self.writes).check_room()
+
     def check_model(self, name: str | None) -> None:
         """Raises `NotFound` for a model that is not the one served."""
         if name is not None and name != self.served.name:
@@ -157,15 +186,22 @@ class ServiceQueues:
     def _embed_texts(self, texts: list[str]) -> list[Embedded]:
         towers = self.towers
         tokens = towers.tokenize(texts)
-        read = (tokens if isinstance(tokens, Tensor) else tokens["ids"]) != 0  # all kinds of towers pad with 0
         with torch.inference_mode():
             vectors = towers.encode_tokens(to_device(tokens, towers.device)).cpu().numpy()
-        return [Embedded(*both) for both in zip(vectors, read.sum(dim=1).tolist(), strict=True)]
+        return [Embedded(*both) for both in zip(vectors, towers.count_tokens(tokens), strict=True)]
 
     def _embed_images(self, pixels: list[Tensor]) -> list[Embedded]:
         with torch.inference_mode():
             vectors = self.towers.encode_image(torch.stack(pixels), len(pixels)).numpy()
         return [Embedded(vector, 0) for vector in vectors]
+
+
+def _passes(check: Callable[[Generator], object], generator: Generator) -> bool:
+    try:
+        check(generator)
+    except ModelError:
+        return False
+    return True
 
 
 def run_jobs(jobs: Sequence[Callable[[], Any]]) -> list[Any]:

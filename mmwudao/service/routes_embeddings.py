@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from mmwudao.service import schemas
-from mmwudao.service.answering import ERRORS, Backend, answer_in_time, backend_of, json_response
+from mmwudao.service.answering import ANYTHING, ERRORS, Backend, answer_in_time, backend_of, json_response
 from mmwudao.service.errors import BadInput, invalid
 from mmwudao.service.inputs import Source, split_input
 from mmwudao.service.queues import Embedded
@@ -52,34 +52,41 @@ async def embeddings(request: Request) -> Response:
     sources: Sequence[Source]
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
         body, sources = await _uploaded(request, backend)
+        params = ["file"] * len(sources)
     else:
         body = await _json_body(request)
         sources = split_input(body.input)
+        params = [f"input[{k}]" for k in range(len(sources))] if isinstance(body.input, list) else ["input"]
     backend.queues.check_model(body.model)
     backend.decoder.check_count(len(sources), backend.config.max_inputs, "input")
     dim = backend.queues.towers.embed_dim
     if body.dimensions not in (None, dim):
         raise BadInput(f"this model's vectors have {dim} dimensions", param="dimensions")
-    found = await answer_in_time(request, embed(backend, sources, "input"), backend.config.deadline)
+    found = await answer_in_time(request, embed(backend, sources, params), backend.config.deadline)
     return json_response(_response(found, body.encoding_format, backend.served.name))
 
 
-async def embed(backend: Backend, sources: Sequence[Source], param: str) -> list[Embedded]:
-    """The vector of each text, picture, or uploaded picture (bytes). Raises `ServiceError`s that name `param`."""
+async def embed(backend: Backend, sources: Sequence[Source], params: Sequence[str]) -> list[Embedded]:
+    """The vector of each text, picture, or uploaded picture (bytes); `params` are their names in the request.
+
+    Raises `ServiceError`s with these names.
+    """
     queues, towers = backend.queues, backend.queues.towers
-    words = [backend.decoder.text(source.text, param) for source in sources if isinstance(source, schemas.TextPart)]
-    pictures = [
-        source.image if isinstance(source, schemas.ImagePart) else source
-        for source in sources
-        if not isinstance(source, schemas.TextPart)
-    ]
-    for text in words:
-        backend.log_prompt(param, text)
+    words: list[str] = []
+    pictures: list[str | bytes] = []
+    named: list[str] = []  # of the pictures
+    for source, param in zip(sources, params, strict=True):
+        if isinstance(source, schemas.TextPart):
+            words.append(backend.decoder.text(source.text, param))
+            backend.log_prompt(param, source.text)
+        else:
+            pictures.append(source.image if isinstance(source, schemas.ImagePart) else source)
+            named.append(param)
     # room in both queues or in none: a request that is refused by one must not fill the other
     async with queues.texts.reserve(len(words)), queues.images.reserve(len(pictures)):
         if not pictures:
             return await queues.texts.submit(words)
-        pixels = await backend.decoder.pictures(pictures, towers.preprocess, param)
+        pixels = await backend.decoder.pictures(pictures, towers.preprocess, named)
         if not words:
             return await queues.images.submit(pixels)
         both = await asyncio.gather(queues.texts.submit(words), queues.images.submit(pixels))
@@ -90,10 +97,23 @@ async def embed(backend: Backend, sources: Sequence[Source], param: str) -> list
 async def _json_body(request: Request) -> schemas.EmbeddingRequest:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BadInput("send application/json, or pictures as multipart/form-data")
+    content = await request.body()
     try:
-        return schemas.EmbeddingRequest.model_validate_json(await request.body())
+        return schemas.EmbeddingRequest.model_validate_json(content)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise _told(error, content) from None
+
+
+def _told(error: ValidationError, content: bytes) -> BadInput:
+    """What is wrong with a body."""
+    if error.errors()[0]["type"] == "json_invalid":
+        return invalid(error)
+    sent = ANYTHING.validate_json(content)
+    given = sent.get("input") if isinstance(sent, dict) else None
+    first = given[0] if isinstance(given, list) and given else None
+    if isinstance(first, int | list):  # some clients, LangChain among them, count tokens before they ask
+        return BadInput("input: tokens mean nothing to another model's towers: send texts", param="input")
+    return invalid(error, sent)
 
 
 async def _uploaded(request: Request, backend: Backend) -> tuple[schemas.EmbeddingRequest, Sequence[Source]]:
@@ -116,7 +136,7 @@ async def _uploaded(request: Request, backend: Backend) -> tuple[schemas.Embeddi
     try:
         return schemas.EmbeddingRequest.model_validate({**options, "input": "-"}), files
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, options) from None
 
 
 def _response(found: list[Embedded], encoding: str, model: str) -> dict[str, Any]:

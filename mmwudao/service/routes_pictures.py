@@ -6,10 +6,10 @@ import asyncio
 import base64
 import json
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -17,12 +17,13 @@ from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from mmwudao import planning
+from mmwudao.canvas import Canvas
 from mmwudao.pictures import encode_png
 from mmwudao.planning import Drawing, check_prompt
 from mmwudao.service import schemas
 from mmwudao.service.answering import ERRORS, Backend, TheBackend, answer_in_time, json_response
-from mmwudao.service.draw_requests import DrawRequest, rows_of_previews
-from mmwudao.service.errors import BadInput, ClientsGone, DeadlineExceeded, as_http_error, error_record, refusals
+from mmwudao.service.draw_requests import DrawRequest, rows_of_previews, until_gone
+from mmwudao.service.errors import BadInput, DeadlineExceeded, as_http_error, error_record, refusals
 from mmwudao.service.inputs import Part
 from mmwudao.service.routes_embeddings import embed
 from mmwudao.tasks import check_describes, check_judge
@@ -31,6 +32,21 @@ T = TypeVar("T")
 
 router = APIRouter(responses=ERRORS, tags=["pictures"])
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PictureOrder:
+    """The pictures that one request wants; all complete the `canvas`, if there is one."""
+
+    drawings: list[Drawing]
+    doubled: bool
+    told: dict[str, str]  # of each picture in the answer
+    canvas: Canvas | None = None
+    events: Literal["image_generation", "image_edit"] = "image_generation"
+
+    @property
+    def requests(self) -> list[DrawRequest]:
+        return [DrawRequest(one, canvas=self.canvas) for one in self.drawings]
 
 
 @router.post(
@@ -44,21 +60,34 @@ async def generations(body: schemas.GenerationRequest, request: Request, backend
     With `stream`, server-sent events as of OpenAI: image_generation.partial_image, white below what is drawn so far,
     and image_generation.completed; `index` says which of n pictures.
     """
+    return await answer_order(body, await take_order(body, backend), request, backend)
+
+
+async def take_order(body: schemas.GenerationRequest, backend: Backend) -> PictureOrder:
+    """What to draw, and whether to double its size. Raises `ValueError`."""
     backend.queues.check_model(body.model)
     drawings, doubled = _plan(body, backend)
     backend.log_prompt("prompt", body.prompt)
+    # what the model reads of a prompt that is too long for it
+    read = await asyncio.to_thread(backend.queues.generator.read_part, drawings[0].text)
+    return PictureOrder(drawings, doubled, {} if read is None else {"revised_prompt": read})
+
+
+async def answer_order(
+    body: schemas.GenerationRequest, order: PictureOrder, request: Request, backend: Backend
+) -> Response:
+    """The pictures, at once or as a stream of events."""
     if body.stream:
-        events = _events(body, backend, drawings, doubled)
+        events = _events(body, backend, order)
         return EventStream(await anext(events), events)  # a full queue is still a 429
-    requests = [DrawRequest(one) for one in drawings]
-    images = await answer_in_time(request, _draw(backend, requests, doubled), backend.config.drawing_deadline)
-    data = [{"b64_json": _base64(image), "seed": one.seed} for image, one in zip(images, drawings, strict=True)]
+    images = await answer_in_time(request, _draw(backend, order), backend.config.drawing_deadline)
+    pairs = zip(images, order.drawings, strict=True)
+    data = [{"b64_json": _base64(image), "seed": one.seed, **order.told} for image, one in pairs]
     answer = {"created": int(time.time()), "data": data, "size": _size(images[0]), "output_format": "png"}
     return json_response(answer)
 
 
 def _plan(body: schemas.GenerationRequest, backend: Backend) -> tuple[list[Drawing], bool]:
-    """What to draw, and whether to double its size. Raises `ValueError`."""
     config = backend.queues.generator.config
     own = config.image_size
     sizes = {"auto": False, f"{own}x{own}": False}
@@ -72,10 +101,10 @@ def _plan(body: schemas.GenerationRequest, backend: Backend) -> tuple[list[Drawi
     return drawings, sizes[body.size or "auto"]
 
 
-async def _draw(backend: Backend, requests: list[DrawRequest], doubled: bool) -> list[Image.Image]:
+async def _draw(backend: Backend, order: PictureOrder) -> list[Image.Image]:
     """The pictures. Raises `QueueFull`."""
-    async with backend.queues.drawings.reserve(len(requests)):
-        return await _draw_reserved(backend, requests, doubled)
+    async with backend.queues.drawings.reserve(len(order.drawings)):
+        return await _draw_reserved(backend, order.requests, order.doubled)
 
 
 async def _draw_reserved(backend: Backend, requests: list[DrawRequest], doubled: bool) -> list[Image.Image]:
@@ -86,11 +115,17 @@ async def _draw_reserved(backend: Backend, requests: list[DrawRequest], doubled:
     finally:
         for one in requests:
             one.gone = True
-    return await queues.run_job(queues.tasks, lambda: _double(backend, images)) if doubled else images
+    if not doubled:
+        return images
+    gone, on_step = until_gone()
+    try:
+        return await queues.run_job(queues.tasks, lambda: _double(backend, images, on_step))
+    finally:
+        gone.set()
 
 
-def _double(backend: Backend, images: list[Image.Image]) -> list[Image.Image]:
-    larger = backend.queues.generator.upscale(images)
+def _double(backend: Backend, images: list[Image.Image], on_step: Callable[[], None]) -> list[Image.Image]:
+    larger = backend.queues.generator.upscale(images, on_step)
     for small, large in zip(images, larger, strict=True):
         large.info = {**small.info, **large.info}
     return larger
@@ -115,35 +150,37 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
 
-async def _events(
-    body: schemas.GenerationRequest, backend: Backend, drawings: list[Drawing], doubled: bool
-) -> AsyncGenerator[bytes]:
+async def _events(body: schemas.GenerationRequest, backend: Backend, order: PictureOrder) -> AsyncGenerator[bytes]:
     """A comment once room is reserved (else `QueueFull`), then previews and the pictures, or an error instead."""
     loop, previews = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Image.Image] | None]()
-    rows = rows_of_previews(body.partial_images or 0, backend.queues.generator.grid[0])
+    height, width = backend.queues.generator.grid
+    if order.canvas is not None:
+        height -= -(-order.canvas.known // width)
+    rows = rows_of_previews(body.partial_images or 0, height)
+    drawings, kind = order.drawings, order.events
 
     def draw_request(index: int, drawing: Drawing) -> DrawRequest:
         def preview(image: Image.Image) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, (index, image))
 
-        return DrawRequest(drawing, preview, rows)
+        return DrawRequest(drawing, preview, rows, canvas=order.canvas)
 
     seconds = backend.config.drawing_deadline
     end = loop.time() + seconds
     async with backend.queues.drawings.reserve(len(drawings)):
         yield b": accepted\n\n"
         requests = [draw_request(k, one) for k, one in enumerate(drawings)]
-        work = asyncio.create_task(_draw_reserved(backend, requests, doubled))
+        work = asyncio.create_task(_draw_reserved(backend, requests, order.doubled))
         work.add_done_callback(lambda _: previews.put_nowait(None))
         shown = [0] * len(drawings)
         try:
             # not asyncio.timeout: the framework may resume a generator in another task
             while (entry := await asyncio.wait_for(previews.get(), end - loop.time())) is not None:
                 index, image = entry
-                yield _event("partial_image", image, index, partial_image_index=shown[index])
+                yield _event(f"{kind}.partial_image", image, index, partial_image_index=shown[index])
                 shown[index] += 1
             for index, (image, drawing) in enumerate(zip(work.result(), drawings, strict=True)):
-                yield _event("completed", image, index, seed=drawing.seed)
+                yield _event(f"{kind}.completed", image, index, seed=drawing.seed, **order.told)
         except TimeoutError:
             yield _error_event(DeadlineExceeded(f"not done within {seconds:g} s"))
         except Exception as error:
@@ -152,9 +189,9 @@ async def _events(
             work.cancel()
 
 
-def _event(kind: str, image: Image.Image, index: int, **more: int) -> bytes:
+def _event(kind: str, image: Image.Image, index: int, **more: int | str) -> bytes:
     record: dict[str, Any] = {
-        "type": f"image_generation.{kind}",
+        "type": kind,
         "b64_json": _base64(image),
         "created_at": int(time.time()),
         "size": _size(image),
@@ -191,14 +228,15 @@ async def captions(body: schemas.CaptionRequest, request: Request, backend: TheB
     check_describes(generator)
     sources = _sources(body.images, backend, "images")
     languages = generator.config.languages
-    language = body.language or languages[0]
-    if language not in languages:
-        raise BadInput(f"this model describes in: {', '.join(languages)}", param="language")
+    language = body.language if body.language is not None else next(iter(languages), None)
+    if language is not None and language not in languages:
+        known = ", ".join(languages) or "one language, which is not named: leave it out"
+        raise BadInput(f"this model describes in: {known}", param="language")
 
     def describe(images: list[Image.Image], on_step: Callable[[], None]) -> list[str]:
         return generator.caption(images, language, on_step)
 
-    work = _run_task(backend, sources, describe, "images")
+    work = run_task(backend, sources, describe, places("images", sources))
     told = await answer_in_time(request, work, backend.config.drawing_deadline)
     data = [schemas.PictureCaption(index=k, language=language, caption=caption) for k, caption in enumerate(told)]
     return json_response(schemas.CaptionList(data=data, model=backend.served.name))
@@ -220,10 +258,9 @@ async def rerank(body: schemas.RerankRequest, request: Request, backend: TheBack
             check_judge(generator, by)
 
         def judge(images: list[Image.Image], on_step: Callable[[], None]) -> list[float]:
-            on_step()
-            return generator.rerank(body.query, images, by)
+            return generator.rerank(body.query, images, by, on_step)
 
-        work = _run_task(backend, sources, judge, "documents")
+        work = run_task(backend, sources, judge, places("documents", sources))
         scores = await answer_in_time(request, work, backend.config.drawing_deadline)
     ranked = sorted(range(len(scores)), key=lambda k: -scores[k])[: body.top_n]
     results = [schemas.Ranked(index=k, relevance_score=scores[k]) for k in ranked]
@@ -233,7 +270,7 @@ async def rerank(body: schemas.RerankRequest, request: Request, backend: TheBack
 async def _score_by_towers(query: str, sources: list[str], backend: Backend) -> list[float]:
     """The cosine of the query and each picture."""
     parts: list[Part] = [schemas.TextPart(text=query), *(schemas.ImagePart(image=source) for source in sources)]
-    embedded = await embed(backend, parts, "documents")
+    embedded = await embed(backend, parts, ["query", *places("documents", sources)])
     return [float(embedded[0].vector @ one.vector) for one in embedded[1:]]
 
 
@@ -243,24 +280,25 @@ def _sources(parts: Sequence[str | schemas.ImagePart], backend: Backend, param: 
     return [part.image if isinstance(part, schemas.ImagePart) else part for part in parts]
 
 
-async def _run_task(
+def places(param: str, sources: Sequence[str]) -> list[str]:
+    """The name of each picture in the request."""
+    return [f"{param}[{k}]" for k in range(len(sources))]
+
+
+async def run_task(
     backend: Backend,
     sources: list[str],
     task: Callable[[list[Image.Image], Callable[[], None]], list[T]],
-    param: str,
+    params: Sequence[str],
 ) -> list[T]:
-    """The result of `task` for the pictures, in the queue for tasks. Raises `ServiceError`s that name `param`.
+    """The result of `task` for the pictures, in the queue for tasks. Raises `ServiceError`s that name one of `params`.
 
     `task(images, on_step)` calls `on_step` at every step, which raises `ClientsGone` once the client has left.
     """
-    gone, queues = threading.Event(), backend.queues
-
-    def on_step() -> None:
-        if gone.is_set():
-            raise ClientsGone
-
+    queues = backend.queues
+    gone, on_step = until_gone()
     async with queues.tasks.reserve(1), queues.decoded_tasks:
-        images = await backend.decoder.pictures(sources, lambda image: image, param)
+        images = await backend.decoder.pictures(sources, lambda image: image, params)
         try:
             result: list[T] = (await queues.tasks.submit([lambda: task(images, on_step)]))[0]
         finally:

@@ -21,12 +21,8 @@ from pydantic import (
 )
 
 from generation.drawing.sampling import SamplingOptions
-
-
-class RequestBody(BaseModel):
-    """The base of what clients send."""
-
-    model_config = ConfigDict(extra="forbid")
+from mmwudao.service.bodies import RequestBody, without_nulls
+from retrieval.collections.terms import MAX_TERMS, MAX_WEIGHT
 
 
 class ResponseBody(BaseModel):
@@ -47,7 +43,7 @@ Value = (
     | Annotated[float, BeforeValidator(_no_whole_number), Field(allow_inf_nan=False)]
 )
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-Metadata = Annotated[dict[ColumnName, Value], Field(max_length=64)]
+Metadata = Annotated[dict[ColumnName, Value], Field(max_length=64), BeforeValidator(without_nulls)]
 Vector = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=8192)]
 ModelName = Annotated[str | None, Field(description="The served model's name (GET /v1/models), or nothing.")]
 User = Annotated[str | None, Field(description="Accepted for compatibility, and not used.")]
@@ -111,8 +107,8 @@ def _sampling_fields() -> dict[str, Any]:
     """The fields of `SamplingOptions` for pydantic, each optional, with its limits and its help."""
     hints, made = get_type_hints(SamplingOptions), {}
     for field in fields(SamplingOptions):
-        least, most, above = (field.metadata[name] for name in ("least", "most", "above"))
-        described = Field(ge=least, le=most, gt=above, description=field.metadata["help"])
+        least, most, above, below = (field.metadata[name] for name in ("least", "most", "above", "below"))
+        described = Field(ge=least, le=most, gt=above, lt=below, description=field.metadata["help"])
         made[field.name] = (Annotated[hints[field.name] | None, described], None)
     return made
 
@@ -131,6 +127,11 @@ class GenerationRequest(SamplingRequest):
     style: Annotated[str | None, Field(description="A picture family that the model knows.")] = None
     response_format: Annotated[Literal["b64_json"] | None, Field(description="URLs are not offered.")] = None
     output_format: Literal["png"] | None = None
+    output_compression: Annotated[Literal[100] | None, Field(description="PNGs lose nothing.")] = None
+    # OpenAI's, with the values that ask for nothing
+    quality: Annotated[Literal["auto", "standard"] | None, Field(description="There is one.")] = None
+    background: Annotated[Literal["auto", "opaque"] | None, Field(description="Pictures are opaque.")] = None
+    moderation: Annotated[Literal["auto", "low"] | None, Field(description="There is none.")] = None
     stream: Annotated[bool | None, Field(description="Server-sent events with pictures so far.")] = None
     partial_images: Annotated[int | None, Field(ge=0, le=3, description="Previews in a stream.")] = None
     user: User = None
@@ -149,11 +150,35 @@ class GenerationRequest(SamplingRequest):
         return self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
 
 
+class EditRequest(GenerationRequest):
+    """What to draw into a picture. The fields of a form: `image` and `mask` are files beside them."""
+
+    extend: Annotated[
+        str | None,
+        Field(description="Instead of a mask: keep all, and go on beyond a side by a share of the picture: left:0.25."),
+    ] = None
+    input_fidelity: Annotated[
+        Literal["high", "low"] | None, Field(description="OpenAI's; what is kept is always kept as it is.")
+    ] = None
+
+
+class VariationRequest(GenerationRequest):
+    """What a picture becomes. The fields of a form: `image` is a file beside them."""
+
+    prompt: Annotated[str, Field(description="What it shows; without one the model describes the picture itself.")] = ""
+    strength: Annotated[
+        float, Field(gt=0, le=1, allow_inf_nan=False, description="How much of the picture is drawn anew.")
+    ] = 0.5
+
+
 class DrawnImage(ResponseBody):
     """A PNG that holds its own recipe."""
 
     b64_json: str
     seed: int
+    revised_prompt: Annotated[
+        str | None, Field(description="What the model has read, where the prompt is longer than it reads.")
+    ] = None
 
 
 class ImagesResponse(ResponseBody):
@@ -174,7 +199,7 @@ class CaptionRequest(RequestBody):
 
 class PictureCaption(ResponseBody):
     index: int
-    language: str
+    language: Annotated[str | None, Field(description="None: the model has one, which it does not name.")]
     caption: str
 
 
@@ -190,6 +215,7 @@ class RerankRequest(RequestBody):
     query: str
     documents: Pictures
     top_n: Annotated[int | None, Field(ge=1)] = None
+    return_documents: Annotated[Literal[False] | None, Field(description="Pictures are not sent back.")] = None
     by: Annotated[
         Literal["caption", "towers", "both"] | None, Field(description="Who judges; default: towers if there are any.")
     ] = None
@@ -209,19 +235,16 @@ class RerankResponse(ResponseBody):
     model: str
 
 
-# what `TextImageOrVector` checks, in the OpenAPI description
-ONE_OF_THREE: dict[str, Any] = {
-    "oneOf": [
-        {"required": [name], "properties": {name: {"type": kind}}}
-        for name, kind in (("text", "string"), ("image", "string"), ("vector", "array"))
-    ]
-}
+def one_of(*names: str) -> dict[str, Any]:
+    """That exactly one of these fields is given, in the OpenAPI description; a validator checks it."""
+    kinds = {"text": "string", "image": "string", "vector": "array", "terms": "array"}
+    return {"oneOf": [{"required": [name], "properties": {name: {"type": kinds[name]}}} for name in names]}
 
 
 class TextImageOrVector(RequestBody):
     """Exactly one of a text, a picture and a vector."""
 
-    model_config = ConfigDict(json_schema_extra=ONE_OF_THREE)
+    model_config = ConfigDict(json_schema_extra=one_of("text", "image", "vector"))
 
     text: str | None = None
     image: Annotated[str | None, Field(description="A data URI, or a URL where the server allows it.")] = None
@@ -234,9 +257,42 @@ class TextImageOrVector(RequestBody):
         return self
 
 
-class SearchRequest(TextImageOrVector):
+class SearchTerm(TextImageOrVector):
+    """One of the terms that a search adds up."""
+
+    weight: Annotated[
+        float,
+        Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False, description="Below 0: subtract it; never 0."),
+    ] = 1.0
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("a weight is not 0: leave the term out")
+        return weight
+
+
+class SearchRequest(RequestBody):
+    """Exactly one of a text, a picture, a vector, and a list of these with weights, which are added up."""
+
+    model_config = ConfigDict(json_schema_extra=one_of("text", "image", "vector", "terms"))
+
+    text: str | None = None
+    image: Annotated[str | None, Field(description="A data URI, or a URL where the server allows it.")] = None
+    vector: Vector | None = None
+    terms: Annotated[
+        list[SearchTerm] | None,
+        Field(min_length=1, max_length=MAX_TERMS, description="Each counts as a vector of length 1 times its weight."),
+    ] = None
     k: Annotated[int, Field(ge=1)] = 10
     where: Where = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(value is not None for value in (self.text, self.image, self.vector, self.terms)) != 1:
+            raise ValueError("give exactly one of text, image, vector and terms")
+        return self
 
 
 class SearchHit(ResponseBody):
@@ -284,13 +340,40 @@ class CollectionResponse(ResponseBody):
     count: int
     dim: int
     model: str
+    ids: Annotated[list[str] | None, Field(description="With `limit`: sorted by code points.")] = None
+
+
+Ids = Annotated[list[Identifier], Field(min_length=1)]
+
+
+class IdsRequest(RequestBody):
+    """Items by their ids, for ids that no URL can hold as they are (`.`, `..`), and for many at a time."""
+
+    ids: Ids
+    vector: Annotated[bool, Field(description="Whether to send the vectors too.")] = False
+
+
+class DeleteRequest(RequestBody):
+    ids: Ids
+
+
+class StoredItems(ResponseBody):
+    """In the order of the request; ids of no item are left out."""
+
+    object: Literal["list"] = "list"
+    data: list[StoredItem]
+
+
+class DeletedItems(ResponseBody):
+    deleted: int
 
 
 class ModelCard(ResponseBody):
     id: str
     object: Literal["model"] = "model"
+    created: Annotated[int, Field(description="When this server was started, in seconds since 1970.")]
     owned_by: Literal["mmwudao"] = "mmwudao"
-    can: Annotated[list[str], Field(description="Among embed, draw, caption, search.")]
+    can: Annotated[list[str], Field(description="Among embed, draw, caption, answer, search.")]
 
 
 class ModelList(ResponseBody):

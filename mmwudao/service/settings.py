@@ -6,6 +6,7 @@ Imports nothing heavy: the command line makes its options from `ServeSettings`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from data.config import ConfigError, load_config
 from data.options import check_options, option
 from mmwudao.loading.options import RunOptions
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+|null")  # RFC 6454, section 6.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,17 @@ class RequestOptions:
 
     allow_urls: bool = option(False, "Fetch pictures that clients name by public URLs.")
     log_prompts: bool = option(False, "Write the texts that clients send to the log.")
+    cors: list[str] = option(
+        [], "Let web pages of this origin ask, such as https://example.org, or * for all; may be repeated."
+    )
     max_requests: int = option(1024, "Answer at most this many requests at a time; others get status 429.", least=1)
     deadline: float = option(60.0, "Answer a request within this many seconds after its acceptance.", above=0)
     drawing_deadline: float = option(
         600.0, "Answer a request for pictures, captions or reranking within this many seconds.", above=0
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,9 @@ class ReplicaOptions:
     )
     cpus: float = option(1.0, "With --ray, reserve this many cores for each replica.", least=0)
     gpus: float = option(0.0, "With --ray, reserve this many GPUs, or a part of one, for each replica.", least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +102,7 @@ class ServiceConfig(RequestOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_origins(self.cors, self.keys)
         for most, waiting in (
             (self.max_inputs, "waiting_texts"),
             (self.max_inputs, "waiting_images"),
@@ -97,6 +110,15 @@ class ServiceConfig(RequestOptions):
         ):
             if most > getattr(self, waiting):
                 raise ValueError(f"{waiting} must be at least {most}: one request may ask for so many")
+
+
+def check_origins(origins: Sequence[str], keys: Sequence[str]) -> None:
+    """Raises `ValueError` for what no browser would call an origin, and for all origins where there are no keys."""
+    for origin in origins:
+        if origin == "*" and not keys:
+            raise ValueError("--cors '*' without keys lets every page of the web use this server: name the origins")
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ValueError(f"--cors takes an origin such as https://example.org, without a path, not {origin[:80]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

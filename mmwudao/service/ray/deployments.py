@@ -25,36 +25,38 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from mmwudao.service.app import create_app
 from mmwudao.service.keys import KEYS_VARIABLE, check_binding, read_keys
 from mmwudao.service.opening import find_sources, load_generator, open_served
+from mmwudao.service.ray.cluster_metrics import ClusterMetrics, close_board
 from mmwudao.service.ray.remote import GeneratorWorker, RemoteGenerator
 from mmwudao.service.server import KEEP_ALIVE, configure_logging
 from mmwudao.service.settings import ServeSettings, ServiceConfig, parse_settings
 
 NAME = "mmwudao"
 CONSTRUCTION_TRIES = 3  # of a replica, before the deployment is given up
-SPARE = 64  # requests beyond `max_requests` that reach the application, which refuses them or reports its health
+SPARE = 64  # calls of a generator beyond those that its queues admit
+UNBOUNDED = 2**20
 
 
 class TowersReplica:
     """A replica of the towers, with the application in front of them."""
 
     async def __init__(  # type: ignore[misc]  # Serve waits for it
-        self, settings: ServeSettings, config: ServiceConfig, generator: DeploymentHandle[Any] | None
+        self, settings: ServeSettings, config: ServiceConfig, generator: DeploymentHandle[Any] | None, created: int
     ) -> None:
         configure_logging(config.log_prompts)
-        self._config, remote = config, None
+        self._created = created
+        self._config, self._metrics, remote = config, ClusterMetrics(), None
         if generator is not None:
             remote = RemoteGenerator(generator, await generator.describe.remote(), settings.generator_replicas)
         self._served = open_served(settings, remote)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._served, self._config)
+        return create_app(self._served, self._config, self._metrics, self._created)
 
     def __del__(self) -> None:
         if hasattr(self, "_served"):
@@ -66,7 +68,7 @@ class GeneratorReplica(GeneratorWorker):
 
     async def __init__(self, settings: ServeSettings, config: ServiceConfig) -> None:  # type: ignore[misc]
         configure_logging(config.log_prompts)
-        super().__init__(Path(settings.model).name, load_generator(settings), config)
+        super().__init__(Path(settings.model).name, load_generator(settings), config, ClusterMetrics())
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -116,12 +118,11 @@ def application(settings: ServeSettings, keys: Sequence[str]) -> Application:
     ingress = serve.deployment(
         name="towers",
         num_replicas=settings.tower_replicas,
-        max_ongoing_requests=config.max_requests + SPARE,
-        max_queued_requests=SPARE,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        # all requests reach the application, which refuses those beyond `max_requests`: Ray's own 429 is plain text
+        max_ongoing_requests=UNBOUNDED,
         **common,
     )
-    return ingress(serve.ingress()(TowersReplica)).bind(settings, front, generator)
+    return ingress(serve.ingress()(TowersReplica)).bind(settings, front, generator, int(time.time()))
 
 
 def share_limits(config: ServiceConfig, settings: ServeSettings) -> tuple[ServiceConfig, ServiceConfig]:
@@ -171,6 +172,7 @@ def serve_replicas(settings: ServeSettings, host: str, port: int) -> None:
     finally:
         serve.delete(NAME)  # finishes what was accepted
         serve.shutdown()
+        close_board()
         signal.signal(signal.SIGTERM, before)
 
 
