@@ -26,7 +26,7 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval.collections import lance as lance_collection
+from retrieval.collections import lance_search
 from retrieval.collections.opening import Collection, open_collection
 
 
@@ -116,7 +116,7 @@ def write(place: Path, journal: Path, arguments: argparse.Namespace, seed: int) 
 
 def optimise(place: Path, rounds: Path, arguments: argparse.Namespace) -> None:
     """Optimise again and again, with an index also for few items."""
-    lance_collection.EXACT_UP_TO = arguments.index_from
+    lance_search.EXACT_UP_TO = arguments.index_from
     with open_collection(place, durable=arguments.durable) as collection, rounds.open("a", buffering=1) as log:
         while True:
             log.write("\n")  # one at the start, one a round

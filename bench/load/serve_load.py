@@ -113,8 +113,14 @@ def main() -> None:
             asyncio.run(load(process, port, requests, 8, min(3.0, arguments.seconds)))  # warm
             usual = asyncio.run(load(process, port, requests, arguments.clients, arguments.seconds))
             over = asyncio.run(
-                load(process, port, requests, arguments.factor * arguments.clients, arguments.overload_seconds,
-                     arguments.impatient)
+                load(
+                    process,
+                    port,
+                    requests,
+                    arguments.factor * arguments.clients,
+                    arguments.overload_seconds,
+                    arguments.impatient,
+                )
             )
     rows = {"load": usual.record(arguments.inputs), "overload": over.record(arguments.inputs)}
     for name, outcome in (("load", usual), ("overload", over)):
@@ -208,15 +214,23 @@ def bare_pass(towers: Towers, kind: str, inputs: list[str], seconds: float) -> t
 
 @contextlib.contextmanager
 def serving(folder: Path, limits: list[str]) -> Iterator[tuple[psutil.Process, int]]:
-    """The command in a process of its own, on a free port, ready."""
+    """Our own server, see `listening`."""
+    command = [sys.executable, "-m", "mmwudao", "serve", "--model", str(folder), "--device", "cpu"]
+    command += [word for limit in limits for word in ("--limit", limit)]
+    with listening(command) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def listening(command: list[str]) -> Iterator[tuple[psutil.Process, int]]:
+    """The command in a process of its own, with a free `--port`, once it takes connections."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mmwudao", "serve", "--model", str(folder), "--port", str(port), "--device", "cpu"]
-    command += [word for limit in limits for word in ("--limit", limit)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=null, stderr=null)
     try:
-        late = time.monotonic() + 120
+        late = time.monotonic() + 600
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -254,9 +268,7 @@ async def load(
     return outcome
 
 
-async def visit(
-    port: int, bodies: list[bytes], k: int, end: float, outcome: Outcome, impatient: float | None
-) -> None:
+async def visit(port: int, bodies: list[bytes], k: int, end: float, outcome: Outcome, impatient: float | None) -> None:
     """One client: a connection that is kept, one request after the other. As little HTTP as will do."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < end:

@@ -33,7 +33,7 @@ def main() -> None:
     others = sorted({sample.family for sample in train.samples if sample.family} - styles)
     train = CodedPairs(arguments.codes, "train", others)
     config = GeneratorTrainConfig(data=GeneratorDataConfig(test_pictures=arguments.pictures))
-    maker = RowMaker(pipe.text, model.config, config)
+    maker = RowMaker(pipe.text, model.config, config, pipe.features)
     record: dict[str, dict[str, float]] = {}
     for split in ("test-family", "test-concept"):
         pairs = CodedPairs(arguments.codes, split, others)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from generation.training.batches import mean_bits
-from generation.training.train_style import StyleTrainConfig, style_batches
+from generation.training.train_style import StyleBase, StyleTrainConfig, style_batches
 from generation.transformer.adapters import read_adapter
 from mmwudao.pipeline import load
 
@@ -36,9 +36,10 @@ def main() -> None:
     record = []
     for folder, name, size in zip([None, *arguments.adapters], names, sizes, strict=True):
         pipe = load(arguments.model, device="cpu", dtype="float32", adapter=folder)
+        base = StyleBase(pipe.generator, pipe.text, pipe.config.parts["generator"].hash, pipe.features)
         row: dict[str, float | str] = {"adapter": str(folder or ""), "method": name, "stored": size}
         with torch.inference_mode():
-            for split, batches in style_batches(config, pipe.generator, pipe.text).items():
+            for split, batches in style_batches(config, base).items():
                 row[split] = round(mean_bits(pipe.generator, batches, pipe.device)["image_bits"], 4)
         record.append(row)
     print(f"| {family} | parameters stored | {' | '.join(config.test)} |")

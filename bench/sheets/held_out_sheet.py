@@ -1,7 +1,7 @@
 """The uncurated sheet of docs/: `python bench/sheets/held_out_sheet.py --shards shards/emoji --out docs/held-out`.
 
 The first prompts of `test-family` in each of the seven languages, drawn with seed 0: a row is the real picture (which
-was never trained on), then the drawn ones. Writes OUT.png and OUT.md, which lists the prompts.
+was never trained on), then the drawn ones. Writes OUT.webp and OUT.md, which lists the prompts.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def main() -> None:
         for k in range(arguments.n):
             sheet.paste(drawn[i * arguments.n + k], (size + gap + k * size, i * size))
         lines.append(f"| {i + 1} | {language} | {prompt} | {name} |")
-    sheet.save(arguments.out.with_suffix(".png"), optimize=True)
+    sheet.save(arguments.out.with_suffix(".webp"), quality=82, method=6)
     head = (
         f"# Held-out prompts, drawn by `{arguments.model}`\n\n"
         f"The first prompts of `{arguments.split}` in each language, seed 0, nothing picked by hand. On the left the\n"
         "real picture, which the model never saw (it saw the concept in other families). Made by\n"
-        f"`python bench/sheets/held_out_sheet.py --shards {arguments.shards}`.\n\n"
-        f"![]({arguments.out.name}.png)\n\n"
+        f"`python bench/sheets/held_out_sheet.py --shards shards/{arguments.shards.name}`.\n\n"
+        f"![]({arguments.out.name}.webp)\n\n"
     )
     arguments.out.with_suffix(".md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
-    print(arguments.out.with_suffix(".png"))
+    print(arguments.out.with_suffix(".webp"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("docs/style.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/style.webp"))
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--splits", nargs="+", default=["test-family", "test-concept"])
     parser.add_argument("--prompts", type=int, default=4, help="of each split")

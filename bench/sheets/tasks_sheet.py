@@ -1,6 +1,6 @@
 """Every task on held-out pictures: `python bench/sheets/tasks_sheet.py --shards shards/emoji --out docs/tasks`.
 
-Ten pictures of `test-family`, one a base concept, nothing picked by hand. A row of OUT.png: the real picture; its top
+Ten pictures of `test-family`, one a base concept, nothing picked by hand. A row of OUT.webp: the real picture; its top
 half completed; its left half completed; of 16 pictures drawn from its name, the best and the worst by `rerank`; the
 real picture at the tokenizer's resolution, upscaled (if the model has an upscaler). OUT.md lists the captions.
 """
@@ -59,16 +59,17 @@ def main() -> None:
         told = captions[language][i]
         lines.append(f"| {i + 1} | {name} | {language} | {prompt} | {told} | {captions['en'][i]} |")
         print(lines[-1], flush=True)
-    sheet.quantize(256).save(arguments.out.with_suffix(".png"), optimize=True)
+    sheet.save(arguments.out.with_suffix(".webp"), quality=82, method=6)
     head = (
         f"# The tasks on ten held-out pictures, by `{arguments.model}`\n\n"
         f"Pictures of `{arguments.split}` that the model never saw, one a base concept, nothing picked, seed 0.\n"
-        f"Columns: {', '.join(COLUMNS)}. Made by `python bench/sheets/tasks_sheet.py --shards {arguments.shards}`.\n\n"
-        f"![]({arguments.out.name}.png)\n\n"
+        f"Columns: {', '.join(COLUMNS)}. Made by\n"
+        f"`python bench/sheets/tasks_sheet.py --shards shards/{arguments.shards.name}`.\n\n"
+        f"![]({arguments.out.name}.webp)\n\n"
         "| row | picture | language | its name | caption | English caption |\n|---|---|---|---|---|---|\n"
     )
     arguments.out.with_suffix(".md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
-    print(arguments.out.with_suffix(".png"))
+    print(arguments.out.with_suffix(".webp"))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ a first picture each, whose time is given too: it has the compiling, recording a
 
 * `auto`, `modules`, `graph`, `compile`: our engines; `int8` is `compile` on a GPU and `auto` elsewhere, with weights of
   8 bits. On a CPU blocks have as many rows as the command gives them, so that a picture has the same bits in every
-  batch, which one row would not give; `free` is `auto` with as many rows as pictures. On a GPU all have so many.
+  batch; `free` is `auto` with exactly as many rows as pictures. On a GPU all have so many.
 * `llama`, `gpt2`: Hugging Face's models and `generate()`, with its dynamic cache; `-static` with the static one.
 * `original`: CogView's published sampler keeps hidden states and computes the keys and values of all of them again at
   every step. With `--original-steps` so many steps, evenly spread, are run and the time is scaled up.
+
+`CPU s` is the processor time of all threads, the figure to compare where other programs run beside it.
 
 `floor` is the share of what reading weights and cache once a code would take, at the copy bandwidth measured here
 (read and written bytes of 512 MiB); weights that fit a CPU's caches may beat it. The last line is JSON.
@@ -76,25 +78,31 @@ def main() -> None:
         "torch": torch.__version__, "rows": [],
     }  # fmt: skip
     contenders = {name: make(name, model, arguments) for name in arguments.contenders}
-    print("batch contender       first s        s  ms a code pictures/s  floor  ratio")
+    print("batch contender       first s        s    CPU s  ms a code pictures/s  floor  ratio  CPU ratio")
     for batch in arguments.batches:
         times: dict[str, list[float]] = {name: [] for name in contenders}
+        processor: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(arguments.runs + 1):
             for name, draw in contenders.items():
+                before = time.process_time()
                 times[name].append(seconds(draw, batch, arguments.device))
+                processor[name].append(time.process_time() - before)
         ours = statistics.median(times[arguments.contenders[0]][1:])
+        our_processor = statistics.median(processor[arguments.contenders[0]][1:])
         for name, taken in times.items():
-            median = statistics.median(taken[1:])
+            median, busy = statistics.median(taken[1:]), statistics.median(processor[name][1:])
             row = {
                 "batch": batch, "contender": name, "first_s": round(taken[0], 3), "s": round(median, 3),
+                "cpu_s": round(busy, 3), "cpu_ratio": round(busy / our_processor, 2),
                 "ms_a_code": round(1000 * median / codes_of(model), 3),
                 "pictures_s": round(batch / median, 3),
                 "floor": round(floor_seconds(model, batch, bandwidth, name) / median, 3),
                 "ratio": round(median / ours, 2),
             }  # fmt: skip
             record["rows"].append(row)
-            print(f"{batch:5} {name:14} {row['first_s']:8.2f} {row['s']:8.3f} {row['ms_a_code']:10.3f} "
-                  f"{row['pictures_s']:10.3f} {row['floor']:6.2f} {row['ratio']:6.2f}", flush=True)  # fmt: skip
+            print(f"{batch:5} {name:14} {row['first_s']:8.2f} {row['s']:8.3f} {busy:8.3f} {row['ms_a_code']:10.3f} "
+                  f"{row['pictures_s']:10.3f} {row['floor']:6.2f} {row['ratio']:6.2f} "
+                  f"{row['cpu_ratio']:10.2f}", flush=True)  # fmt: skip
     if arguments.device == "cuda":
         record["gpu"], record["peak_gb"] = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 1e9
     print(json.dumps(record))

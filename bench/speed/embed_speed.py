@@ -1,114 +1,137 @@
 """Pictures a second of `embed` over shards against the bare forward pass on the same pictures in memory.
 
     python bench/speed/embed_speed.py [--shards data/samples/emoji] [--towers FOLDER] [--repeat 4]
+    pip install --no-deps --target FOLDER clip-retrieval    # then --clip-retrieval FOLDER
 
 Without --towers, our default architecture with random weights. Measured in turn, `--runs` times: the bare pass as it
 comes, one batch after the other on all of PyTorch's threads; the same batches side by side, as `embed` encodes them;
-and `embed_shards`, from tar files to Parquet. The JSON holds the medians, and CPU times of one picture, in which
-threads that wait for each other count as busy. On cores that both share, `embed` cannot exceed
-encode / (encode + read + decode) of the batches side by side.
+`embed_shards`, from tar files to Parquet; and clip-retrieval's reader, runner, mapper and writer as published, with the
+same towers where it loads CLIP, and the steps of CLIP's transform. `share_cpu` is the CPU time of the batches side by
+side, of that of `embed`; it cannot exceed encode / (encode + read + decode).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import statistics
+import sys
 import tempfile
-import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torchvision import transforms
 
-from data.batches import cores, in_order
+from bench.speed.shard_passes import add_arguments, cpu_seconds, fail, measure_passes, print_record, report
+from data.batches import in_order
 from data.images import open_image
 from data.reading import expand_shards, read_shard
 from data.text import TextTokenizer
 from retrieval.towers.base import Towers, load_towers
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
-from retrieval.vectors.embed import embed_shards
+from retrieval.vectors.embed import MARGIN, embed_shards
 from retrieval.vectors.settings import EmbedSettings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shards", type=Path, default=Path("data/samples/emoji"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, repeat=4)
     parser.add_argument("--towers", type=Path)
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--repeat", type=int, default=4, help="every shard so many times")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clip-retrieval", type=Path, help="where it was installed")
     arguments = parser.parse_args()
     towers = load_towers(arguments.towers, arguments.device) if arguments.towers else random_towers(arguments.shards)
     towers.to(arguments.device)
-    size, workers = arguments.batch_size, arguments.workers or cores()
-    wall: dict[str, list[float]] = {"bare": [], "side by side": [], "embed": []}
-    busy: dict[str, list[float]] = {name: [] for name in wall}
+    size = arguments.batch_size
     with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
         shards = [
             Path(shutil.copy(shard, Path(scratch) / f"{number:05d}.tar"))
             for number, shard in enumerate(expand_shards(arguments.shards, arguments.split) * arguments.repeat)
         ]
-        started = time.process_time()
-        encoded = [sample.require_image() for shard in shards for sample in read_shard(shard, fail)]
-        reading = time.process_time() - started
-        started = time.process_time()
-        pixels = [towers.preprocess(open_image(image)) for image in encoded]
-        batches = [torch.stack(pixels[start : start + size]) for start in range(0, len(pixels), size)]
-        decoding = time.process_time() - started
-        passes = {
+        started = cpu_seconds()
+        samples = [sample for shard in shards for sample in read_shard(shard, fail)]
+        reading = cpu_seconds() - started
+        started = cpu_seconds()
+        least = MARGIN * towers.image_size
+        light = [towers.lighten(open_image(sample.require_image(), least_side=least)) for sample in samples]
+        batches = [towers.stack(light[start : start + size]) for start in range(0, len(light), size)]
+        apart = {"read": reading, "decode": cpu_seconds() - started}
+        settings = EmbedSettings(texts=False, batch_size=size, workers=arguments.workers)
+        passes: dict[str, Callable[[], object]] = {
             "bare": lambda: [towers.encode_image(batch, size) for batch in batches],
-            "side by side": lambda: list(in_order(lambda batch: towers.encode_image(batch, size), batches, workers)),
-            "embed": lambda: embed_shards(
-                towers, shards, Path(scratch) / "out", EmbedSettings(texts=False, batch_size=size, workers=workers)
+            "side by side": lambda: list(
+                in_order(lambda batch: towers.encode_image(batch, size), batches, arguments.workers)
             ),
+            "embed": lambda: embed_shards(towers, shards, out, settings),
         }
+        if arguments.clip_retrieval:
+            extension = samples[0].extension
+            passes["clip-retrieval"] = lambda: clip_retrieval(towers, shards, out / "clip", arguments, extension)
+            load_clip_retrieval(arguments.clip_retrieval)
         towers.encode_image(batches[0])  # warm
-        for _ in range(arguments.runs):
-            for name, work in passes.items():
-                started, start = time.perf_counter(), time.process_time()
-                work()
-                wall[name].append(time.perf_counter() - started)
-                busy[name].append(time.process_time() - start)
-            shutil.rmtree(Path(scratch) / "out")
-    rates = {name: len(pixels) / statistics.median(times) for name, times in wall.items()}
-    milliseconds = {name: 1000 * statistics.median(times) / len(pixels) for name, times in busy.items()}
-    encode, decode = milliseconds["side by side"], 1000 * (reading + decoding) / len(pixels)
-    print(f"{'':14}  pictures/s   CPU ms a picture")
-    for name, rate in rates.items():
-        print(f"{name:14} {rate:11.1f} {milliseconds[name]:18.3f}")
-    record = {
-        "pictures": len(pixels),
-        "bare_per_s": round(rates["bare"], 1),
-        "side_by_side_per_s": round(rates["side by side"], 1),
-        "embed_per_s": round(rates["embed"], 1),
-        "ratio": round(rates["embed"] / rates["bare"], 3),
-        "ratio_side_by_side": round(rates["embed"] / rates["side by side"], 3),
-        "read_cpu_ms": round(1000 * reading / len(pixels), 3),
-        "decode_cpu_ms": round(1000 * decoding / len(pixels), 3),
-        "encode_cpu_ms": round(encode, 3),
-        "embed_cpu_ms": round(milliseconds["embed"], 3),
-        "limit_side_by_side": round(encode / (encode + decode), 3),
-        "batch_size": size,
-        "workers": workers,
-        "threads": torch.get_num_threads(),
-        "cores": cores(),
-        "device": arguments.device,
-    }
-    print(json.dumps(record))
-
-
-def fail(reason: str, name: str, error: Exception) -> None:
-    raise error
+        measured = measure_passes(passes, arguments.runs, lambda: shutil.rmtree(out))
+        print_record(report(measured, len(light), sum(s.stat().st_size for s in shards), "embed", apart), arguments)
 
 
 def random_towers(shards: Path) -> Towers:
     text = TextTokenizer(shards / "text.model")
     torch.manual_seed(0)
     return MultiScaleTowers(MultiScaleConfig(num_text_pieces=text.vocab_size, text_hash=text.content_hash), text).eval()
+
+
+def load_clip_retrieval(folder: Path) -> None:
+    """Make its modules importable without what they need to load CLIP, and without its service."""
+    package = types.ModuleType("clip_retrieval")
+    inference = types.ModuleType("clip_retrieval.clip_inference")
+    package.__path__ = [str(folder / "clip_retrieval")]
+    inference.__path__ = [str(folder / "clip_retrieval" / "clip_inference")]
+    loader, sentences = types.ModuleType("all_clip"), types.ModuleType("sentence_transformers")
+    loader.load_clip = sentences.SentenceTransformer = None  # type: ignore[attr-defined]
+    for module in (package, inference, loader, sentences):
+        sys.modules[module.__name__] = module
+
+
+def clip_retrieval(
+    towers: Towers, shards: list[Path], out: Path, arguments: argparse.Namespace, extension: str
+) -> None:
+    from clip_retrieval.clip_inference import mapper  # type: ignore[import-not-found]
+    from clip_retrieval.clip_inference.reader import WebdatasetReader  # type: ignore[import-not-found]
+    from clip_retrieval.clip_inference.runner import Runner  # type: ignore[import-not-found]
+    from clip_retrieval.clip_inference.writer import NumpyWriter  # type: ignore[import-not-found]
+
+    model = types.SimpleNamespace(encode_image=towers.encode_pixels, encode_text=None)
+    mapper.load_clip = lambda **_: (model, None, None)
+    steps = [
+        transforms.Resize(towers.image_size, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(towers.image_size),
+        lambda image: image.convert("RGB"),
+        transforms.ToTensor(),
+        transforms.Normalize(towers.pixel_mean, towers.pixel_std),
+    ]
+    names = [str(shard) for shard in shards]
+    Runner(
+        reader_builder=lambda sampler: WebdatasetReader(
+            sampler, transforms.Compose(steps), lambda texts: texts, names, arguments.batch_size, arguments.workers,
+            enable_text=False, enable_metadata=True, wds_image_key=extension,
+        ),
+        mapper_builder=lambda: mapper.ClipMapper(True, False, True, False, "", False, ""),
+        writer_builder=lambda partition: NumpyWriter(partition, str(out), False, True, True, 1),
+        logger_builder=lambda partition: _Silent(),
+        output_partition_count=1,
+    )(0)  # fmt: skip
+
+
+class _Silent:
+    """In the place of its logger, which starts a process."""
+
+    def start(self) -> None:
+        return None
+
+    def __call__(self, stats: object) -> None:
+        return None
+
+    end = start
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ decoded at a half, a quarter or an eighth by their DCT, no smaller than twice (o
 and JPEGs of quality 90 made of them: enlarged, on a gradient, with noise, since there are no photographs here.
 `differs` is the mean and the largest difference from ours, in grey levels of 255.
 
-Reading: the file in one go; `tarfile`; webdataset; `read_shard`, which also parses captions and checks the end.
+Reading: the file in one go; `tarfile`; webdataset; `read_shard`, which also parses captions and checks the end; by
+number in a shuffled order (`ShuffledShards`), the members alone, and as samples, the index being there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from webdataset.tariterators import tarfile_samples
 
 from data.images import open_image, to_square, to_tensor
 from data.reading import expand_shards, read_shard
+from data.shard_index import ShuffledShards
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,7 +45,6 @@ class Decoder(Protocol):
     """Encoded bytes -> float32 [3, size, size] in [0, 1]."""
 
     def __call__(self, content: bytes, size: int) -> Tensor: ...
-
 
 
 def main() -> None:
@@ -155,7 +156,13 @@ def reading(shards: Sequence[Path], runs: int) -> dict[str, float]:
         "read_shard": lambda shard: list(read_shard(shard, fail)),
     }
     megabytes = sum(shard.stat().st_size for shard in shards) / 1e6
-    return {name: round(megabytes / least(read, shards, runs)[0], 1) for name, read in readers.items()}
+    found = {name: round(megabytes / least(read, shards, runs)[0], 1) for name, read in readers.items()}
+    numbered = ShuffledShards(shards, shuffle=2000)
+    places = [numbered.locate(0, place) for place in range(len(numbered))]  # also reads the indices
+    for name, work in (("members by number", numbered.members), ("samples by number", numbered.sample)):
+        seconds, _ = least(lambda place, work=work: work(*place), places, runs)  # type: ignore[misc]
+        found[name] = round(megabytes / seconds, 1)
+    return found
 
 
 def least(work: Callable[[Item], Result], items: Sequence[Item], runs: int) -> tuple[float, list[Result]]:

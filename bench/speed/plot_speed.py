@@ -1,6 +1,6 @@
 """The plots of docs/speed.md from a file of results.
 
-    python bench/speed/plot_speed.py bench/results/DATE-NAME.json -o docs/speed.png
+    python bench/speed/plot_speed.py bench/results/DATE-NAME.json -o docs/speed.webp
 
 Panels: milliseconds a code for each way of drawing, by batch; how a step's time grows within pictures of more codes;
 seconds by pictures and layers; planned and measured memory. What a file does not hold is left out.
@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs/speed.png"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("docs/speed.webp"))
     arguments = parser.parse_args()
     record = json.loads(arguments.results.read_text(encoding="utf-8"))
     results = {name: entry["result"] for name, entry in record["results"].items()}

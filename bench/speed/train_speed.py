@@ -4,11 +4,12 @@
     python bench/speed/train_speed.py --shape 1b --device cuda --variants plain compiled compiled+packed peer
 
 A variant is `plain`, or of these joined by +: packed (rows behind one another, not padded), compiled, checkpointed,
-unfused (AdamW), muon. With `peer` first it is the Trainer with SDPA and padded rows, compiled or checkpointed at will:
-Llama, or GPT-2 for 4b, which is CogView's shape. All learn the same batches, one variant after the other, `--rounds`
-times. Captions are those of `--shards`, drawn as the shipped generator's were; the codes are random. Real tokens are no
-padding, and MFU counts them alone (`bench/speed/flops.py`); the peer has logits over its whole vocabulary everywhere,
-ours where needed. Memory is the peak: allocated on CUDA, resident on a CPU. The last line is JSON.
+unfused (AdamW), muon, muon-bfloat16, muon-float32. With `peer` first it is the Trainer with SDPA and padded rows,
+compiled or checkpointed at will: Llama, or GPT-2 for 4b, which is CogView's shape. All learn the same batches, one
+variant after the other, `--rounds` times. Captions are those of `--shards`, drawn as the shipped generator's were;
+the codes are random. Real tokens are no padding, and MFU counts them alone (`bench/speed/flops.py`); the peer has
+logits over its whole vocabulary everywhere, ours where needed. Memory is the peak: allocated on CUDA, resident on a
+CPU. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from vqvae.training.loop import Loop
 from vqvae.training.task import Task
 
 CONFIG = Path(__file__).parents[2] / "mmwudao/configs/emoji-generator.yaml"
-OPTIONS = {"plain", "packed", "compiled", "checkpointed", "unfused", "muon", "peer"}
+OPTIONS = {"plain", "packed", "compiled", "checkpointed", "unfused", "muon", "muon-bfloat16", "muon-float32", "peer"}
 PEER_OPTIONS = {"peer", "compiled", "checkpointed"}
 ROWS = {"tiny": 4, "emoji": 16, "1b": 12, "4b": 8}
 WARM_UP = 2  # steps, compilation among them
@@ -115,7 +116,7 @@ def draw_rows(config: TransformerConfig, text: TextTokenizer, shards: Path, desc
             texts = [text.encode(caption) for caption in descriptions(sample)]
             yield caption_row(config.vocabulary, texts, codes, *sizes, given=kept)
         else:
-            caption = draw_caption(sample, settings.captions, rng)
+            caption = draw_caption(sample, settings.captions, rng).text
             yield training_row(config.vocabulary, text.encode(caption), codes, *sizes)
 
 
@@ -130,9 +131,11 @@ def our_steps(
     if "compiled" in options:
         for block in model.blocks:
             block.compile(dynamic=True)
+    muon = next((option for option in sorted(options) if option.startswith("muon")), "")
+    dtype: Any = muon.partition("-")[2] or "auto"
     settings = LoopConfig(
         steps=10**6, learning_rate=1e-4, precision=precision, fused="unfused" not in options,
-        optimizer="muon" if "muon" in options else "adamw",
+        optimizer="muon" if muon else "adamw", muon_dtype=dtype,
     )  # fmt: skip
 
     def draw(step: int) -> Iterator[tuple[Any, list[str]]]:

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     pipe = load(arguments.model, arguments.device, arguments.dtype)
-    texts = [pipe.encode_text(prompt) for prompt in PROMPTS]
+    texts = [pipe.encode_prompt(prompt) for prompt in PROMPTS]
     options = replace(pipe.config.default_sampling, temperature=1.0, window=1)
     counter = CountPasses(pipe.generator)
     rows: list[dict[str, float]] = []
@@ -86,7 +87,7 @@ class CountPasses:
 
 @torch.inference_mode()
 def speculative_passes(
-    model: Transformer, text: list[int], options: SamplingOptions, grid: tuple[int, int], window: int
+    model: Transformer, text: Sequence[int], options: SamplingOptions, grid: tuple[int, int], window: int
 ) -> int:
     """Passes for one picture by speculative Jacobi decoding, whole rows without a cache: slow, but simple to check."""
     config, steps = model.config, grid[0] * grid[1]
