@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 
@@ -76,6 +78,7 @@ def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
         languages=["zh", "en", "fr", "de", "cs", "ja", "ko"],
         default_sampling=SamplingOptions(temperature=0.9, top_k=20, top_p=0.95, guidance=2.0),
         describes="tagged",
+        answers=True,
     )
 
 
@@ -83,6 +86,19 @@ def make_model(folder: Path, *, seed: int = 0, name: str = "tiny") -> Path:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model directory with random weights. Tests must not change it: copy it first."""
     return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def filling_model_dir(tiny_model_dir: Path) -> Path:
+    """The same model, which says that it was trained to fill holes."""
+    folder = tiny_model_dir.parent / "filling"
+    shutil.copytree(tiny_model_dir, folder)
+    config = folder / "generator" / "config.json"
+    stored = json.loads(config.read_text())
+    assert stored["fills"] is False
+    stored["fills"] = True
+    config.write_text(json.dumps(stored))
+    return folder
 
 
 @pytest.fixture(scope="session")

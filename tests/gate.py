@@ -268,9 +268,15 @@ def resumed(work: Work, kind: str) -> tuple[Path, Path]:
     """Train again, killed at the first checkpoint and resumed: the folder of what was trained, and of the run."""
     for attempt in range(3):
         out = work.folder / f"resume-{kind}-{attempt}"
-        arguments = ("train", trainer(kind), work.configuration(kind), f"loop.out={out}")
+        arguments = (
+            "train",
+            trainer(kind),
+            work.configuration(kind),
+            f"loop.out={out}",
+            "loop.save_in_background=false",
+        )
         with subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while not (out / "checkpoint.pt").exists() and process.poll() is None:
+            while not (out / "checkpoints" / "latest").exists() and process.poll() is None:
                 time.sleep(0.001)
             process.kill()
         if str(STEPS) not in log_record(out):

@@ -94,7 +94,8 @@ def test_pack_stats_and_tokenize_shards(
     assert "6" in capsys.readouterr().out
     assert run(["tokenize", shards, "--model", str(tiny_model_dir), "-o", codes, "--device", "cpu"]) == 0
     assert "train: 6 samples" in capsys.readouterr().out
-    for options, problem in ((["--workers", "0"], "at least one worker"), (["--size", "34"], "not 34x34")):
+    workers = "workers must be a whole number of at least 1"
+    for options, problem in ((["--workers", "0"], workers), (["--size", "34"], "a multiple of 8: not 34")):
         bad = ["tokenize", shards, "--model", str(tiny_model_dir), "-o", f"{codes}-bad", "--device", "cpu", *options]
         assert run(bad) == 2
         assert problem in one_error(capsys)

@@ -40,7 +40,7 @@ def write_shard(folder, number, contents):
     return path
 
 
-def red(image: Image.Image) -> int:
+def red(image: Image.Image, sample: Sample) -> int:
     return int(numpy.asarray(image)[0, 0, 0])
 
 
@@ -167,7 +167,7 @@ def test_every_sample_with_its_result_and_every_problem_in_its_place(tmp_path):
     ]  # fmt: skip
     skip = flat(batches)[1]
     assert (skip.name, str(skip.error)) == (
-        "0.tar: sample 0-1", "not a picture (the formats read are PNG, WEBP, JPEG, GIF, BMP, TIFF)"
+        "0.tar: sample 0-1", "not a picture (the formats read are PNG, WEBP, JPEG, GIF, BMP, TIFF, AVIF)"
     )  # fmt: skip
     assert sorted(calls) == [1, 1, 2, 2], "never an empty batch"
 

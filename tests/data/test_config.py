@@ -209,8 +209,8 @@ def test_fields_are_listed_with_their_help():
 def test_every_training_lists_its_fields(command, capsys):
     assert run(["train", command, "--fields"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "loop.save_every=500  (a whole number of at least 1)" in lines
-    assert "    Steps between two checkpoints." in lines
+    assert any(line.startswith("loop.save_every=500  (a whole number of at least 1") for line in lines)
+    assert any(line.startswith("    Steps between two checkpoints") for line in lines)
     keys = {line.partition("=")[0] for line in lines if "=" in line.split(" ")[0]}
     assert {"loop.out", "loop.ema"} <= keys
     _, settings = training(command)

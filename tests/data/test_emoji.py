@@ -1,12 +1,9 @@
-import base64
 import hashlib
 import io
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,12 +13,15 @@ from PIL import Image
 from data.reading import read_shard
 from data.recipes import emoji, npm
 from data.recipes.concepts import Concept
-from data.recipes.emoji import FAMILIES, EmojiSettings, Picture, build_emoji, split_of
+from data.recipes.emoji import FAMILIES, EmojiSettings, build_emoji
 from data.recipes.npm import Package
+from data.recipes.rendering import Picture
+from data.recipes.splits import split_of
 from data.sample import Caption, DataError
 from data.shards import read_manifest
 from data.styles import LANGUAGES
 from data.text import TextTokenizer
+from tests.helpers.npm_packages import replace_pins, write_package
 
 TONES = ["", "\U0001f3fb", "\U0001f3ff"]
 # plain things, and one person in every gender and tone
@@ -58,21 +58,6 @@ def icon_set(family: str, characters: list[str]) -> dict:
         "height": 16,
         "chars": {points(character): name for character, name in names.items()},
     }
-
-
-def write_package(folder: Path, name: str, members: dict[str, object]) -> Package:
-    """A tarball as npm's, in `folder`; returns its pin."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for path, content in {"package.json": {"name": name}, **members}.items():
-            data = json.dumps(content, ensure_ascii=False).encode()
-            info = tarfile.TarInfo(f"package/{path}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    digest = base64.b64encode(hashlib.sha512(buffer.getvalue()).digest()).decode()
-    package = Package(name, "1.0.0", f"sha512-{digest}")
-    (folder / package.tarball).write_bytes(buffer.getvalue())
-    return package
 
 
 def write_packages(folder: Path) -> dict[str, Package]:
@@ -125,8 +110,7 @@ def packages(tmp_path_factory):
 def cache(packages, monkeypatch):
     """The small packages in place of the pinned ones; no process may be started to fetch anything."""
     folder, pins = packages
-    for name, package in pins.items():
-        monkeypatch.setattr(emoji, name, package)
+    replace_pins(monkeypatch, pins)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the build started a process")
@@ -145,8 +129,7 @@ def built(packages, tmp_path_factory):
     folder, pins = packages
     out = tmp_path_factory.mktemp("built") / "emoji"
     with pytest.MonkeyPatch.context() as patch:
-        for name, package in pins.items():
-            patch.setattr(emoji, name, package)
+        replace_pins(patch, pins)
         build(out, folder)
     return out
 
@@ -238,17 +221,20 @@ def test_the_text_model_knows_captions_and_styles(built):
 def test_the_text_model_never_sees_held_out_concepts(monkeypatch):
     captions = {language: Caption(f"{language} name", ("word",)) for language in LANGUAGES}
     characters = THINGS + [chr(code) for code in range(0x1F300, 0x1F400)]
-    pictures = [
-        Picture("", "", "noto", Concept(c, {**captions, "en": Caption(f"secret {c}")}), "MIT") for c in characters
-    ]
+    pictures = []
+    for character in characters:
+        concept = Concept(character, {**captions, "en": Caption(f"secret {character}")})
+        split = split_of(concept.base, "noto")
+        pictures.append(
+            Picture("", "", concept.captions, "noto", concept.id, concept.base, split, licence="MIT", source="")
+        )
     text = "\n".join(emoji.caption_corpus(pictures))
-    for shown in pictures:
-        held_out = split_of(shown.concept, "noto") != "train"
-        assert (f"secret {shown.concept.emoji}" in text) != held_out
+    for character, shown in zip(characters, pictures, strict=True):
+        assert (f"secret {character}" in text) == (shown.split == "train")
 
 
 def test_png_and_families(cache, tmp_path):
-    manifest = build(tmp_path / "out", cache, image_format="png", families=("noto", "openmoji"), size=24)
+    manifest = build(tmp_path / "out", cache, format="png", families=("noto", "openmoji"), size=24)
     found = [sample for split in manifest.splits for sample in samples(tmp_path / "out", split)]
     assert {sample.family for sample in found} == {"noto", "openmoji"}
     assert {sample.extension for sample in found} == {"png"}
@@ -274,7 +260,7 @@ def one_line(error) -> str:
     [
         ({"size": 4}, "size must be a whole number from 8 to 2048, not 4"),
         ({"size": 4096}, "size must be a whole number from 8 to 2048, not 4096"),
-        ({"image_format": "gif"}, "'webp' or 'png', not 'gif'"),
+        ({"format": "gif"}, "'webp' or 'png', not 'gif'"),
         ({"families": ("noto", "nato")}, "unknown family nato; known: openmoji"),
         ({"samples_per_shard": 0}, "at least 1, not 0"),
         ({"limit": 0}, "limit must be a whole number of at least 1, not 0"),
@@ -371,7 +357,7 @@ def test_a_changed_package_is_one_line(packages, cache, tmp_path):
 
 def test_a_package_of_another_layout_is_one_line(cache, tmp_path, monkeypatch):
     other = shutil.copytree(cache, tmp_path / "cache")
-    monkeypatch.setattr(emoji, "NAMES", write_package(other, "cldr-annotations-full", {"annotations/de.json": {}}))
+    replace_pins(monkeypatch, {"NAMES": write_package(other, "cldr-annotations-full", {"annotations/de.json": {}})})
     with pytest.raises(DataError, match="has changed: it does not hold annotations/cs/annotations.json") as error:
         build(tmp_path / "out", other)
     one_line(error)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import CorruptImage, ImageTooLarge, open_image, to_batch, to_rgb, to_square, to_tensor
+from data.images import CorruptImage, ImageTooLarge, open_image, to_batch, to_rgb, to_square, to_squares, to_tensor
 from data.sample import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -231,3 +231,20 @@ def test_square_and_tensor():
     assert tensor.is_contiguous()
     assert torch.equal(tensor[:, 5, 5], torch.tensor([0.0, 0.0, 1.0]))
     assert tensor.amax() <= 1
+
+
+@pytest.mark.parametrize("size", [(128, 128), (90, 64), (61, 80), (40, 40), (300, 33)])
+def test_squares_by_pytorch_are_those_of_pillow(size):
+    rng = np.random.default_rng(0)
+    small = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(3)]
+    pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in small]
+    other = Image.new("RGB", (50, 50), (10, 200, 30))
+    squares = to_squares([pictures[0], other, *pictures[1:]], 40)
+    assert (squares.shape, squares.dtype) == ((4, 40, 40, 3), torch.uint8)
+    assert squares[1].reshape(-1, 3).unique(dim=0).tolist() == [[10, 200, 30]]
+    for square, picture in zip(squares[[0, 2, 3]], pictures, strict=True):
+        difference = np.abs(square.numpy().astype(int) - np.asarray(to_square(picture, 40)).astype(int))
+        assert difference.max() <= 2
+        assert difference.mean() < 0.05
+        # one picture alone gives the same bytes
+        assert square.equal(to_squares([picture], 40)[0])

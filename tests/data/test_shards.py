@@ -91,7 +91,7 @@ def test_captions_may_lack_a_picture():
         ({"png": b"x", "json": b"{"}, "not JSON"),
         ({"png": b"x", "json": b"\xff"}, "not JSON"),
         ({"png": b"x", "json": b"[]"}, "not an object"),
-        ({"png": b"x", "json": b'{"captions": ["a"]}'}, "'captions'"),
+        ({"png": b"x", "json": b'{"captions": ["a", 3]}'}, "'und'"),
         ({"png": b"x", "json": b'{"captions": {"en": 3}}'}, "'en'"),
         ({"png": b"x", "json": b'{"captions": {"en": {"name": "a", "keywords": "b"}}}'}, "'en'"),
     ],

@@ -28,6 +28,9 @@ from mmwudao.demo.words import EN, ZH, Reason, Words
 from mmwudao.pictures import differing_pixels, read_recipe
 from mmwudao.pipeline import MAX_PROMPT, Pipeline, load
 from retrieval.collections.opening import Item
+from retrieval.photos.indexing import PhotoRequest, index_photos
+from retrieval.photos.places import read_place
+from tests.helpers.photos import exif_bytes, save_colour
 from tests.helpers.tiny_towers import COLOURS, ColourTowers, colour_sample
 
 
@@ -148,6 +151,12 @@ def test_caption_comes_language_by_language(actions, picture):
     assert json.loads(told[-1].download.read_text(encoding="utf-8"))["captions"] == told[-1].told
 
 
+def test_each_line_is_a_question(actions, picture):
+    told = actions.ask(picture, "这是什么？\n\n  what colour is it? ")
+    assert [one.language for one in told] == ["zh", "en"]
+    assert told == actions.pipeline.ask(Image.open(picture), ["这是什么？", "what colour is it?"])
+
+
 def test_a_model_without_an_upscaler_says_so(actions, picture):
     with pytest.raises(ValueError, match="has no upscaler"):
         actions.upscale(picture)
@@ -212,6 +221,29 @@ def test_items_of_other_programs_open_no_file(actions, tmp_path):
     assert (result.pictures, result.hidden) == ([], 3)
 
 
+def test_a_folder_of_pictures(pipe, tmp_path):
+    """Copies of its pictures are shown, without what a camera wrote into them, and nothing outside of it."""
+    folder, towers = tmp_path / "pics", ColourTowers().eval()
+    for name in ("red", "green", "blue"):
+        save_colour(folder / f"{name}.jpg", name, (1500, 10), exif=exif_bytes(1, "2019:07:04 12:30:00"))
+    save_colour(tmp_path / "secret.png", "yellow")
+    place = index_photos(lambda: towers, PhotoRequest(folder, tmp_path / "own", workers=1)).collection
+    collection = library.given_collection(towers, place)
+    collection.upsert([Item("x", towers.encode_text(["cyan"])[0].numpy(), {"path": "../secret.png"})])
+    (folder / "green.jpg").unlink()
+    with contextlib.closing(library.Library(collection, towers, tmp_path / "added", place=read_place(place))) as opened:
+        assert not opened.can_add
+        actions = Actions(pipe, opened, tmp_path / "results")
+        result = actions.search("white - 2*red - 0.5*green", k=4)
+        assert [info["id"] for info in result.infos][0] == "blue.jpg"
+        assert (len(result.pictures), result.hidden) == (2, 2)
+        with Image.open(result.pictures[0]) as image:
+            assert image.size[0] == 1280
+            assert not image.getexif()
+        with pytest.raises(ValueError, match="missing after"):
+            actions.search("red +")
+
+
 def test_a_collection_of_other_towers(actions, tmp_path):
     other = ColourTowers()
     other.project.weight.data.zero_()
@@ -264,6 +296,8 @@ def test_bad_words_and_numbers(actions, picture):
         (lambda: list(actions.complete(picture, "cat", "/etc", 0.5)), "say top:0.5"),
         (lambda: list(actions.complete(picture, "cat", "top", 0.01)), "the share must leave"),
         (lambda: list(actions.caption(picture, [])), EN.refusals["no_language"]),
+        (lambda: actions.ask(picture, " \n"), EN.refusals["no_question"]),
+        (lambda: actions.ask(picture, "a?\n" * 17), "17 questions: at most 16"),
         (lambda: list(actions.caption(picture, ["tlh"])), "unknown language"),
         (lambda: actions.search(), EN.refusals["one_query"]),
         (lambda: actions.search("red", picture), EN.refusals["one_query"]),

@@ -46,7 +46,7 @@ def test_the_server_serves_what_the_model_can_and_nothing_else(address):
     url, demo = address
     config = httpx2.get(f"{url}config").json()
     tabs = [one["props"]["label"] for one in config["components"] if one["type"] == "tabitem"]
-    assert tabs == [ZH.draw, ZH.caption, ZH.complete, EN.draw, EN.caption, EN.complete]
+    assert tabs == [ZH.draw, ZH.caption, ZH.ask, ZH.complete, EN.draw, EN.caption, EN.ask, EN.complete]
     assert [name for _, name, _ in config["pages"]][1:] == ["English"]
     assert config["analytics_enabled"] is False
     assert all(one["api_visibility"] == "private" for one in config["dependencies"])

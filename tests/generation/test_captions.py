@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images import to_square
 from data.sample import Caption, Sample
 from generation.captions import caption_log_probabilities, describe, describe_for_judge
 from generation.cogview.sampler import caption_scores
@@ -20,9 +21,11 @@ from generation.rows.texts import descriptions
 from generation.rows.vocabulary import Vocabulary
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
+from mmwudao.canvas import SEAM, masked_canvas
 from mmwudao.loading.model_dir import Part
+from mmwudao.masks import check_completes, find_kept
 from mmwudao.pipeline import load
-from mmwudao.tasks import encode_pictures, kept_cells
+from mmwudao.tasks import encode_pictures
 from tests.helpers.tiny_towers import ColourTowers
 
 VOCAB = Vocabulary(num_image_codes=64, num_text_pieces=100)
@@ -175,6 +178,10 @@ def test_scores_do_not_depend_on_the_batch_and_agree_with_cogviews():
     torch.testing.assert_close(caption_scores(model, rows), end, atol=1e-4, rtol=0)
 
 
+def kept_cells(keep, grid) -> torch.Tensor:
+    return find_kept(keep, grid, 64).cells
+
+
 @pytest.mark.parametrize("keep", ["top:0.5", "left:0.25"])
 def test_what_stays(keep):
     cells = kept_cells(keep, (4, 8))
@@ -202,7 +209,7 @@ def test_other_masks_are_refused(box):
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, box)
     with pytest.raises(ValueError, match="top or its left part"):
-        kept_cells(mask, (8, 8))
+        check_completes(kept_cells(mask, (8, 8)))
 
 
 @pytest.mark.parametrize("keep", ["top:0", "top:1", "left:-1", "top:nan", "bottom:0.5", "no-such-file.png", "top:x"])
@@ -320,11 +327,17 @@ def test_a_judge_that_is_not_there(pipeline, judged, pictures):
 
 def test_what_is_kept_is_kept(pipeline, pictures):
     codes = encode_pictures(pipeline, pictures[:1])[0]
-    given = codes.masked_fill(~kept_cells("left:0.5", (4, 4)), -1).expand(2, -1, -1)
-    drawn = pipeline._draw_codes(pipeline.plan("红心", n=2, seed=1), None, given)
+    canvas = masked_canvas(pipeline.canvas_format, pictures[0], "left:0.5")
+    drawn = pipeline._draw_codes(pipeline.plan("红心", n=2, seed=1), None, canvas)
     assert torch.equal(drawn[:, :, :2], codes[None, :, :2].expand(2, -1, -1))
     completed = pipeline.complete(pictures[0], "红心", "left:0.5", n=2, seed=1)
-    assert [one.tobytes() for one in completed] == [pipeline.decode_codes(one).tobytes() for one in drawn]
+    side = pipeline.config.image_size // 2
+    square = to_square(pictures[0], 2 * side)
+    for one, codes in zip(completed, drawn, strict=True):
+        new = (side, 0, 2 * side, 2 * side)
+        assert one.crop(new).tobytes() == pipeline.decode_codes(codes).crop(new).tobytes()
+        own = (0, 0, side - SEAM, 2 * side)
+        assert one.crop(own).tobytes() == square.crop(own).tobytes()
     assert completed[0].info["kept"] == "left:0.5"
 
 

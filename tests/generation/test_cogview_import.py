@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from data.text import TextError, TextTokenizer
-from generation.cogview.importing import find_checkpoint, import_generator
+from generation.cogview.importing import find_checkpoint, generator_config, import_generator
 from generation.cogview.rows import parse_query
 from generation.cogview.sampler import caption_scores, fill_sequence
 from generation.drawing.sampling import SamplingOptions
@@ -188,6 +188,44 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
         import_generator(CHECKPOINTS / "ckpt", tmp_path / "out", **{**SIZES, **change})
 
 
+def test_layers_are_counted_from_those_that_are_there(tmp_path, caplog):
+    whole = dict(weights())
+    without_last = {key: tensor for key, tensor in whole.items() if not key.startswith("transformer.layers.2.")}
+    with_gap = {key: tensor for key, tensor in whole.items() if not key.startswith("transformer.layers.1.")}
+    far = whole | {"transformer.layers.99999999.attention.dense.bias": torch.zeros(64)}
+    farther = whole | {"transformer.layers.5000.attention.dense.bias": torch.zeros(64)}
+    for number, (found, message) in enumerate(
+        [
+            (without_last, "it has 2 layers, and not the 3 as asked"),
+            (with_gap, "transformer.layers.1 is missing, and 2 others are there"),
+            (far, "unexpected: transformer.layers.99999999.attention.dense.bias"),
+            (farther, "transformer.layers.3 is missing, and 4 others are there"),
+        ]
+    ):
+        folder = checkpoint_folder(tmp_path / str(number), {"module": found})
+        with pytest.raises(ModelError, match=message):
+            import_generator(folder, tmp_path / "out", **SIZES, layers=3)
+    import_generator(CHECKPOINTS / "ckpt", tmp_path / "whole", **SIZES, layers=3)
+    assert "so whether" not in caplog.text
+    import_generator(CHECKPOINTS / "ckpt", tmp_path / "unknown", **SIZES)
+    assert "no published model is 64 wide, so whether its 3 layers are all is not known" in caplog.text
+
+
+def test_published_models_have_all_their_layers():
+    """Their sizes are known, so a lost layer is: no numbers are needed to see it."""
+    found = {
+        "word_embeddings.weight": torch.zeros(256, 2560),
+        "transformer.position_embeddings.weight": torch.zeros(1089, 2560),
+        **{f"transformer.layers.{layer}.attention.dense.bias": torch.zeros(1) for layer in range(47)},
+    }
+    sizes: dict[str, Any] = {"num_image_codes": 64, "num_text_pieces": 100}
+    with pytest.raises(ModelError, match=r"has 47 layers, and not the 48 of the published models that are 2560 wide"):
+        generator_config(found, Path("x.pt"), **sizes)
+    assert generator_config(found, Path("x.pt"), **sizes, layers=47).depth == 47
+    found["transformer.layers.47.attention.dense.bias"] = torch.zeros(1)
+    assert generator_config(found, Path("x.pt"), **sizes).depth == 48
+
+
 def test_checkpoint_folders(tmp_path):
     with pytest.raises(ModelError, match="no latest_checkpointed_iteration"):
         find_checkpoint(tmp_path)
@@ -285,7 +323,7 @@ def test_the_command_makes_a_model_that_draws(text_model, tmp_path, capsys):
     row = parse_query("[ROI1] red apple [TINY] [BOI1] [MASK]*64", vocab, pipeline.text.encode)
     tokens = fill_sequence(pipeline.generator, row, SamplingOptions(top_k=1))
     assert pipeline.tokenizer.decode(tokens[:, -64:].view(-1, 8, 8)).shape == (1, 3, 64, 64)
-    assert pipeline.tokenizer.quantizer.initialised
+    assert pipeline.tokenizer.quantizer.initialised  # type: ignore[union-attr]
     assert isinstance(pipeline.tokenizer.decoder.expand, torch.nn.Identity)
     assert pipeline.config.describes == "untagged"
     pictures = [Image.new("RGB", (80, 64), colour) for colour in ("red", "blue")]

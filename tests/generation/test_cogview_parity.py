@@ -145,13 +145,19 @@ def test_logits_of_a_half_precision_training_checkpoint(tmp_path, io):
     assert_close(logits_of(model, io["tokens"], io["position_ids"])[:, ::8], io["logits_fp16_ckpt"], 5e-5)
 
 
-def test_positions_of_finetuning(generator, io):
+def test_positions_of_finetuning(generator, io, caplog):
     vocab = generator.config.vocabulary
     positions = restarted_positions(vocab, io["tokens"])
     assert torch.equal(positions, io["position_ids_finetune"])
     assert torch.equal(restarted_positions(vocab, io["long_tokens"]), io["long_position_ids_finetune"])
     logits = logits_of(generator, io["tokens"], positions)
     assert_close(logits[:, ::8], io["logits_finetune_positions"], 5e-5)
+    assert (1089 > io["long_tokens"].shape[1]) != ("those of 1089" in caplog.text), "a fallback is said"
+    caplog.clear()
+    assert restarted_positions(vocab, io["long_tokens"], 20).max() == 19
+    assert not caplog.text
+    with pytest.raises(ValueError, match="at least one entry, not 0"):
+        restarted_positions(vocab, io["tokens"], 0)
     with pytest.raises(ValueError, match=r"needs an \[ROI2\]"):
         restarted_positions(vocab, torch.zeros(1, 4, dtype=torch.int64))
 

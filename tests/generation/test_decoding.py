@@ -8,7 +8,7 @@ from generation.drawing import blocks, decoding
 from generation.drawing.blocks import BLOCK_ROWS, block_rows
 from generation.drawing.decoding import count_steps, generate_codes
 from generation.drawing.engines import Engine, make_cache, make_step
-from generation.drawing.logits import guide
+from generation.drawing.logits import guide, sample
 from generation.drawing.prompts import pad_prompts, prefill
 from generation.drawing.sampling import SamplingOptions
 from generation.transformer.config import TransformerConfig
@@ -42,6 +42,13 @@ def wide_model(request) -> Transformer:
 
 GREEDY = SamplingOptions(temperature=0)
 RANDOM = SamplingOptions(temperature=0.9, top_k=20, top_p=0.95)
+
+
+def test_a_training_in_bfloat16_draws_as_the_model_alone(wide_model):
+    prompts, seeds = [[1, 2], [3]], [4, 5]
+    alone = generate_codes(wide_model, prompts, seeds, RANDOM, grid=(3, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generate_codes(wide_model, prompts, seeds, RANDOM, grid=(3, 3)), alone)
 
 
 @pytest.mark.parametrize("options", [GREEDY, RANDOM], ids=["greedy", "sampled"])
@@ -135,12 +142,41 @@ def test_a_small_block_is_used_only_where_the_trial_finds_equal_bits(monkeypatch
     monkeypatch.setattr(blocks, "_trial", unequal)
     assert block_rows(model, 3, GRID) == BLOCK_ROWS
     assert block_rows(model, 3, GRID) == BLOCK_ROWS
-    assert sizes == [16, 4, 16, 8]  # each size once
+    assert sizes == [16, 4, 6, 8, 12]  # each size once
     assert torch.equal(generate_codes(model, PROMPTS[:1], SEEDS[:1], grid=GRID), whole)
 
     monkeypatch.setattr(blocks, "_trials", {})
     monkeypatch.setattr(blocks, "_trial", lambda model, rows, grid, window, kind: torch.ones(rows, 5))
-    assert [block_rows(model, needed, GRID) for needed in (1, 2, 3, 4, 5, 8, 9, 16)] == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert [block_rows(model, needed, GRID) for needed in (1, 2, 3, 4, 5, 8, 9, 16)] == [1, 2, 4, 4, 6, 8, 12, 16]
+
+    monkeypatch.setattr(blocks, "_trials", {})
+    monkeypatch.setattr(blocks, "_trial", lambda model, rows, *_: torch.arange(rows)[:, None])
+    assert block_rows(model, 1, GRID) == BLOCK_ROWS, "rows that differ within a block agree with nothing"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pictures_logits_are_the_same_bits_alone_and_in_company(wide_model, threads):
+    """Alone, and among two, three and eight: the same codes, and the same bits of every logit that led to them."""
+    torch.set_num_threads(threads)
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def draw(count):
+        """Codes, with the logits [N] of picture 0 before each step in `seen`."""
+        seen[count] = []
+
+        def keep(logits, *rest):
+            seen[count].append(logits[0].clone())
+            return sample(logits, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "sample", keep)
+            return generate_codes(wide_model, PROMPTS[:count], SEEDS[:count], RANDOM, grid=(6, 6))
+
+    alone = draw(1)
+    for count in (2, 3, 8):
+        assert torch.equal(draw(count)[0], alone[0])
+        assert torch.equal(torch.stack(seen[count]), torch.stack(seen[1]))
+    assert torch.stack(seen[1]).shape == (36, 500)
 
 
 def test_guidance_1_is_no_guidance_and_0_ignores_the_prompt(model, monkeypatch):
@@ -228,7 +264,7 @@ def test_progress_is_told_step_by_step():
     assert told[0][1:] == (8, (9, 4, 4))
     assert told[15][1] == 8 * 16
     assert told[-1][1] == codes.numel()
-    assert count_steps(9, SamplingOptions(), GRID, prefix=6) == 10
+    assert count_steps(9, SamplingOptions(), GRID, known=6) == 10
 
 
 def test_training_mode_is_put_back_and_dropout_is_off():

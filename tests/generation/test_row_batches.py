@@ -91,9 +91,9 @@ def test_processes_share_out_one_batch(workspace, tmp_path, monkeypatch, accumul
     (((whole, _), whole_ids),) = batches_of(workspace, tmp_path)(5)
     rows: dict[str, list[list[int]]] = {}
     ids = []
-    monkeypatch.setattr(batches_module, "world_size", lambda: 2)
+    monkeypatch.setattr(batches_module, "replicas", lambda: 2)
     for process in (0, 1):
-        monkeypatch.setattr(batches_module, "rank", lambda process=process: process)
+        monkeypatch.setattr(batches_module, "replica", lambda process=process: process)
         parts = list(batches_of(workspace, tmp_path, accumulate=accumulate)(5))
         assert len(parts) == accumulate
         for (batch, _), part_ids in parts:
@@ -222,3 +222,27 @@ def test_codes_are_hidden_in_rows_that_draw_alone(workspace, tmp_path):
     batches.maker.config.code_mask = 0.5
     (batch, _), _ = next(batches(0))
     assert (batch.tokens != mask).all()
+
+
+def test_batches_draw_among_the_views_of_a_picture(workspace, tmp_path):
+    items = [coded(n) for n in range(12)]
+    for item in items:
+        item.views = numpy.stack([(item.codes + added) % CODES for added in (1, 2)])
+    write_codes(tmp_path / "codes", {"train": items})
+    pairs = CodedPairs(tmp_path / "codes", "train")
+    assert pairs.views is not None
+    assert pairs.views.shape == (12, 2, 4, 4)
+    config = make_config(workspace, tmp_path / "run", batch_size=64)
+    maker = RowMaker(TextTokenizer(workspace / "text.model"), replace(config.model, num_text_pieces=320), config)
+    ((batch, _), ids) = next(RowBatches(pairs, maker)(0))
+    firsts = batch.targets[batch.image_mask].view(len(ids), 16)[:, 0].tolist()
+    added = [first - int(name[1:]) % 8 for first, name in zip(firsts, ids, strict=True)]
+    assert {number: added.count(number) > 8 for number in (0, 1, 2)} == dict.fromkeys((0, 1, 2), True)
+    assert set(added) == {0, 1, 2}
+    # held-out pictures are themselves
+    held_out = held_out_batches(pairs, maker)
+    assert torch.equal(held_out[0].targets[held_out[0].image_mask].view(-1, 16), pairs.codes.flatten(1).long())
+    items[3].views = None
+    write_codes(tmp_path / "mixed", {"train": items})
+    with pytest.raises(DataError, match="differ in the number of their other views"):
+        CodedPairs(tmp_path / "mixed", "train")

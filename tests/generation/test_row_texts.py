@@ -12,7 +12,7 @@ from tests.helpers.tiny_codes import sample
 
 
 def draws(config: CaptionMix, item: Sample, count: int = 4000) -> list[str]:
-    return [draw_caption(item, config, random.Random(index)) for index in range(count)]
+    return [draw_caption(item, config, random.Random(index)).text for index in range(count)]
 
 
 def test_captions_are_drawn_with_the_given_probabilities():

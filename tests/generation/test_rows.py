@@ -4,12 +4,13 @@ import random
 import pytest
 import torch
 
-from data.sample import Caption, Sample
-from generation.rows.base import CodedPicture, Given
+from data.sample import Caption, Question, Sample
+from generation.rows.base import CodedPicture, Given, RowRecipe
 from generation.rows.draw import prompt_row, row_positions, training_row
 from generation.rows.mixture import ROW_KINDS, Mixture
 from generation.rows.noise import with_noise
 from generation.rows.row import collate
+from generation.rows.texts import CaptionMix
 from generation.rows.vocabulary import COMMANDS, Vocabulary
 from generation.transformer.config import TransformerConfig
 
@@ -153,7 +154,7 @@ def test_weights_are_normalised_in_any_order():
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        ({"draw": 1.0, "sing": 1.0}, "mix: unknown kind of rows 'sing'; use draw, describe$"),
+        ({"draw": 1.0, "sing": 1.0}, "mix: unknown kind of rows 'sing'; use draw, describe, fill, answer$"),
         ({"draw": 1.0, "describe": -0.5}, r"mix\.describe must be a number of at least 0, not -0\.5$"),
         ({"draw": math.nan}, r"mix\.draw must be a number"),
         ({"draw": 0.0}, "mix needs a kind of rows with a weight above 0$"),
@@ -170,9 +171,11 @@ def test_impossible_mixtures_are_refused(weights, problem):
 def test_a_prompt_is_the_start_of_a_row_of_its_kind(kind, preset):
     codes, words = torch.arange(6).view(2, 3), {"red": [7, 8]}
     rows = ROW_KINDS[kind](preset(num_image_codes=64, num_text_pieces=100, max_text=5, grid=(2, 3)))
-    picture = CodedPicture(Sample("a", b"", "png", {"en": Caption("red")}), codes)
-    row = rows.held_out_row(picture, WordEncoder(words), named_style=False)
-    text = words["red"] if kind == "draw" else []
+    sample = Sample("a", b"", "png", {"en": Caption("red")}, questions=(Question("en", "red", "nothing"),))
+    picture = CodedPicture(sample, codes)
+    recipe = RowRecipe(WordEncoder(words), CaptionMix())
+    row = rows.held_out_row(picture, recipe, named_style=False)
+    text = words["red"] if kind != "describe" else []
     prompt = rows.prompt(Given(text, (2, 3), codes))
     assert row.tokens[: len(prompt)].tolist() == prompt
     positions = rows.positions(2, (2, 3))
@@ -193,5 +196,5 @@ class WordEncoder:
 @pytest.mark.parametrize("kind", ROW_KINDS)
 def test_a_row_kind_says_what_it_needs(kind):
     rows = ROW_KINDS[kind](TransformerConfig.modern(num_image_codes=64, num_text_pieces=100))
-    assert rows.suits(Sample("a", None, "", {"en": Caption("red")}))
-    assert rows.suits(Sample("b", None, "")) == (kind == "draw")
+    assert rows.suits(Sample("a", None, "", {"en": Caption("red")}, questions=(Question("en", "what?", "red"),)))
+    assert rows.suits(Sample("b", None, "")) == (kind not in ("describe", "answer"))

@@ -153,5 +153,5 @@ def test_only_training_is_sparse():
 
 @pytest.mark.parametrize("change", [{"sparse_window": -1}, {"sparse_windows": 0}, {"sparse_pivots": 0}])
 def test_impossible_settings_are_refused(change):
-    with pytest.raises(ValueError, match="sparse_window must be 0"):
+    with pytest.raises(ValueError, match=next(iter(change))):
         make_model(**change)

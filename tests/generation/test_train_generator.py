@@ -17,6 +17,8 @@ import yaml
 from data.config import ConfigError, load_config
 from data.text import TextTokenizer
 from generation.captions import caption_log_probabilities
+from generation.drawing.decoding import generate_codes
+from generation.drawing.sampling import SamplingOptions
 from generation.rows.draw import training_row
 from generation.rows.row import collate
 from generation.rows.texts import CaptionMix, draw_caption
@@ -79,7 +81,7 @@ def test_held_out_bits_are_the_mean_over_pictures(workspace, tmp_path):
     bits = []
     with torch.no_grad():
         for item, codes in zip(pairs.samples, pairs.codes, strict=True):
-            ids = text.encode(draw_caption(item, fixed, random.Random(item.id)))
+            ids = text.encode(draw_caption(item, fixed, random.Random(item.id)).text)
             row = training_row(model.config.vocabulary, ids, codes, model.config.max_text, model.config.position_kind)
             bits.append(float(model.loss(collate(model.config.vocabulary, [row]))["image_bits"]))
     assert found == pytest.approx(sum(bits) / len(bits), rel=1e-5)
@@ -110,17 +112,38 @@ def test_a_resumed_training_is_the_uninterrupted_one(workspace, tmp_path, monkey
         draw = RowBatches.__call__
 
         def interrupted(self, step):
-            if (tmp_path / "run" / "checkpoint.pt").is_file():
+            if (tmp_path / "run" / "checkpoints" / "latest").is_file():
                 raise KeyboardInterrupt
             return draw(self, step)
 
         patch.setattr(RowBatches, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train(make_config(workspace, tmp_path / "run", ema=0.9, save_every=3))
+            train(make_config(workspace, tmp_path / "run", ema=0.9, save_every=3, save_in_background=False))
     with pytest.raises(TrainingError, match="--resume"):
         train(make_config(workspace, tmp_path / "run", ema=0.9))
     resumed = train(make_config(workspace, tmp_path / "run", ema=0.9), resume=True)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_generator_learns_to_fill_holes(workspace, tmp_path):
+    loop = {"steps": 120, "batch_size": 16, "learning_rate": 1e-2, "eval_every": 60, "log_every": 60}
+    config = replace(make_config(workspace, tmp_path, model={"width": 32}, **loop), code_noise=0.2)
+    folder = train(replace(config, mix={"draw": 1, "fill": 1}))
+    (unseen,) = logged(tmp_path, "test/test-family/fill_bits")[:1]
+    bits = logged(tmp_path, "test/test-family/fill_bits")[-1]
+    assert bits < unseen
+    assert logged(tmp_path, "train/fill_bits")[-1] < 1
+    model = load_part(Transformer, folder)
+    assert model.config.fills
+    # what a kept code in the last row tells of the whole picture, no caption does
+    given = torch.full((3, 4, 4), -1)
+    given[:, 2, 1] = torch.tensor([3, 5, 6])
+    options = SamplingOptions(temperature=0)
+    drawn = generate_codes(model, [[]] * 3, [0] * 3, options, grid=(4, 4), given_codes=given).flatten(1)
+    assert (drawn[:, :15] == given[:, 2, 1, None]).float().mean() > 0.8
+    # it goes on without holes, and says so
+    again = replace(config, start_from=str(folder), loop=replace(config.loop, out=str(tmp_path / "again"), steps=1))
+    assert not load_part(Transformer, train(again)).config.fills
 
 
 def test_one_generator_learns_both_directions(workspace, tmp_path):
@@ -141,7 +164,7 @@ def test_one_generator_learns_both_directions(workspace, tmp_path):
 
 def test_the_mixture_is_read_and_checked_with_the_configuration():
     assert load_config(GeneratorTrainConfig, None, ["mix={draw: 1, describe: 3}"]).mix == {"draw": 1, "describe": 3}
-    with pytest.raises(ConfigError, match="unknown kind of rows 'sing'; use draw, describe$"):
+    with pytest.raises(ConfigError, match="unknown kind of rows 'sing'; use draw, describe, fill, answer$"):
         load_config(GeneratorTrainConfig, None, ["mix.sing=1"])
     with pytest.raises(ConfigError, match=r"unknown key captions\.image_first"):
         load_config(GeneratorTrainConfig, None, ["captions.image_first=0.5"])

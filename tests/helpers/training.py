@@ -1,12 +1,15 @@
 """A small regression for tests of the training loop."""
 
 import json
+import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from vqvae.training.config import LoopConfig
 from vqvae.training.loop import Loop
+from vqvae.training.stored import StoredFolder
 from vqvae.training.task import Task
 
 
@@ -74,3 +77,48 @@ class Headed(nn.Module):
 class Dropped(Headed):
     def forward(self, x):
         return super().forward(nn.functional.dropout(x, 0.2, self.training))
+
+
+def old_state(loop: Loop) -> dict:
+    """What `checkpoint.pt` of older versions holds of a run, in their format: moments by place, not by name."""
+
+    def moments(optimizer):
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            del group["param_names"]
+        return state
+
+    opponent = loop.opponent
+    return {
+        "progress": vars(loop.progress).copy(),
+        "model": loop.model.state_dict(),
+        "average": loop.average.state_dict() if loop.average is not None else None,
+        "optimizers": [moments(optimizer) for optimizer in loop.optimizers],
+        "random": [{"cpu": torch.get_rng_state(), "cuda": None}],
+        "opponent": opponent and {"model": opponent.model.state_dict(), "optimizer": moments(opponent.optimizer)},
+        "origin": loop.task.origin,
+    }
+
+
+def write_old(loop: Loop, **changes) -> None:
+    """Let the folder of a run hold `checkpoint.pt` instead of what is there."""
+    shutil.rmtree(loop.out / "checkpoints", ignore_errors=True)
+    loop.out.mkdir(exist_ok=True)
+    torch.save(old_state(loop) | changes, loop.out / "checkpoint.pt")
+
+
+def kept(out) -> Path:
+    """The folder of the last checkpoint of a run."""
+    return out / "checkpoints" / (out / "checkpoints" / "latest").read_text().strip()
+
+
+def kept_tensors(out) -> dict[str, torch.Tensor]:
+    """The tensors of the last checkpoint of a run, whole."""
+    stored = StoredFolder(kept(out))
+    tensors = {
+        name: torch.zeros(shape, dtype=torch.uint8 if name.startswith("random") else torch.float32)
+        for name, shape in stored.shapes.items()
+        if not name.endswith(("num_batches_tracked", "n_averaged"))
+    }
+    stored.read(tensors)
+    return tensors

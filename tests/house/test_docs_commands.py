@@ -64,13 +64,14 @@ QUICK = {"shards/emoji": "SHARDS", "-n 8": "-n 1", "PICTURE": "PICTURE.png", "--
 
 
 @pytest.mark.parametrize(
-    "start", ["generate", "caption", "index build", "search pictures", "info emoji", "rerank", "complete", "upscale"]
+    "start",
+    ["generate", "caption", "index build shards", "search pictures", "info emoji", "rerank", "complete", "upscale"],
 )
 def test_the_quick_commands_run(start: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of each in the README, else in a page."""
     monkeypatch.chdir(folder)
     if start.startswith("search") and not (folder / "pictures").exists():  # the collection that it searches
-        assert run(quick_words("index build")) == 0
+        assert run(quick_words("index build shards")) == 0
     line = quick_words(start)
     assert run(line) == 0, line
 

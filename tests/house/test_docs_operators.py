@@ -14,7 +14,7 @@ from mmwudao.service.settings import ServiceConfig
 from retrieval.collections.opening import open_collection
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
-OTHER_OPTIONS = {"keys", "allow_urls", "log_prompts"}  # which bound nothing
+OTHER_OPTIONS = {"keys", "allow_urls", "log_prompts", "cors"}  # which bound nothing
 
 
 def section(title: str) -> str:

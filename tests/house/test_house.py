@@ -196,6 +196,8 @@ def test_the_base_install_is_enough(arguments: list[str], tmp_path: Path) -> Non
         ("fastapi", "serve", ["serve", "--port", "0"]),
         ("gradio", "demo", ["demo"]),
         ("onnxruntime", "export", ["export", "onnx", "mmwudao/models/emoji/towers", "-o", "{out}/onnx"]),
+        ("imagehash", "clean", ["data", "leaks", "data/samples/emoji"]),
+        ("phonenumbers", "clean", ["data", "clean", "data/samples/emoji", "-o", "{out}/clean"]),
         ("resvg_py", "train", ["data", "build", "emoji", "-o", "{out}/shards", "--limit", "1"]),
     ],
 )

@@ -16,7 +16,7 @@ from generation.drawing.sampling import SamplingOptions
 from mmwudao import load
 from mmwudao.loading.devices import choose_dtype
 from mmwudao.loading.info import describe_model
-from mmwudao.loading.model_dir import assemble_model, copy_model, find_model, load_tokenizer
+from mmwudao.loading.model_dir import assemble_model, copy_model, find_model, load_tokenizer, read_model_config
 from mmwudao.pipeline import Pipeline
 from vqvae.storage.parts import ModelError
 
@@ -178,6 +178,27 @@ def test_save_copies_the_model(pipe: Pipeline, tmp_path: Path) -> None:
     assert pixels(again.generate("红心", seed=1)[0]) == pixels(pipe.generate("红心", seed=1)[0])
     with pytest.raises(DataError, match="not empty"):
         pipe.save(saved)
+
+
+def test_a_generator_in_eight_bits(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = read_model_config(tiny_model_dir)
+
+    def assembled(name: str, eight_bits: bool) -> Path:
+        return assemble_model(
+            tiny_model_dir / "tokenizer", tiny_model_dir / "generator", tiny_model_dir / "text.model", tmp_path / name,
+            name=name, image_size=32, styles=config.styles, languages=config.languages,
+            default_sampling=config.default_sampling, eight_bits=eight_bits,
+        )  # fmt: skip
+
+    plain, small = assembled("plain", False), assembled("small", True)
+    sizes = [(folder / "generator" / "model.safetensors").stat().st_size for folder in (plain, small)]
+    assert sizes[1] < 0.7 * sizes[0]
+    hashes = [read_model_config(folder).parts["generator"].hash for folder in (plain, small)]
+    assert hashes[0] != hashes[1]
+    first = load(small, device="cpu", dtype="float32").generate("red heart", seed=1)[0]
+    assert first.info["model_hash"] != load(plain, device="cpu").config.model_hash
+    again = load(small, device="cpu", dtype="float32").generate("red heart", seed=1)[0]
+    assert first.tobytes() == again.tobytes()
 
 
 def test_assemble_refuses_parts_that_do_not_belong_together(

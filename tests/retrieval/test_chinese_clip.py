@@ -19,13 +19,13 @@ from PIL import Image
 from mmwudao.cli.app import run
 from retrieval.towers.base import load_towers
 from retrieval.towers.chinese_clip import (
-    PUBLISHED,
     ChineseClipTowers,
     halved_names,
     normalise_caption,
     read_published_config,
     resize_positions,
 )
+from retrieval.towers.chinese_clip_config import PUBLISHED
 from retrieval.towers.importing import ChineseClipImport, import_chinese_clip
 from retrieval.towers.word_pieces import WordPieces
 from vqvae.storage.parts import ModelError

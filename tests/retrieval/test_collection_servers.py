@@ -125,6 +125,38 @@ def test_a_bucket(bucket):
         assert collection.snapshots() == ["before"]
 
 
+def test_two_writers_of_a_bucket_lose_nothing(bucket):
+    """Each id that was acknowledged is there once, and of an id that both add, one writer is told that it lost."""
+    rounds, names = 4, ("a", "b")
+    with open_collection(bucket, create=True, dim=DIM, model="m") as collection:
+        old = [f"old-{name}-{k}" for name in names for k in range(rounds)]
+        collection.add([Item(one, numpy.ones(DIM), {}) for one in old])
+    command = [sys.executable, "-m", "tests.helpers.bucket_writer", bucket]
+    writers = [
+        subprocess.Popen([*command, name, str(rounds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    told = [json.loads(writer.communicate()[0]) for writer in writers]
+    acknowledged = [one for each in told for kind in ("own", "contested") for one in each[kind]]
+    assert len(acknowledged) == len(set(acknowledged)), "an id was acknowledged to both"
+    with open_collection(bucket) as collection:
+        ids = [one for batch in collection.ids() for one in batch]
+        assert len(ids) == len(set(ids))
+        assert set(ids) == {*acknowledged, "common"}
+        for name, each in zip(names, told, strict=True):
+            assert len(each["own"]) == len(each["deleted"]) == len(each["upserted"]) == rounds
+            assert {item.metadata["writer"] for item in collection.get(each["contested"])} <= {name}
+    assert sum(len(each["contested"]) for each in told) == rounds
+    assert all("\n" not in line for each in told for line in each["refused"])
+
+
 def test_a_milvus_server(milvus):
     with exercise(f"{milvus}/pictures") as collection:
         assert collection.snapshots() == []

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from retrieval.collections import lance as lance_collection
+from retrieval.collections import lance_search
 from retrieval.collections.opening import CollectionError, ExistingIdsError, Item, open_collection
 from tests.helpers.collections import DIM, exact, make_items
 
@@ -140,7 +141,7 @@ def test_no_id_is_stored_twice(collection, monkeypatch):
 
 
 def test_filters_of_every_width_are_exact_enough(collection, monkeypatch):
-    monkeypatch.setattr(lance_collection, "EXACT_UP_TO", 500)
+    monkeypatch.setattr(lance_search, "EXACT_UP_TO", 500)
     number = numpy.arange(2000)
     table = make_table(2000, number=number, many=number % 2 == 0)
     collection.add(table)
@@ -154,7 +155,7 @@ def test_filters_of_every_width_are_exact_enough(collection, monkeypatch):
     ids = [name for names, _ in collection.scan() for name in names]
     items = collection.get(ids)
     for fetch_cost in (0, 2, 400):
-        monkeypatch.setattr(lance_collection, "FETCH_COST", fetch_cost)
+        monkeypatch.setattr(lance_search, "FETCH_COST", fetch_cost)
         for where, allowed in (
             ("number < 15", [item for item in items if item.metadata["number"] < 15]),
             ("number >= 1500", [item for item in items if item.metadata["number"] >= 1500]),

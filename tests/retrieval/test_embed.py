@@ -81,8 +81,13 @@ def test_a_corrupt_sample_is_skipped_and_named(tmp_path, caplog):
 def test_a_shard_without_a_readable_sample_has_an_empty_part(tmp_path):
     with ShardWriter(tmp_path / "shards", "train") as writer:
         writer.write(Sample("x", b"no picture", "png", colour_sample("red", "a").captions))
+    with pytest.raises(DataError, match="nothing to embed"):
+        embed_shards(ColourTowers(), tmp_path / "shards", tmp_path / "nothing")
+    with ShardWriter(tmp_path / "shards", "test") as writer:
+        writer.write(colour_sample("red", "a"))
     report = embed_shards(ColourTowers(), tmp_path / "shards", tmp_path / "out")
-    assert (report.images, report.texts, report.skipped) == (0, 0, {"corrupt image": 1})
+    assert report.images == 1
+    assert report.skipped == {"corrupt image": 1}
     assert pq.read_table(tmp_path / "out" / "train-00000.parquet").num_rows == 0
 
 

@@ -161,7 +161,7 @@ def test_published_tags_say_how_pictures_are_prepared(tmp_path):
         ("no config", "open_clip_config.json is missing or not JSON"),
         ("no section", "has no section model_cfg"),
         ("no weights", "has no weights"),
-        ("truncated", "missing, truncated or damaged"),
+        ("truncated", "truncated or damaged"),
         ("missing", "missing: text_projection"),
         ("odd config", "no towers can be built from this configuration"),
     ],

@@ -11,12 +11,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data.config import ConfigError, load_config
+from data.images import to_square, to_tensor
 from data.text import TextTokenizer
 from retrieval.evaluation.metrics import concept_label, concept_labels, ranks, recall_figures
 from retrieval.towers.base import load_towers, save_towers
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers, PatchHead, grid_boxes
 from retrieval.training.train_towers import RetrievalTrainConfig
 from tests.conftest import CAPTIONS
+from tests.helpers.tiny_towers import tiny_towers
 from vqvae.storage.parts import ModelError
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +82,7 @@ def test_pictures_and_pixels_alike(text: TextTokenizer) -> None:
     images = [Image.effect_noise((40 + 10 * k, 50), 90).convert("RGB") for k in range(5)]
     pixels = torch.stack([towers.preprocess(image) for image in images])
     assert pixels.shape == (5, 3, 32, 32)
-    assert -1 <= pixels.min() < 0 < pixels.max() <= 1
+    assert -1.00001 <= pixels.min() < 0 < pixels.max() <= 1.00001  # one multiplication and sum, in float32
     expected = torch.cat([towers.encode_pixels(pixels[k : k + 1]) for k in range(5)]).detach()
     for found in (towers.encode_image(images, batch_size=2), towers.encode_image(pixels)):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
@@ -192,7 +194,7 @@ def test_a_damaged_folder_is_one_line(text: TextTokenizer, tmp_path: Path) -> No
     refused("not in 'int8'", dtype="int8")
     for changes, problem in (
         ({"format": "other/1"}, "must be 'mmwudao-towers/1'"),
-        ({"kind": "nonsense"}, "'nonsense'; known kinds: ours, brivl, chinese-clip, open-clip"),
+        ({"kind": "nonsense"}, "'nonsense'; known kinds: ours, pretrained, brivl, chinese-clip, open-clip"),
         ({"embed_dim": 9}, "does not hold towers"),
         ({"embed_dim": "nine"}, "embed_dim"),
         ({"nonsense": 1}, "unknown key nonsense"),
@@ -245,3 +247,14 @@ def test_concept_labels() -> None:
     assert labels.dtype == torch.int64
     assert (labels >= 0).all()
     assert labels[0] == labels[2] != labels[1]
+
+
+def test_pictures_together_give_what_each_gives_alone():
+    towers = tiny_towers()
+    sizes = [(40, 40), (300, 260), (40, 40), (33, 50), (32, 32)]  # the second is larger than what waits for others
+    pictures = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
+    together = towers.stack([towers.lighten(picture) for picture in pictures])
+    assert together.equal(torch.stack([towers.preprocess(picture) for picture in pictures]))
+    expected = towers.normalise(to_tensor(to_square(pictures[-1], 32)))
+    torch.testing.assert_close(together[-1], expected, atol=1e-6, rtol=0)
+    assert isinstance(towers.lighten(pictures[1]), torch.Tensor)

@@ -10,6 +10,7 @@ from retrieval.collections.where import (
     Inverse,
     Junction,
     WhereError,
+    all_of,
     parse_where,
     to_milvus,
     to_sql,
@@ -52,8 +53,28 @@ def test_rendering(text, sql, milvus):
 
 
 @pytest.mark.parametrize(
+    ("fraction", "whole"),
+    [
+        ("year > 2016.5", "year > 2016"), ("year >= 2016.5", "year >= 2017"), ("year < 2016.5", "year < 2017"),
+        ("year <= 2016.5", "year <= 2016"), ("year = 2017.0", "year = 2017"), ("year != 2017.0", "year != 2017"),
+        ("year > 2017.0", "year > 2017"), ("year > -0.5", "year > -1"),
+        ("year IN (2016, 2016.5, 1e3)", "year IN (2016, 1000)"),
+        ("year NOT IN (2016.5, 7)", "NOT year IN (7)"), ("year = 2016.5", "year = 0 AND year = 1"),
+        ("year IN (0.5)", "year = 0 AND year = 1"), ("year != 2016.5", "year = 0 OR year != 0"),
+        ("year < 1e300", "year = 0 OR year != 0"), ("year > 1e300", "year = 0 AND year = 1"),
+        ("year >= -1e300", "year = 0 OR year != 0"), ("year <= -1e300", "year = 0 AND year = 1"),
+        ("NOT year > 1.5 AND animated = true", "NOT year > 1 AND animated = true"),
+    ],
+)  # fmt: skip
+def test_whole_numbers_compare_with_fractions(fraction, whole):
+    assert parse_where(fraction, COLUMNS) == parse_where(whole, COLUMNS)
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ("score < 1e999", "the number 1e999 is too large"),
+        ("year < 1e999", "the number 1e999 is too large"),
         ("", "cannot read its end"),
         ("family = ", "cannot read its end"),
         ("family = noto", "cannot read 'noto' at character 10"),
@@ -88,3 +109,12 @@ def test_everything_else_is_refused_in_one_line(text, problem):
 
 def test_many_parentheses_do_not_exhaust_the_stack():
     assert parse_where("(" * 4000 + "year = 1" + ")" * 4000, COLUMNS) == Comparison("year", "=", (1,))
+
+
+def test_conditions_are_bound_whole():
+    """What is joined by AND cannot be widened by what one of the parts says."""
+    assert all_of([]) is None
+    assert all_of(["a = 1", "b = 2 OR c = 3"]) == "(a = 1) AND (b = 2 OR c = 3)"
+    for widening in ("b = 2) OR (c = 3", "b = 2) OR (c = 3) OR (c = 4", ") OR (", "b = 2) AND NOT (c = 3", ""):
+        with pytest.raises(WhereError, match="cannot read"):
+            all_of(["a = 1", widening])

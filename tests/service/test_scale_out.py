@@ -34,6 +34,8 @@ from mmwudao.service.ray.deployments import build, share_limits  # noqa: E402
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 KEY = "a-key-of-16-characters"
+ROOM = 256  # texts that wait at each replica of the towers
+ASKED_ABOUT = [{"type": "text", "text": "red?"}, {"type": "image_url", "image_url": {"url": data_uri(png())}}]
 ASKED = {"prompt": "红心", "n": 2, "seed": 3}
 
 
@@ -130,7 +132,7 @@ def address(options):
         patch.setenv("RAY_worker_niceness", "0")
         ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
         command = [sys.executable, "-m", "mmwudao", "serve", "--ray", "auto", "--tower-replicas", "2"]
-        command += ["--cpus", "0.5", "--port", str(port)]
+        command += ["--cpus", "0.5", "--port", str(port), "--limit", f"waiting_texts={ROOM}"]
         command += [word for name, value in options.items() for word in (f"--{name}", value)]
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "MMWUDAO_KEYS": KEY}
         server = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -164,18 +166,17 @@ def ask(address, path, body=None, key=KEY):
     return httpx2.post(address + path, headers=headers, json=body, timeout=60)
 
 
-def busy_replicas(address):
-    """When each replica that a `/metrics` reaches first answered for vectors: a stamp a replica that did."""
-    pattern = r'mmwudao_requests_created\{method="POST",route="/v1/embeddings",status="200"\} (\S+)'
-    texts = [ask(address, "/metrics").text for _ in range(16)]
-    return {stamp for text in texts for stamp in re.findall(pattern, text)}
+def busy_replicas(address, status=200):
+    """The replicas that have answered requests for vectors so, by the metrics of the cluster."""
+    counts = re.findall(r"^mmwudao_requests_total\{(.*)\} ", ask(address, "/metrics").text, re.MULTILINE)
+    labels = [dict(re.findall(r'(\w+)="([^"]*)"', one)) for one in counts]
+    return {one["replica"] for one in labels if (one["route"], one["status"]) == ("/v1/embeddings", str(status))}
 
 
 @pytest.mark.slow
 def test_answers_are_those_of_one_server(address, options):
     described = [{"id": f"item-{k}", "text": text} for k, text in enumerate(["red", "blue", "ein Apfel"])]
     asked = {
-        "/v1/models": None,
         "/v1/embeddings": {"input": ["a red apple", data_uri(png("blue"))]},
         "/v1/search": {"text": "red", "k": 3},
         "/v1/captions": {"images": [data_uri(png())], "language": "en"},
@@ -192,9 +193,15 @@ def test_answers_are_those_of_one_server(address, options):
             found, expected = ask(address, path, body), ask(alone, path, body)
             assert found.status_code == expected.status_code, found.text
             assert nearly(found.json(), expected.json()), path
+        question = {"messages": [{"role": "user", "content": ASKED_ABOUT}]}
+        told = [ask(url, "/v1/chat/completions", question).json()["choices"] for url in (address, alone)]
+        assert told[0] == told[1]
         drawn, expected = (ask(url, "/v1/images/generations", ASKED).json()["data"] for url in (address, alone))
         assert [one["b64_json"] for one in drawn] == [one["b64_json"] for one in expected]
     served.close()
+    cards = [ask(address, f"/v1/models/{MODEL}").json() for _ in range(16)]
+    assert all(card == cards[0] for card in cards), "replicas differ"
+    assert cards[0]["can"] == ["embed", "draw", "caption", "answer", "search"]
     refused = ask(address, "/v1/models", key="another-key-of-16-characters")
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
@@ -234,6 +241,20 @@ def test_the_openai_client_and_both_replicas(address, client):
 
 
 @pytest.mark.slow
+def test_overload_is_our_429_and_counted_for_the_cluster(address):
+    body = {"input": [f"text {k}" for k in range(ROOM)]}
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: ask(address, "/v1/embeddings", body), range(48)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert int(answer.headers["Retry-After"]) >= 1
+    wait_for(lambda: busy_replicas(address, 429), "not counted", 30)
+
+
+@pytest.mark.slow
 def test_a_replica_is_killed(address, client):
     """Requests go on: those that the lost replica had fail, and the client asks again."""
     patient = client.with_options(max_retries=5)
@@ -264,4 +285,4 @@ def test_a_replica_is_killed(address, client):
         thread.join()
     assert not problems
     # another takes its place
-    wait_for(lambda: ray.serve.status().applications["mmwudao"].status == "RUNNING", "not replaced")
+    wait_for(lambda: ray.serve.status().applications["mmwudao"].status == "RUNNING", "not replaced", 400)

@@ -43,6 +43,29 @@ def test_what_was_stored_is_found(address):
     assert httpx2.get(f"{address}/v1/items", params={"where": "year > 2015"}).json()["count"] == 1
 
 
+def test_terms_are_added_and_subtracted(address):
+    def found(*terms):
+        return httpx2.post(f"{address}/v1/search", json={"terms": list(terms), "k": 1}, timeout=60)
+
+    red = {"image": data_uri(png("red"))}
+    assert found(red).json()["data"][0]["id"] == "a/b"
+    assert found({"text": "cyan"}, {"text": "blue", "weight": -2}).json()["data"][0]["id"] == "green"
+    assert found({"text": "cyan"}, {"text": "green", "weight": -2}).json()["data"][0]["id"] == "blue"
+    for terms, problem in (
+        ([], "must not be empty"),
+        ([red, {"text": "red", "weight": -1}, {"text": "red", "weight": 0}], "weight"),
+        ([{"text": "red"}, {"text": "red", "weight": -1}], "cancel out"),
+        ([{"text": "red", "image": "x"}], "exactly one"),
+        ([{"text": "red"}] * 33, "at most 32"),
+        ([{"vector": [1.0]}], "this collection"),
+    ):
+        answer = found(*terms)
+        assert answer.status_code == 400, answer.text
+        assert problem in answer.json()["error"]["message"]
+    both = {"text": "red", "terms": [red]}
+    assert httpx2.post(f"{address}/v1/search", json=both, timeout=60).status_code == 400
+
+
 @pytest.mark.parametrize(
     "where", ["drop table", "colour = 'red'", "family = 1", "family = 'plain' AND (", "\0", "family = '", "(" * 3000]
 )

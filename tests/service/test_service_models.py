@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import pytest
@@ -15,10 +15,14 @@ from mmwudao.service.errors import BadInput, as_http_error, refusals
 from mmwudao.service.generators import LocalGenerator
 from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
+from tests.helpers.cogview import imported_model
 from tests.helpers.service_server import MemoryCollection, data_uri, png, running, tiny_pipeline
 from tests.helpers.tiny_towers import ColourTowers
 
 RED = data_uri(png())
+CLIENT = httpx2.Client(timeout=60)  # one: each makes a TLS context, which takes longer than a request
+ASKED = [{"type": "text", "text": "red?"}, {"type": "image_url", "image_url": {"url": RED}}]
+CHAT = {"messages": [{"role": "user", "content": ASKED}]}
 # route, a body of the right shape, and what the server needs for it
 ROUTES: list[tuple[str, str, Any, set[str]]] = [
     ("POST", "/v1/embeddings", {"input": ["red", RED]}, {"embed"}),
@@ -27,6 +31,8 @@ ROUTES: list[tuple[str, str, Any, set[str]]] = [
     ("POST", "/v1/captions", {"images": [RED]}, {"draw", "caption"}),
     ("POST", "/v1/rerank", {"query": "red", "documents": [RED], "by": "caption"}, {"draw", "caption"}),
     ("POST", "/v1/rerank", {"query": "red", "documents": [RED], "by": "both"}, {"draw", "caption", "judge"}),
+    ("POST", "/v1/chat/completions", CHAT, {"draw", "answer"}),
+    ("POST", "/v1/chat/completions", {**CHAT, "stream": True, "among": ["yes", "no"]}, {"draw", "answer"}),
     ("POST", "/v1/search", {"text": "red"}, {"embed", "search"}),
     ("POST", "/v1/search", {"vector": [1.0] * 8}, {"search"}),
     ("POST", "/v1/items", {"items": [{"id": "a", "text": "red"}]}, {"embed", "search"}),
@@ -34,7 +40,10 @@ ROUTES: list[tuple[str, str, Any, set[str]]] = [
     ("GET", "/v1/items", None, {"search"}),
     ("GET", "/v1/items/b", None, {"search"}),
     ("DELETE", "/v1/items/b", None, {"search"}),
+    ("POST", "/v1/items/get", {"ids": ["a"]}, {"search"}),
+    ("POST", "/v1/items/delete", {"ids": ["a"]}, {"search"}),
     ("GET", "/v1/models", None, set()),
+    ("GET", "/v1/models/tiny", None, set()),
 ]
 # of the right shape, but impossible
 IMPOSSIBLE: list[tuple[str, str, Any]] = [
@@ -49,6 +58,8 @@ IMPOSSIBLE: list[tuple[str, str, Any]] = [
     ("POST", "/v1/captions", {"images": [RED], "language": "tlh"}),
     ("POST", "/v1/rerank", {"query": " ", "documents": [RED]}),
     ("POST", "/v1/rerank", {"query": "red", "documents": ["data:image/png;base64,AAAA"]}),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "red?"}]}),
+    ("POST", "/v1/chat/completions", {**CHAT, "language": "tlh"}),
     ("POST", "/v1/search", {"vector": [1.0]}),
     ("POST", "/v1/search", {"text": "red", "where": "?"}),
     ("POST", "/v1/items", {"items": [{"id": "a", "text": "red"}] * 2}),
@@ -57,25 +68,38 @@ IMPOSSIBLE: list[tuple[str, str, Any]] = [
     ("GET", "/v1/items/absent", None),
     ("DELETE", "/v1/items/absent", None),
 ]
-WRONG_SHAPES: list[Any] = [[], {}, "text", 3, None, {"input": 3, "prompt": [], "images": 1, "query": {}, "items": "a"}]
-KINDS = ("draws only", "captions", "towers only", "all", "judges")
+WRONG_FIELDS = {"input": 3, "prompt": [], "images": 1, "query": {}, "items": "a", "messages": 1}
+WRONG_SHAPES: list[Any] = [[], {}, "text", 3, None, WRONG_FIELDS]
+KINDS = ("draws only", "captions", "towers only", "all", "judges", "names no language", "imported", "imported, silent")
+# in place of a field's value
+WRONG_VALUES: list[Any] = [
+    None, True, 0, -1, 2**63, 10**400, 0.5, 1e308, "", " ", "\ud800", "\0", "x" * 9000, "data:image/png;base64,",
+    "http://127.0.0.1/", [], [[]], [None], ["a", 3], [1.0], {}, {"text": None}, {"image": "a"}, {"a": {"b": []}},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request, tiny_model_dir):
+def kind(request, tiny_model_dir, imported_dir):
     """The address of a server of one kind of model, and what it has."""
     abilities = {
         "draws only": {"draw"},
-        "captions": {"draw", "caption"},
+        "captions": {"draw", "caption", "answer"},
         "towers only": {"embed"},
-        "all": {"draw", "caption", "embed", "search"},
-        "judges": {"draw", "caption", "embed", "search", "judge"},
+        "all": {"draw", "caption", "answer", "embed", "search"},
+        "judges": {"draw", "caption", "answer", "embed", "search", "judge"},
+        "names no language": {"draw"},
+        "imported": {"draw", "caption"},
+        "imported, silent": {"draw", "caption"},
     }[request.param]
-    generator = LocalGenerator(tiny_pipeline(tiny_model_dir)) if "draw" in abilities else None
+    folder = imported_dir if request.param.startswith("imported") else tiny_model_dir
+    generator = LocalGenerator(tiny_pipeline(folder)) if "draw" in abilities else None
     if generator is not None:
         pipeline = generator.pipeline
-        if "caption" not in abilities:
-            pipeline.config = replace(pipeline.config, describes="no", languages=())
+        if "caption" not in abilities:  # else it says what it can do
+            told: Literal["tagged", "no"] = "tagged" if request.param == "names no language" else "no"
+            pipeline.config = replace(pipeline.config, describes=told, languages=())
+        if request.param == "imported, silent":
+            pipeline.config = replace(pipeline.config, languages=())
         if "judge" in abilities:
             pipeline.config = replace(pipeline.config, parts={**pipeline.config.parts, "towers": Part("towers", "")})
             pipeline.towers = ColourTowers().eval()
@@ -85,10 +109,15 @@ def kind(request, tiny_model_dir):
         yield url, abilities
 
 
+@pytest.fixture(scope="module")
+def imported_dir(tmp_path_factory):
+    return imported_model(tmp_path_factory.mktemp("imported"))
+
+
 def send(address: str, method: str, path: str, body: Any) -> httpx2.Response:
     content = json.dumps(body).encode() if body is not None else None
     headers = {"Content-Type": "application/json"} if body is not None else {}
-    return httpx2.request(method, address + path, content=content, headers=headers, timeout=60)
+    return CLIENT.request(method, address + path, content=content, headers=headers)
 
 
 def test_what_fits_is_answered_where_the_server_can(kind):
@@ -117,6 +146,20 @@ def test_what_does_not_fit_is_a_4xx_everywhere(kind):
     assert send(address, "GET", "/readyz", None).status_code == 200
 
 
+def test_no_value_of_any_field_is_a_500(kind):
+    address, _ = kind
+    paths = ("/v1/items/%00", "/v1/items/" + "x" * 600, "/v1/items?limit=0", "/v1/items?limit=9999", "/v1/models/%ff")
+    for method, path, right, _ in ROUTES:
+        for field in right or ():
+            for value in WRONG_VALUES:
+                answer = send(address, method, path, {**right, field: value})
+                assert answer.status_code < 500, (method, path, field, value, answer.text)
+                assert "the server failed" not in answer.text
+    for path in paths:
+        for method in ("GET", "PUT", "DELETE", "HEAD", "PATCH"):
+            assert 200 <= send(address, method, path, None).status_code < 500, (method, path)
+
+
 def test_a_model_that_only_draws_says_so(tiny_model_dir):
     pipeline = tiny_pipeline(tiny_model_dir)
     pipeline.config = replace(pipeline.config, describes="no", languages=())
@@ -128,6 +171,17 @@ def test_a_model_that_only_draws_says_so(tiny_model_dir):
             answer = send(url, "POST", f"/v1/{path}", body)
             assert answer.status_code == 400
             assert "only draws" in answer.json()["error"]["message"]
+
+
+def test_a_language_that_has_no_name_is_left_out(imported_dir):
+    pipeline = tiny_pipeline(imported_dir)
+    pipeline.config = replace(pipeline.config, languages=())
+    with running(Served("tiny", generator=LocalGenerator(pipeline))) as url:
+        (told,) = send(url, "POST", "/v1/captions", {"images": [RED]}).json()["data"]
+        assert told["language"] is None
+        answer = send(url, "POST", "/v1/captions", {"images": [RED], "language": "zh"})
+        assert answer.json()["error"]["param"] == "language"
+        assert "leave it out" in answer.json()["error"]["message"]
 
 
 # mistakes of users, and bugs

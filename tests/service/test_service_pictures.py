@@ -120,12 +120,12 @@ class PassesOfAWindow:
 
     grid = (4, 4)
 
-    def draw(self, drawings, on_token):
+    def draw(self, drawings, on_token, canvas):
         for step in (3, 7, 13, 16):
             on_token(step, torch.zeros(1, *self.grid))
         return []
 
-    def decode_partial(self, codes):
+    def decode_partial(self, codes, canvas):
         return [Image.new("RGB", (32, 32))]
 
 
@@ -253,7 +253,7 @@ def test_a_deadline_is_kept(served, monkeypatch):
     [
         ({"prompt": " "}, "empty prompt"),
         ({"prompt": "x" * 1001}, "at most 1000"),
-        ({"n": 0}, "n:"),
+        ({"n": 0}, "n must be at least 1"),
         ({"n": 9}, "at most 8 pictures"),
         ({"size": "1024x1024"}, "auto, 32x32"),
         ({"style": "cubism"}, "unknown style"),

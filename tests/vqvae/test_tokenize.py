@@ -3,15 +3,17 @@ import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
+from data.augment import draw_view, view_square
 from data.codes import read_codes, tokenizer_hash
 from data.images import open_image, to_square, to_tensor
-from data.sample import Caption, DataError, Sample
+from data.sample import Caption, DataError, Question, Sample
 from data.shards import Manifest, ShardWriter, read_manifest, write_manifest
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import content_hash
@@ -98,6 +100,14 @@ def test_shards_to_codes_and_back(model, tmp_path):
             assert coded.sample.id == f"s.{number}"
             assert coded.sample.captions == sample(number).captions
             assert model.decode(torch.from_numpy(coded.codes.astype(int)).unsqueeze(0)).shape == (1, 3, 16, 16)
+
+
+def test_a_picture_with_questions_needs_no_caption(model, tmp_path):
+    asked = replace(sample(1), captions={}, questions=(Question("en", "red?", "no"),))
+    bare = replace(sample(2), captions={})
+    manifest = tokenize_shards(model, write_shards(tmp_path / "shards", [asked, bare]), tmp_path / "codes", settings())
+    assert [coded.sample.questions for coded in read_codes(tmp_path / "codes", "train")] == [asked.questions]
+    assert sum(manifest.skipped.values()) == 1
 
 
 def test_pictures_are_resized(model, tmp_path):
@@ -223,7 +233,7 @@ def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
 
 def test_a_size_that_the_model_cannot_take(model, tmp_path):
     shards = write_shards(tmp_path / "shards", map(sample, range(8)))
-    with pytest.raises(ValueError, match="multiples of 4, not 18x18"):
+    with pytest.raises(ValueError, match="a multiple of 4: not 18"):
         tokenize_shards(model, shards, tmp_path / "codes", settings(image_size=18, batch_size=1, workers=3))
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
@@ -253,3 +263,28 @@ def test_draft_decodes_large_jpegs_smaller_and_says_so(model, tmp_path):
     small = open_image(buffer.getvalue(), least_side=32)
     assert small.size == (32, 32)
     assert numpy.array_equal(first.codes, model.encode(to_tensor(to_square(small, 16)).unsqueeze(0))[0])
+
+
+def test_other_views_are_stored_for_the_training_split_alone(model, tmp_path):
+    shards = write_shards(tmp_path / "shards", [sample(n) for n in range(5)], [sample(n) for n in range(5, 8)])
+    plain, augmented = tmp_path / "plain", tmp_path / "augmented"
+    tokenize_shards(model, shards, plain, settings(batch_size=2))
+    manifest = tokenize_shards(model, shards, augmented, settings(batch_size=2, augment=3))
+    assert manifest.sources["views"] == "3 of train"
+    for split in ("train", "test"):
+        for one, other in zip(read_codes(plain, split), read_codes(augmented, split), strict=True):
+            assert one.sample == other.sample
+            assert numpy.array_equal(one.codes, other.codes)
+            assert one.views is None
+            if split == "test":
+                assert other.views is None
+                continue
+            assert other.views is not None
+            assert other.views.shape == (3, 4, 4)
+            square = view_square(picture(int(one.sample.id[2:])), 16, draw_view(one.sample, 1))
+            assert numpy.array_equal(other.views[1], model.encode(to_tensor(square)[None])[0].numpy())
+    again = tmp_path / "again"
+    tokenize_shards(model, shards, again, settings(batch_size=2, augment=3, workers=3))
+    assert (again / "train-00000.tar").read_bytes() == (augmented / "train-00000.tar").read_bytes()
+    with pytest.raises(DataError, match="views of the split 'practice': there is none"):
+        tokenize_shards(model, shards, tmp_path / "none", settings(augment=1, augment_split="practice"))

@@ -72,7 +72,7 @@ def test_other_shapes_are_refused(shape):
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="at least one channel and one block"):
+    with pytest.raises(ValueError, match="blocks must be a whole number of at least 1"):
         UpscalerConfig(blocks=0)
 
 
@@ -251,11 +251,15 @@ def test_the_command_doubles_pictures_of_any_shape(upscale, with_upscaler, tmp_p
         read_recipe(Path("out/a-upscaled.png"))
 
 
-def test_transparent_pictures_are_laid_on_white(upscale):
+def test_transparent_pictures_stay_transparent(upscale):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save("clear.png")
-    Image.new("RGB", (8, 8), "white").save("white.png")
-    assert upscale("clear.png", "white.png") == 0
-    assert Path("out/clear-upscaled.png").read_bytes() == Path("out/white-upscaled.png").read_bytes()
+    Image.new("RGBA", (8, 8), (200, 20, 20, 255)).save("opaque.png")
+    assert upscale("clear.png", "opaque.png") == 0
+    with Image.open("out/clear-upscaled.png") as clear:
+        assert clear.mode == "RGBA"
+        assert clear.getchannel("A").getextrema() == (0, 0)
+    with Image.open("out/opaque-upscaled.png") as opaque:
+        assert opaque.convert("RGBA").getchannel("A").getextrema() == (255, 255)
 
 
 def test_a_prompt_that_is_not_read_is_told(upscale, caplog, capsys):

