@@ -293,6 +293,7 @@ def test_what_does_not_fit_is_refused_in_one_line(hub, tmp_path, capsys, name):
     source = shutil.copytree(hub(kind)[0], tmp_path / "source")
     (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     damage(source)
+    capsys.readouterr()  # the fixture's folder may be made here, with a bar of its own
     assert run(["import", "transformers", str(source), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
