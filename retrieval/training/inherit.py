@@ -155,11 +155,11 @@ class TextVectors:
     def prepare(cls, encoder: TextEncoder, texts: Sequence[str], file: Path) -> Self:
         """The vectors of `texts`, read from `file` if it holds them all, else computed and written there."""
         key = sha256("\n".join([content_hash(encoder), *texts]).encode()).hexdigest()
-        stored = _stored(file, key)
+        stored = read_cache(file, key)
         if stored is None:
             log.info("computing the vectors of %d texts", len(texts))
             stored = {"vectors": encoder.encode(texts).half()}
-            _store(file, key, stored)
+            write_cache(file, key, stored)
         return cls(texts, stored["vectors"])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -182,7 +182,7 @@ class PictureFeatures(NamedTuple):
         """
         assert not trunk.training
         key = sha256(pixels.numpy().data, usedforsecurity=False).hexdigest() + content_hash(trunk)
-        stored = _stored(file, key)
+        stored = read_cache(file, key)
         if stored is None:
             log.info("computing the features of %d pictures", len(pixels))
             pooled, logits = [], []
@@ -192,11 +192,12 @@ class PictureFeatures(NamedTuple):
                 pooled.append(maps.mean(dim=(2, 3)).half())
                 logits.append(trunk.classify(maps).half() if trunk.config.num_classes else maps.new_zeros(len(maps), 0))
             stored = {"pooled": torch.cat(pooled), "logits": torch.cat(logits)}
-            _store(file, key, stored)
+            write_cache(file, key, stored)
         return cls(stored["pooled"], stored["logits"])
 
 
-def _stored(file: Path, key: str) -> dict[str, Tensor] | None:
+def read_cache(file: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors in `file` that were written with this `key`; None without them, or where the file is damaged."""
     if not file.is_file():
         return None
     try:
@@ -209,7 +210,8 @@ def _stored(file: Path, key: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _store(file: Path, key: str, tensors: dict[str, Tensor]) -> None:
+def write_cache(file: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    """Keep tensors of a run in `file` for the next start; `key` says what they were made of."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as building, disk_errors():
         save_file(tensors, building, metadata={"key": key})

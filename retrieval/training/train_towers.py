@@ -6,7 +6,6 @@ process takes its share of every batch, and pictures are compared with the texts
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from data.config import ConfigError
 from data.sample import Sample
 from data.text import TextTokenizer
 from retrieval.encoders.text_encoder import load_text_encoder
-from retrieval.evaluation.metrics import ranks, recall_figures
 from retrieval.towers.base import Tokens, Towers, load_towers, save_towers, to_device
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
 from retrieval.towers.pretrained import HeadsConfig, PretrainedTowers
@@ -53,8 +51,8 @@ from retrieval.training.pairs import (
     draw_captions,
     label_of,
     mirror,
-    queries_by_language,
 )
+from retrieval.training.split_recall import measure_split_recall, quiet
 from retrieval.training.student import TextHeadFit
 from vqvae.training.checkpoints import has_checkpoint
 from vqvae.training.config import LoopConfig, ParallelConfig
@@ -228,29 +226,6 @@ def _origin(config: RetrievalTrainConfig, towers: Towers) -> dict[str, str]:
     }
 
 
-def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
-    """Recall at 1 and 10 and the median rank of both directions, as means over languages; text recall of each language.
-
-    For text to image, a query is the name of a concept in one language, and any picture of the concept is right. For
-    image to text, the candidates are the names of all concepts in one language.
-    """
-    images = torch.cat(
-        [towers.encode_image(towers.normalise(part.float() / 255)) for part in pictures.pixels.split(batch_size)]
-    )
-    figures: dict[str, float] = {}
-    sums: dict[str, list[float]] = {}
-    for language, (names, labels) in queries_by_language(pictures.samples).items():
-        with quiet():
-            texts = towers.encode_text(names)
-        text_to_image = recall_figures(ranks(texts, images, labels, pictures.labels))
-        image_to_text = recall_figures(ranks(images, texts, pictures.labels, labels))
-        figures[f"text_recall@10/{language}"] = text_to_image["recall@10"]
-        for way, measured in (("text", text_to_image), ("image", image_to_text)):
-            for name in ("recall@1", "recall@10", "median_rank"):
-                sums.setdefault(f"{way}_{name}", []).append(measured[name])
-    return figures | {name: sum(values) / len(values) for name, values in sums.items()}
-
-
 class TowerBatches:
     """Batches of pictures and their captions: the part that does not depend on where the pictures come from."""
 
@@ -317,17 +292,6 @@ class StreamedTowerBatches(TowerBatches):
         for micro in range(loop.accumulate):
             positions = own[micro * self.size : (micro + 1) * self.size]
             yield self.batch(*self.pairs.take(positions), f"{seed} {replica()} {micro}")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress warnings in `logging`: every step would report the captions that are cut, which is expected."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _start(config: RetrievalTrainConfig) -> Towers:
