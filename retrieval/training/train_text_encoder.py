@@ -38,6 +38,8 @@ from vqvae.training.loop import train_model
 from vqvae.training.process import replica, replicas
 from vqvae.training.task import Task
 
+LIKE_LENGTH = 40  # texts that are padded to one length
+
 
 @dataclass
 class TextEncoderTrainConfig:
@@ -87,14 +89,21 @@ class Distillation(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Tokens of N texts and the teacher's vectors [N, width]."""
-        vectors = self.encode(tokens)
+        return self.distance(self.encode(tokens), targets)
+
+    def distance(self, vectors: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The loss of the student's unit vectors and the teacher's, both [N, width]."""
         own, wanted = ((part - self.mean) / self.deviation for part in (vectors, targets))
         cosine = F.cosine_similarity(own.detach(), wanted).mean()
         return {"loss": (own - wanted).square().mean(), "cosine": cosine}
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """The student's unit vectors, float32 [N, width]."""
-        return F.normalize(self.student(tokens).float(), dim=1)
+        """The student's unit vectors, float32 [N, width], computed for texts of like length together."""
+        lengths = (tokens != self.student.config.pad_token).sum(dim=1)
+        order = lengths.argsort()
+        with parametrize.cached():  # matrices are rounded once for all parts
+            parts = [self.student(tokens[rows, : int(lengths[rows].max())]) for rows in order.split(LIKE_LENGTH)]
+        return F.normalize(torch.cat(parts)[order.argsort()].float(), dim=1)
 
 
 class TextTowerTuning(nn.Module):
@@ -105,9 +114,11 @@ class TextTowerTuning(nn.Module):
         self.distillation, self.finder, self.weight = distillation, finder, weight
 
     def forward(self, tokens: Tensor, targets: Tensor, captions: CaptionBatch) -> dict[str, Tensor]:
-        with parametrize.cached():  # matrices are rounded once for both
-            figures = self.distillation(tokens, targets)
-            encoded = self.distillation.encode(captions.tokens)
+        longest = max(tokens.shape[1], captions.tokens.shape[1])
+        pad = self.distillation.student.config.pad_token
+        both = [F.pad(part, (0, longest - part.shape[1]), value=pad) for part in (tokens, captions.tokens)]
+        vectors, encoded = self.distillation.encode(torch.cat(both)).split([len(tokens), len(captions.tokens)])
+        figures = self.distillation.distance(vectors, targets)
         with torch.autocast(tokens.device.type, enabled=False):  # logits need float32
             contrast = self.finder(encoded, captions)
         distance = figures["loss"]
@@ -226,6 +237,8 @@ def _student(
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    # for rows as short as these, PyTorch's fused attention is slow backwards: a step took 1.7 times as long with it
+    student.transformer.set_attn_implementation("eager")
     bits = cast(Literal[4, 16, 32], config.bits)  # the configuration allows no other
     student.config = replace(student.config, bits=bits, source=f"distilled from {teacher.config.source}")
     # the teacher's rows of pieces are kept as they are: most of them are met a few times in all

@@ -1,17 +1,13 @@
 """Towers on encoders that were trained elsewhere: storing, classes, training from parts, resuming."""
 
-import io
 import json
 
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from data.config import ConfigError
-from data.sample import Caption, Sample
-from data.shards import Manifest, ShardWriter, write_manifest
 from retrieval.encoders.text_encoder import load_text_encoder, save_text_encoder
 from retrieval.towers.base import load_towers, save_towers, unit
 from retrieval.towers.pretrained import PACKED_PARTS, VECTORS, HeadsConfig, PretrainedTowers
@@ -21,6 +17,7 @@ from retrieval.training.student import TextHeadFit
 from retrieval.training.train_towers import RetrievalTrainConfig, train
 from retrieval.vectors.onnx_export import export_onnx
 from tests.conftest import CAPTIONS
+from tests.helpers.squares import write_squares
 from tests.helpers.tiny_encoders import tiny_text_encoder, tiny_trunk
 from vqvae.storage.blocks import (
     bits_of,
@@ -34,7 +31,6 @@ from vqvae.storage.parts import stored_hash
 from vqvae.training.config import LoopConfig
 from vqvae.trunk import load_trunk, save_trunk
 
-COLOURS = ("red", "lime", "blue", "yellow")
 HEADS = HeadsConfig(embed_dim=16, image_size=32, hidden=32)
 
 
@@ -195,16 +191,7 @@ def test_init_needs_both_parts():
 def workspace(tmp_path_factory):
     """Shards of coloured squares, a text encoder and a trunk."""
     folder = tmp_path_factory.mktemp("pretrained")
-    with ShardWriter(folder / "shards", "train", 100) as train, ShardWriter(folder / "shards", "test", 100) as test:
-        for number in range(24):
-            colour = COLOURS[number % 4]
-            picture = io.BytesIO()
-            Image.new("RGB", (32, 32), colour).save(picture, "PNG")
-            captions = {"en": Caption(f"{colour} square", ("shape",)), "zh": Caption(f"方 {colour[::-1]}")}
-            sample = Sample(f"s{number}", picture.getvalue(), "png", captions, "noto", colour, colour)
-            (test if number >= 16 else train).write(sample)
-    splits = {"train": train.shards, "test": test.shards}
-    write_manifest(folder / "shards", Manifest(name="squares", image_size=32, splits=splits, sources={}, skipped={}))
+    write_squares(folder / "shards")
     save_text_encoder(tiny_text_encoder(), folder / "text")
     save_trunk(tiny_trunk(), folder / "trunk")
     return folder
