@@ -223,8 +223,9 @@ def _student(
     config: TextEncoderTrainConfig, teacher: TextEncoder, texts: list[str], bank: PictureBank | None
 ) -> TextEncoder:
     """The student of the first step. It drops nothing out: it has far fewer weights than its teacher, and underfits."""
-    if config.student or bank:
-        student = load_text_encoder(Path(config.student)) if config.student else bank.towers.text_encoder
+    start = load_text_encoder(Path(config.student)) if config.student else bank.towers.text_encoder if bank else None
+    if start is not None:
+        student = start
         widths = [part.config.architecture["hidden_size"] for part in (student, teacher)]
         if widths[0] != widths[1]:
             named = f"student {config.student}" if config.student else "text encoder of the towers"
