@@ -175,7 +175,7 @@ class PretrainedTowers(Towers):
             self.trunk.model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:  # timm's way to say that a network cannot
             raise ConfigError(f"{self.config.trunk.architecture} cannot train with checkpoint_gradients") from error
-        self.text_encoder.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        self.text_encoder.transformer.checkpoint_gradients()
 
     def encode_map(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk's last map [N, C, h, w] -> unit vectors [N, embed_dim], and the class logits [N, classes]."""
