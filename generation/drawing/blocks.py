@@ -1,7 +1,8 @@
 """How many rows the model sees at once, so that a picture has the same bits in any company.
 
 Floating-point products may add up in another order when a matrix has another shape. So rows come in blocks of a fixed
-number, `full_block`; a smaller block is used only where a trial on this CPU finds the same bits in it (`block_rows`).
+number, `full_block`; a smaller block (`block_rows`), and two full ones at once (`blocks_together`), are used only where
+a trial on this CPU finds the same bits in them.
 
 Shapes: R rows of a block, P prompt slots, S = h * w codes of a picture.
 """
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.host_memory import free_host_bytes
 from generation.drawing.engines import Kind, make_cache, make_step
 from generation.drawing.products import MOST_ROWS, cancelling, make_product
 from generation.drawing.prompts import pad_prompts, prefill
@@ -28,6 +30,8 @@ from generation.transformer.model import Transformer
 BLOCK_ROWS = MOST_ROWS  # a guided image takes two of them
 SMALL_BLOCKS = (1, 2, 4, 6, 8, 12)
 MOST_CACHED = 2**31  # numbers in a block's cache: 4 GiB in bfloat16
+MOST_TOGETHER = 2**24  # numbers in a full block's cache, for two blocks at once: 64 MiB in float32
+SPARE = 16  # times the cache of such a block must be free
 
 
 def cache_shape(config: TransformerConfig, rows: int, grid: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -65,6 +69,23 @@ def block_rows(model: Transformer, needed: int, grid: tuple[int, int], window: i
             if small is not None and bool((small == full).all()):
                 return rows
     return most
+
+
+def blocks_together(model: Transformer, grid: tuple[int, int], window: int = 1, kind: Kind = "modules") -> int:
+    """How many full blocks are drawn at once where there are as many: 2 if this CPU then computes the same bits, or 1.
+
+    A step of a small model mostly reads its weights, which two blocks do once. The plan of the memory knows one block:
+    the second is drawn only where it is small and much more is free.
+    """
+    most = full_block(model.config, grid)
+    cached = 2 * math.prod(cache_shape(model.config, most, grid))
+    free = free_host_bytes()
+    if model.embed.weight.device.type != "cpu" or window > 1 or kind not in ("modules", "fused"):
+        return 1
+    if cached > MOST_TOGETHER or (free is not None and free < SPARE * 4 * cached):
+        return 1
+    one, two = (_row_of(model, rows, grid, window, kind) for rows in (most, 2 * most))
+    return 2 if one is not None and two is not None and bool((one == two).all()) else 1
 
 
 def images_in_block(options: SamplingOptions, rows: int) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from generation.drawing.blocks import BLOCK_ROWS, block_rows, full_block, images_in_block
+from generation.drawing.blocks import BLOCK_ROWS, block_rows, blocks_together, full_block, images_in_block
 from generation.drawing.engines import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.drawing.jacobi import Windows, draw_by_windows
 from generation.drawing.logits import draw_noise, guide, sample
@@ -115,7 +115,8 @@ def generate_codes(
     raster order, and so not of the given codes behind it, unless the model was trained to fill holes
     (`TransformerConfig.fills`): then of all given codes, only the others take steps, and they must be the same in all
     pictures. `on_token(step, codes)` is called after every step, from 1
-    to `count_steps` (with a window after every pass, which is several steps), with the codes [n, h, w] so far, -1 where
+    to `count_steps` (with a window after every pass, which is several steps; one of two blocks drawn at once is two),
+    with the codes [n, h, w] so far, -1 where
     none is known yet; the tensor is the one being filled, so copy what you keep, and raise an exception to stop. The
     `engine` says how a step is run; a window is always drawn by the modules. Raises `ValueError` for arguments that do
     not fit together.
@@ -137,21 +138,24 @@ def generate_codes(
     known_before = job.known
     if known_before == job.steps:
         return codes.view(-1, *grid)
-    done = 0  # steps of the blocks before
+    done, together = 0, 1  # steps of the blocks before; blocks at once
 
     def report(known: int) -> None:
         if on_token is not None:
-            on_token(done + known - known_before, codes.view(-1, *grid))
+            on_token(done + together * (known - known_before), codes.view(-1, *grid))
 
     # in the weights' own type, whatever the training around computes in: packed weights have one type
     with evaluation(model), torch.autocast(codes.device.type, enabled=False):
-        for first in range(0, len(prompts), size):
-            last = min(first + size, len(prompts))
-            rows = full
-            if not engine.images:
+        first = 0
+        while first < len(prompts):
+            rows, together = full, 1
+            if not engine.images and first + 2 * size <= len(prompts):
+                together = blocks_together(model, grid, options.window, kind)
+            last = min(first + together * size, len(prompts))
+            if not engine.images and together == 1:
                 rows = block_rows(model, (last - first) * full // size, grid, options.window, kind)
-            _draw_block(model, job.block(first, last, rows * size // full), kind, report)
-            done += job.steps - known_before
+            _draw_block(model, job.block(first, last, together * rows * size // full), kind, report)
+            first, done = last, done + together * (job.steps - known_before)
     return codes.view(-1, *grid)
 
 

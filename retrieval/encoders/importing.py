@@ -11,9 +11,10 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
 from data.atomic import check_unused
+from retrieval.encoders.bert import MODEL_TYPES
 from retrieval.encoders.e5_file import MAGIC, e5_text_encoder
 from retrieval.encoders.settings import TextImport
-from retrieval.encoders.text_encoder import MODEL_TYPES, TOKENIZER, TextEncoder, TextEncoderConfig, save_text_encoder
+from retrieval.encoders.text_encoder import TOKENIZER, TextEncoder, TextEncoderConfig, save_text_encoder
 from vqvae.storage.parts import ModelError
 from vqvae.storage.published import check_tensors, read_checkpoint
 

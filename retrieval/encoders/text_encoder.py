@@ -18,12 +18,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
 
 from data.atomic import new_folder
 from data.characters import whole_characters
 from data.config import ConfigError, from_dict, to_dict
 from data.options import check_options, option
+from retrieval.encoders.bert import MODEL_TYPES, bert_of
 from vqvae.storage.blocks import packed_tensors, unpacked_tensors
 from vqvae.storage.parts import ModelError, disk_errors
 
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = "mmwudao-text-encoder/1"
 TOKENIZER = "tokenizer.json"
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 
 
 @dataclass
@@ -71,23 +70,19 @@ class TextEncoder(nn.Module):
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         try:
-            architecture = AutoConfig.for_model(**{**config.architecture, "pad_token_id": config.pad_token})
-            self.transformer = AutoModel.from_config(architecture, add_pooling_layer=False)
+            self.transformer = bert_of({**config.architecture, "pad_token_id": config.pad_token})
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(f"no text encoder can be built: {' '.join(str(error).split())[:300]}") from error
+        architecture = self.transformer.config
         self.width: int = architecture.hidden_size
         rows = architecture.vocab_size
         if self.tokenizer.get_vocab_size() > rows:
             raise ConfigError(
                 f"the tokenizer knows {self.tokenizer.get_vocab_size()} pieces, the encoder has rows for {rows}"
             )
-        # RoBERTa counts positions from the padding's id on
-        offset = config.pad_token + 1 if architecture.model_type != "bert" else 0
-        if config.max_tokens > architecture.max_position_embeddings - offset:
-            raise ConfigError(
-                f"max_tokens is {config.max_tokens}; the encoder has "
-                f"{architecture.max_position_embeddings - offset} positions"
-            )
+        places = architecture.max_position_embeddings - architecture.first_position
+        if config.max_tokens > places:
+            raise ConfigError(f"max_tokens is {config.max_tokens}; the encoder has {places} positions")
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Ids, int64 [N, L], padded; L is the longest length. A text that is too long is cut, with a warning."""
@@ -104,7 +99,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Ids [N, L] -> [N, width], in the dtype of the weights."""
         present = tokens != self.config.pad_token
-        hidden: Tensor = self.transformer(input_ids=tokens, attention_mask=present.long()).last_hidden_state
+        hidden: Tensor = self.transformer(tokens, present)
         if self.config.pooling == "first":
             return hidden[:, 0]
         present = present[..., None]

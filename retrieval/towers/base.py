@@ -56,7 +56,10 @@ class Towers(nn.Module):
 
     @classmethod
     def from_config(cls, record: dict[str, Any], folder: Path) -> Self:
-        """Towers with random weights from config.json (without `format` and `kind`) and the text files in `folder`."""
+        """Towers from config.json (without `format` and `kind`) and the text files in `folder`.
+
+        Their weights are random, or all `without_weights`.
+        """
         raise NotImplementedError
 
     def to_config(self) -> dict[str, Any]:
@@ -220,7 +223,10 @@ def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: s
     module, name = KINDS[kind]
     try:
         towers: Towers = getattr(import_module(module), name).from_config(record, folder)
-        towers.load_state_dict(towers.restored_tensors(load_file(folder / "model.safetensors")))
+        # weights that `from_config` left without storage become the stored tensors themselves
+        empty = any(parameter.is_meta for parameter in towers.parameters())
+        stored = towers.restored_tensors(load_file(folder / "model.safetensors"))
+        towers.load_state_dict(stored, assign=empty)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder} is incomplete, truncated or damaged ({error})") from error
     except ModelError:

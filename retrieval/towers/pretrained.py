@@ -20,7 +20,7 @@ from data.options import check_options, option
 from retrieval.encoders.text_encoder import TOKENIZER, TextEncoder, TextEncoderConfig
 from retrieval.towers.base import Tokens, Towers, token_counts, unit
 from vqvae.storage.blocks import packed_tensors, unpacked_tensors
-from vqvae.storage.parts import ModelError
+from vqvae.storage.parts import ModelError, without_weights
 from vqvae.trunk import Trunk, TrunkConfig
 
 # with a text encoder of 4 bits, this is stored in 4 bits as well, and all the rest in 8
@@ -140,7 +140,8 @@ class PretrainedTowers(Towers):
         if not (folder / TOKENIZER).is_file():
             raise ModelError(f"{folder} is incomplete: {TOKENIZER} is missing")
         try:
-            return cls(from_dict(PretrainedConfig, record), (folder / TOKENIZER).read_bytes())
+            with without_weights():
+                return cls(from_dict(PretrainedConfig, record), (folder / TOKENIZER).read_bytes())
         except ConfigError as error:
             raise ModelError(f"{folder}: {error}") from error
 
@@ -160,7 +161,12 @@ class PretrainedTowers(Towers):
         return {**packed_tensors(rest, 8), **packed_tensors(text, 4)}
 
     def restored_tensors(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        return unpacked_tensors(stored, {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()})
+        tensors = unpacked_tensors(stored, {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()})
+        # stored tensors lack the layout of the trunk's convolutions
+        return {
+            name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+            for name, tensor in tensors.items()
+        }
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Ids, int64 [N, L], padded."""
@@ -175,7 +181,7 @@ class PretrainedTowers(Towers):
             self.trunk.model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:  # timm's way to say that a network cannot
             raise ConfigError(f"{self.config.trunk.architecture} cannot train with checkpoint_gradients") from error
-        self.text_encoder.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        self.text_encoder.transformer.checkpoint_gradients()
 
     def encode_map(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk's last map [N, C, h, w] -> unit vectors [N, embed_dim], and the class logits [N, classes]."""

@@ -243,7 +243,7 @@ def _student(
     bits = cast(Literal[4, 16, 32], config.bits)  # the configuration allows no other
     student.config = replace(student.config, bits=bits, source=f"distilled from {teacher.config.source}")
     # the teacher's rows of pieces are kept as they are: most of them are met a few times in all
-    student.transformer.get_input_embeddings().weight.requires_grad_(False)
+    student.transformer.embeddings.word_embeddings.weight.requires_grad_(False)
     if config.bits == 4:
         for module in student.transformer.encoder.modules():
             if isinstance(module, nn.Linear) and module.in_features % BLOCK == 0:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from mmwudao.cli.app import run
 from mmwudao.service.queues import Served
 from retrieval.towers.base import load_towers
 from retrieval.vectors.onnx_export import export_onnx
+from tests.helpers.http import CLIENT
 from tests.helpers.hub_folders import write_hub_folder
 from tests.helpers.service_server import data_uri, png, running
 from tests.helpers.tiny_towers import COLOURS, write_shards
@@ -61,7 +61,7 @@ def test_candidates_are_judged(towers: Path, tiny_model_dir: Path, tmp_path: Pat
 def test_over_http(towers: Path) -> None:
     loaded = load_towers(towers)
     with running(Served("hub", loaded, None, None)) as address:
-        answer = httpx2.post(f"{address}/v1/embeddings", json={"input": ["red square", data_uri(png())]}).json()
+        answer = CLIENT.post(f"{address}/v1/embeddings", json={"input": ["red square", data_uri(png())]}).json()
     text, picture = (torch.tensor(row["embedding"]) for row in answer["data"])
     torch.testing.assert_close(text, loaded.encode_text(["red square"])[0], atol=1e-5, rtol=0)
     assert picture.shape == (loaded.embed_dim,)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from PIL import Image
 
@@ -19,6 +18,7 @@ from mmwudao.service.generators import LocalGenerator
 from mmwudao.service.queues import Served
 from retrieval.towers.base import save_towers
 from tests.helpers.cli import one_error
+from tests.helpers.http import CLIENT
 from tests.helpers.janus import PROMPT, make_janus, save_janus
 from tests.helpers.service_server import running
 from tests.helpers.tiny_towers import tiny_towers
@@ -90,7 +90,7 @@ def test_the_service_draws_and_refuses(janus: Path) -> None:
     served = Served("janus", generator=LocalGenerator(load(janus, device="cpu", dtype="float32")))
     with running(served) as url:
         body = {"prompt": PROMPT, "n": 2, "seed": 1, "size": "8x8"}
-        drawn = httpx2.post(f"{url}/v1/images/generations", json=body)
+        drawn = CLIENT.post(f"{url}/v1/images/generations", json=body)
         assert drawn.status_code == 200, drawn.text
         assert len(drawn.json()["data"]) == 2
         for change, message in (
@@ -98,7 +98,7 @@ def test_the_service_draws_and_refuses(janus: Path) -> None:
             ({"prompt": "word " * 100}, "this model reads 256: shorten it"),
             ({"prompt": "a <begin_of_image>"}, "a mark that the model reads otherwise"),
         ):
-            refused = httpx2.post(f"{url}/v1/images/generations", json=body | change)
+            refused = CLIENT.post(f"{url}/v1/images/generations", json=body | change)
             assert refused.status_code == 400
             assert message in refused.json()["error"]["message"]
 

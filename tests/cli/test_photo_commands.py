@@ -207,7 +207,7 @@ def test_thumbnails_are_what_the_terminal_can_show(features, shown):
     reader = threading.Thread(target=answer)
     reader.start()
     assert process.wait(timeout=120) == 0
-    reader.join(timeout=30)
+    reader.join(timeout=120)
     os.close(terminal)
     assert "猫.jpg".encode() in seen
     assert b"gone.jpg" in seen

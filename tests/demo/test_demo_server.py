@@ -10,7 +10,6 @@ import socket
 from pathlib import Path
 
 import gradio as gr
-import httpx2
 import pytest
 
 from generation.drawing.sampling import SamplingOptions
@@ -19,6 +18,7 @@ from mmwudao.demo import app
 from mmwudao.demo.words import EN, WORDS, ZH
 from mmwudao.pictures import read_recipe
 from mmwudao.pipeline import Pipeline, load
+from tests.helpers.http import CLIENT
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +44,25 @@ def address(pipe, monkeypatch):
 
 def test_the_server_serves_what_the_model_can_and_nothing_else(address):
     url, demo = address
-    config = httpx2.get(f"{url}config").json()
+    config = CLIENT.get(f"{url}config").json()
     tabs = [one["props"]["label"] for one in config["components"] if one["type"] == "tabitem"]
     assert tabs == [ZH.draw, ZH.caption, ZH.ask, ZH.complete, EN.draw, EN.caption, EN.ask, EN.complete]
     assert [name for _, name, _ in config["pages"]][1:] == ["English"]
     assert config["analytics_enabled"] is False
     assert all(one["api_visibility"] == "private" for one in config["dependencies"])
     assert app.THEME._stylesheets == []
-    head, _, _ = httpx2.get(url).text.partition("<body")
+    head, _, _ = CLIENT.get(url).text.partition("<body")
     assert not re.search(r"<(?:script|link)[^>]*(?:src|href)=[\"']?https?://", head)
     for path in ("/etc/passwd", str(Path(__file__)), str(Path(demo.GRADIO_CACHE).parent)):
-        assert httpx2.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
+        assert CLIENT.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
 
 
 def messages_of(url: str, demo: gr.Blocks, name: str, values: list) -> list[dict]:
     """What the server sends to a page that calls the function `name` with the values of its fields."""
     number = next(k for k, fn in demo.fns.items() if fn.name == name)
     body = {"data": values, "fn_index": number, "session_hash": "x"}
-    assert httpx2.post(f"{url}gradio_api/queue/join", json=body).status_code == 200
-    with httpx2.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": "x"}, timeout=60) as events:
+    assert CLIENT.post(f"{url}gradio_api/queue/join", json=body).status_code == 200
+    with CLIENT.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": "x"}) as events:
         return [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")]
 
 
@@ -72,7 +72,7 @@ def test_the_controls_of_the_page_reach_the_drawing(address, tmp_path):
     values = ["cat", "", "7", 1, 1, *dataclasses.astuple(chosen)]
     *_, done = [one for one in messages_of(url, demo, "draw", values) if one["msg"] == "process_completed"]
     assert done["success"] is True, done
-    drawn = httpx2.get(f"{url}gradio_api/file={done['output']['data'][3]['value']['path']}")
+    drawn = CLIENT.get(f"{url}gradio_api/file={done['output']['data'][3]['value']['path']}")
     path = tmp_path / "picture.png"
     path.write_bytes(drawn.content)
     recipe = read_recipe(path)

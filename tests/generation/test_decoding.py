@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from generation.drawing import blocks, decoding
-from generation.drawing.blocks import BLOCK_ROWS, block_rows
+from generation.drawing.blocks import BLOCK_ROWS, block_rows, blocks_together
 from generation.drawing.decoding import count_steps, generate_codes
 from generation.drawing.engines import Engine, make_cache, make_step
 from generation.drawing.logits import guide, sample
@@ -152,6 +152,43 @@ def test_a_small_block_is_used_only_where_the_trial_finds_equal_bits(monkeypatch
     monkeypatch.setattr(blocks, "_trials", {})
     monkeypatch.setattr(blocks, "_trial", lambda model, rows, *_: torch.arange(rows)[:, None])
     assert block_rows(model, 1, GRID) == BLOCK_ROWS, "rows that differ within a block agree with nothing"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_two_full_blocks_are_drawn_at_once_with_the_same_bits(wide_model, guidance):
+    """Where this CPU computes them; elsewhere they are drawn one after the other."""
+    options, told = SamplingOptions(guidance=guidance), []
+    size = BLOCK_ROWS if guidance == 1 else BLOCK_ROWS // 2
+    prompts, seeds = [PROMPTS[k % len(PROMPTS)] for k in range(2 * size + 1)], list(range(2 * size + 1))
+    found = generate_codes(
+        wide_model, prompts, seeds, options, grid=(3, 3), on_token=lambda step, codes: told.append(step)
+    )
+    expected = generate_codes(wide_model, prompts, seeds, options, grid=(3, 3), engine=Engine(images=size))
+    assert torch.equal(found, expected)
+    together = blocks_together(wide_model, (3, 3), kind="fused")
+    assert told == [*range(together, 19, together), *range(19, 28)]
+    assert told[-1] == count_steps(2 * size + 1, options, (3, 3))
+
+
+def test_blocks_go_together_only_where_it_is_sure(monkeypatch):
+    model = make_model(PRESETS["modern"])
+
+    def trial(equal):
+        monkeypatch.setattr(blocks, "_trials", {})
+        numbers = lambda model, rows, *_: torch.full((rows, 5), float(equal or rows))  # noqa: E731
+        monkeypatch.setattr(blocks, "_trial", numbers)
+
+    trial(equal=False)
+    assert blocks_together(model, GRID) == 1
+    trial(equal=True)
+    assert blocks_together(model, GRID) == 2
+    assert blocks_together(model, GRID, window=8) == 1
+    assert blocks_together(model, GRID, kind="compile") == 1
+    monkeypatch.setattr(blocks, "free_host_bytes", lambda: 1000)
+    assert blocks_together(model, GRID) == 1, "little memory is free"
+    monkeypatch.setattr(blocks, "free_host_bytes", lambda: None)
+    monkeypatch.setattr(blocks, "MOST_TOGETHER", 1)
+    assert blocks_together(model, GRID) == 1, "a large block"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

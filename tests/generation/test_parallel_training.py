@@ -19,7 +19,7 @@ from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
 from generation.transformer.tensor_parallel import split_blocks
 from tests.helpers import parallel_training
-from tests.helpers.tiny_codes import CODES, write_workspace
+from tests.helpers.tiny_codes import CODES, logged, write_workspace
 from vqvae.training.sharding import Cut
 
 ROOT = Path(__file__).parents[2]
@@ -69,19 +69,24 @@ def assert_same(workspace: Path, name: str, reference: str, tolerance: float = 1
 
 def test_two_processes_learn_what_one_learns(workspace: Path) -> None:
     """Both splits at once in the shortest time; the slow tests below take 30 steps and one thing after another."""
-    short = {**SETTINGS, "steps": 4, "eval_every": 4, "save_every": 2}
+    short = {**SETTINGS, "steps": 4, "log_every": 4, "eval_every": 4, "save_every": 2}
     run_jobs(workspace, 1, [{"name": "short-one", **short}])
     run_jobs(
         workspace, 2,
         [
+            {"name": "short-ddp", **short},
             {"name": "short-tensor", **short, "parallel": {"tensor": 2}},
             {"name": "short-fsdp", **short, "parallel": {"shard": 2}},
             {"name": "short-bad", **short, "parallel": {"tensor": 2}, "model": {"heads": 1}},
             {"name": "short-more", **short, "parallel": {"data": 2, "tensor": 2}},
         ],
     )  # fmt: skip
-    for name in ("short-tensor", "short-fsdp"):
+    for name in ("short-ddp", "short-tensor", "short-fsdp"):
         assert_same(workspace, name, "short-one")
+        for figure in ("train/image_bits", "test/test-family/image_bits"):
+            one, other = (logged(workspace / run, figure) for run in ("short-one", name))
+            assert len(one) == len(other) > 0
+            assert other == pytest.approx(one, rel=1e-5), figure
     assert found(workspace, "short-bad")["refused"] == (
         "parallel.tensor=2 does not divide the generator's heads=1: change one"
     )

@@ -222,6 +222,7 @@ def run_torchrun(config: GeneratorTrainConfig, path: Path, processes: int) -> su
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_log_the_losses_of_one(workspace, tmp_path):
     settings = {"accumulate": 2, "ema": 0.9}
     done = run_torchrun(make_config(workspace, tmp_path / "two", **settings), tmp_path / "two.yaml", 2)

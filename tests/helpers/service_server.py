@@ -106,7 +106,7 @@ def running(served: Served, config: ServiceConfig | None = None) -> Iterator[str
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            late = time.monotonic() + 30
+            late = time.monotonic() + 120
             while not server.started:
                 assert thread.is_alive()
                 assert time.monotonic() < late, "the server does not start"
@@ -114,7 +114,7 @@ def running(served: Served, config: ServiceConfig | None = None) -> Iterator[str
             yield f"http://127.0.0.1:{port}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive(), "the server does not stop"
 
 

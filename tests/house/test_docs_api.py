@@ -60,7 +60,7 @@ def test_the_curl_examples(address: str) -> None:
             # curl alone takes an error for an answer; here only where the page shows one
             strict = "" if '"error"' in shown else 'curl() { command curl --fail-with-body "$@"; }\n'
             script = f"set -euo pipefail\n{strict}{code.replace(ADDRESS, address)}"
-            done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, encoding="utf-8", timeout=60)
+            done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, encoding="utf-8", timeout=300)
             assert done.returncode == 0, f"{code}\n{done.stdout[:2000]}{done.stderr}"
             check(code, shown, done.stdout)
 

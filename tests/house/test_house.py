@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -164,48 +165,59 @@ BASE_COMMANDS = [
 ]
 
 
-def without(modules: tuple[str, ...], arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The command line in a process in which `modules` are not installed, as far as it can tell."""
-    code = (
-        "import sys\n"
-        "class Without:\n"
-        "    def __init__(self, finder): self.finder = finder\n"
-        "    def __getattr__(self, name): return getattr(self.finder, name)\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        absent = name.partition('.')[0] in {modules!r}\n"
-        "        return None if absent else self.finder.find_spec(name, path, target)\n"
-        "sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]\n"
-        "from mmwudao.cli.app import run\n"
-        f"sys.exit(run({arguments!r}))\n"
+# run one after the other in one process, so none may import what a later one has to miss
+EXTRA_COMMANDS = [
+    ("pyarrow", "search", ["search", "nowhere", "a cat"]),
+    ("lancedb", "search", ["index", "build", "data/samples/emoji", "--collection", "{out}/c"]),
+    ("imagehash", "clean", ["data", "leaks", "data/samples/emoji"]),
+    ("phonenumbers", "clean", ["data", "clean", "data/samples/emoji", "-o", "{out}/clean"]),
+    ("resvg_py", "train", ["data", "build", "emoji", "-o", "{out}/shards", "--limit", "1"]),
+    ("onnxruntime", "export", ["export", "onnx", "mmwudao/models/emoji/towers", "-o", "{out}/onnx"]),
+    ("fastapi", "serve", ["serve", "--port", "0"]),
+    ("gradio", "demo", ["demo"]),
+]
+# runs [[absent modules, arguments], ...] in a process in which they are not installed, as far as it can tell
+WITHOUT = """
+import contextlib, io, json, sys
+absent = []
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition('.')[0] in absent else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from mmwudao.cli.app import run
+ended = []
+for absent, arguments in json.loads(sys.argv[1]):
+    there = sorted(set(absent) & set(sys.modules))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        ended.append([run(arguments), said.getvalue(), there])
+print(json.dumps(ended))
+"""
+
+
+def run_without(calls: list[tuple[list[str], list[str]]]) -> list[tuple[int, str, list[str]]]:
+    """Of each call the exit code, what it said on stderr, and which of the absent modules were there all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, json.dumps(calls)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-
-
-@pytest.mark.parametrize("arguments", BASE_COMMANDS, ids=lambda arguments: arguments[0])
-def test_the_base_install_is_enough(arguments: list[str], tmp_path: Path) -> None:
-    samples = str(ROOT / "data" / "samples" / "emoji")
-    done = without(HEAVY, [word.format(out=tmp_path, samples=samples) for word in arguments])
     assert done.returncode == 0, done.stderr
+    return [(code, said, there) for code, said, there in json.loads(done.stdout.splitlines()[-1])]
 
 
-@pytest.mark.parametrize(
-    ("module", "extra", "arguments"),
-    [
-        ("pyarrow", "search", ["search", "nowhere", "a cat"]),
-        ("lancedb", "search", ["index", "build", "data/samples/emoji", "--collection", "{out}/c"]),
-        ("fastapi", "serve", ["serve", "--port", "0"]),
-        ("gradio", "demo", ["demo"]),
-        ("onnxruntime", "export", ["export", "onnx", "mmwudao/models/emoji/towers", "-o", "{out}/onnx"]),
-        ("imagehash", "clean", ["data", "leaks", "data/samples/emoji"]),
-        ("phonenumbers", "clean", ["data", "clean", "data/samples/emoji", "-o", "{out}/clean"]),
-        ("resvg_py", "train", ["data", "build", "emoji", "-o", "{out}/shards", "--limit", "1"]),
-    ],
-)
-def test_a_missing_extra_is_named(module: str, extra: str, arguments: list[str], tmp_path: Path) -> None:
-    done = without((module,), [word.format(out=tmp_path) for word in arguments])
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].endswith(f"pip install 'mmwudao[{extra}]'")
-    assert "Traceback" not in done.stderr
+def test_the_base_install_is_enough(tmp_path: Path) -> None:
+    samples = str(ROOT / "data" / "samples" / "emoji")
+    calls = [[word.format(out=tmp_path, samples=samples) for word in arguments] for arguments in BASE_COMMANDS]
+    for call, (code, said, there) in zip(calls, run_without([(list(HEAVY), call) for call in calls]), strict=True):
+        assert (code, there) == (0, []), f"{call}: {said}"
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    calls = [([module], [word.format(out=tmp_path) for word in call]) for module, _, call in EXTRA_COMMANDS]
+    for (module, extra, _), (code, said, there) in zip(EXTRA_COMMANDS, run_without(calls), strict=True):
+        assert (code, there) == (2, []), f"{module}: {said}"
+        assert said.splitlines()[-1].endswith(f"pip install 'mmwudao[{extra}]'"), module
+        assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
 
 

@@ -89,5 +89,5 @@ def test_a_module_of_the_users_is_named(python: Path, tmp_path: Path, name: str)
 def test_a_plain_folder_of_the_users_does_not_matter(python: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.csv").write_text("a,b\n")
-    done = run(python, tmp_path, "-c", "import mmwudao; print(mmwudao.load.__name__)")
-    assert done.stdout == "load\n", done.stderr
+    done = run(python, tmp_path, "-c", "import mmwudao, data.options; print(data.options.__name__)")
+    assert done.stdout == "data.options\n", done.stderr

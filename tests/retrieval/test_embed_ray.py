@@ -121,6 +121,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed(cluster, shards, tmp_path):
     told, out = tmp_path / "told", tmp_path / "out"
     told.mkdir()

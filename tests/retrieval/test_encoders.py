@@ -117,9 +117,9 @@ def test_four_bit_folder_loads_as_rounded(tmp_path):
     encoder = tiny_text_encoder()
     encoder.config.bits = 4
     loaded = load_text_encoder(save_text_encoder(encoder, tmp_path / "part"))
-    word = encoder.transformer.get_input_embeddings().weight
+    word = encoder.transformer.embeddings.word_embeddings.weight
     expected = unpack_four_bit(pack_four_bit(word), tuple(word.shape))
-    assert torch.equal(loaded.transformer.get_input_embeddings().weight, expected)
+    assert torch.equal(loaded.transformer.embeddings.word_embeddings.weight, expected)
     assert loaded.config == encoder.config
 
 
@@ -128,7 +128,7 @@ def test_pruned_encoder_of_all_layers_says_the_same():
     used = sorted({index for text in CAPTIONS for index in encoder.tokenizer.encode(encoder.config.prefix + text).ids})
     texts = [encoder.config.prefix + text for text in CAPTIONS]
     pruned = prune_text_encoder(encoder, len(used) + 2, [0, 1, 2], texts * 3, max_tokens=40)
-    assert len(pruned.transformer.get_input_embeddings().weight) == len(used) + 2 < 404
+    assert len(pruned.transformer.embeddings.word_embeddings.weight) == len(used) + 2 < 404
     torch.testing.assert_close(pruned.encode(CAPTIONS), encoder.encode(CAPTIONS), atol=1e-5, rtol=1e-4)
     shallow = prune_text_encoder(encoder, 200, [0, 2], texts, max_tokens=20)
     assert len(shallow.transformer.encoder.layer) == 2

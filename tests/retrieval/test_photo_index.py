@@ -315,7 +315,7 @@ def test_a_killed_run_is_continued(folder, tmp_path):
 
 def orphans(script: Path) -> Iterator[int]:
     """Processes that decode for a parent that was killed; they end by themselves."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = [
             int(path.parent.name)

@@ -57,14 +57,14 @@ def test_a_student_comes_nearer_to_its_teacher(workspace, tmp_path):
 
 
 def test_a_resumed_distillation_ends_where_a_whole_one_does(workspace, tmp_path):
-    same = {"final_ratio": 1.0, "warmup": 0}
+    same = {"final_ratio": 1.0, "warmup": 0, "steps": 12, "eval_every": 100, "save_every": 6}
     whole = train(config_of(workspace, tmp_path / "whole", **same))
-    train(config_of(workspace, tmp_path / "parts", steps=20, **same))
+    train(config_of(workspace, tmp_path / "parts", **{**same, "steps": 6}))
     assert stored_hash(train(config_of(workspace, tmp_path / "parts", **same), resume=True)) == stored_hash(whole)
 
 
 def test_a_student_goes_on_from_a_student(workspace, tmp_path):
-    first = train(config_of(workspace, tmp_path / "first"))
+    first = train(config_of(workspace, tmp_path / "first", steps=4))
     config = config_of(workspace, tmp_path / "second", steps=4, learning_rate=0.0)
     config.student = str(first)
     again = train(config)

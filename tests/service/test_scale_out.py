@@ -24,6 +24,7 @@ from mmwudao.cli.app import run
 from mmwudao.service.opening import open_served
 from mmwudao.service.settings import ServeSettings, ServiceConfig
 from retrieval.towers.base import save_towers
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import data_uri, png, running
 from tests.helpers.tiny_towers import tiny_towers
 
@@ -146,7 +147,7 @@ def address(options):
             server.terminate()
             assert server.wait(60) == 0, "".join(said)
             with pytest.raises(httpx2.ConnectError):
-                httpx2.get(f"http://127.0.0.1:{port}/healthz")
+                CLIENT.get(f"http://127.0.0.1:{port}/healthz")
         finally:
             server.kill()
             reader.join()
@@ -162,8 +163,8 @@ def client(address):
 def ask(address, path, body=None, key=KEY):
     headers = {"Authorization": f"Bearer {key}"}
     if body is None:
-        return httpx2.get(address + path, headers=headers)
-    return httpx2.post(address + path, headers=headers, json=body, timeout=60)
+        return CLIENT.get(address + path, headers=headers)
+    return CLIENT.post(address + path, headers=headers, json=body)
 
 
 def busy_replicas(address, status=200):

@@ -23,7 +23,7 @@ class Recorder:
     def __call__(self, items):
         self.batches.append(list(items))
         self.running.set()
-        assert self.go.wait(10)
+        assert self.go.wait(120)
         if any(item < 0 for item in items):
             raise ValueError("a negative number")
         return [2 * item for item in items]

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
@@ -16,6 +15,7 @@ from mmwudao.service.queues import Served
 from mmwudao.service.routes_chat import read_conversation
 from mmwudao.service.schemas_chat import ChatMessage
 from mmwudao.service.settings import ServiceConfig
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import data_uri, png, running, tiny_pipeline
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -133,7 +133,7 @@ PLACE = "messages[{}].content[1].image_url.url"
     ],
 )
 def test_what_cannot_be_answered_is_one_line_in_openais_form(address, body, param, message):
-    told = httpx2.post(f"{address}/v1/chat/completions", json=body)
+    told = CLIENT.post(f"{address}/v1/chat/completions", json=body)
     assert told.status_code == 400, told.text
     error = told.json()["error"]
     assert message in error["message"]
@@ -151,6 +151,6 @@ def test_who_cannot_answer_says_so(tiny_model_dir):
         (Served("tiny", ColourTowers().eval()), 404, "this server has no"),
     ):
         with running(served) as url:
-            told = httpx2.post(f"{url}/v1/chat/completions", content=content)
+            told = CLIENT.post(f"{url}/v1/chat/completions", content=content)
             assert (told.status_code, message in told.text) == (status, True)
-            assert "answer" not in httpx2.get(f"{url}/v1/models").json()["data"][0]["can"]
+            assert "answer" not in CLIENT.get(f"{url}/v1/models").json()["data"][0]["can"]

@@ -12,6 +12,7 @@ import pytest
 
 from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import data_uri, png, running, tiny_served
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -25,7 +26,7 @@ def address(tiny_model_dir):
 
 
 def ask(address: str, path: str, body: object) -> httpx2.Response:
-    return httpx2.post(f"{address}/v1/{path}", json=body, timeout=60)
+    return CLIENT.post(f"{address}/v1/{path}", json=body)
 
 
 # what is taken
@@ -54,7 +55,7 @@ def test_null_and_what_asks_for_nothing_is_taken(address, path, body):
 
 
 def test_the_description_says_that_null_is_nothing(address):
-    schemas = httpx2.get(f"{address}/openapi.json").json()["components"]["schemas"]
+    schemas = CLIENT.get(f"{address}/openapi.json").json()["components"]["schemas"]
     fields = schemas["GenerationRequest"]["properties"]
     assert {"type": "null"} in fields["n"]["anyOf"]
     assert fields["n"]["default"] == 1
@@ -73,15 +74,15 @@ def test_a_model_can_be_looked_up(address):
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/healthz", "/v1/items", "/openapi.json", "/docs"])
 def test_head_is_get_without_the_body(address, path):
-    head, whole = httpx2.head(address + path), httpx2.get(address + path)
+    head, whole = CLIENT.head(address + path), CLIENT.get(address + path)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == whole.headers["content-length"]
     assert head.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_head_of_what_is_not_there_is_no_success(address):
-    assert httpx2.head(f"{address}/v1/models/other").status_code == 404
-    assert httpx2.head(f"{address}/v1/embeddings").status_code == 405
+    assert CLIENT.head(f"{address}/v1/models/other").status_code == 404
+    assert CLIENT.head(f"{address}/v1/embeddings").status_code == 405
 
 
 @pytest.mark.parametrize(
@@ -115,8 +116,8 @@ def test_every_id_that_can_be_stored_can_be_read_and_deleted(address):
     for one in ODD_IDS:
         if one not in (".", "..", "a/../b"):  # clients, and the standard of URLs, resolve these
             place = f"{address}/v1/items/{quote(one, safe='')}"
-            assert httpx2.get(place).json()["id"] == one
-            assert httpx2.delete(place).json() == {"id": one, "deleted": True}
+            assert CLIENT.get(place).json()["id"] == one
+            assert CLIENT.delete(place).json() == {"id": one, "deleted": True}
     assert ask(address, "items/delete", {"ids": [*ODD_IDS, "absent"]}).json() == {"deleted": 3}
     assert ask(address, "items/get", {"ids": ODD_IDS}).json()["data"] == []
 
@@ -125,12 +126,12 @@ def test_ids_are_listed_page_by_page(address):
     names = [f"page-{k}" for k in range(7)]
     ask(address, "items", {"items": [{"id": one, "vector": [1.0] * 8, "metadata": {"of": "p"}} for one in names]})
     listed: list[str] = []
-    while page := httpx2.get(
+    while page := CLIENT.get(
         f"{address}/v1/items", params={"where": "of = 'p'", "limit": 3, "after": listed[-1] if listed else ""}
     ).json()["ids"]:
         listed += page
     assert listed == names
-    assert "ids" not in httpx2.get(f"{address}/v1/items").json()
+    assert "ids" not in CLIENT.get(f"{address}/v1/items").json()
     assert ask(address, "items/delete", {"ids": names}).json() == {"deleted": 7}
 
 
@@ -202,18 +203,18 @@ def test_mistakes_are_told_in_words_with_the_users_names(address, path, body, pa
 @pytest.mark.parametrize("path", ["embeddings", "images/generations", "search", "items"])
 def test_a_body_that_is_no_json_is_told_so(address, path):
     json = {"Content-Type": "application/json"}
-    answer = httpx2.post(f"{address}/v1/{path}", content=b'{"a": ', headers=json)
+    answer = CLIENT.post(f"{address}/v1/{path}", content=b'{"a": ', headers=json)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, None)
     assert answer.json()["error"]["message"].startswith("the body is not JSON")
-    answer = httpx2.post(f"{address}/v1/{path}", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    answer = CLIENT.post(f"{address}/v1/{path}", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 400
     assert "application/json" in answer.json()["error"]["message"]
 
 
 def test_wrong_addresses_and_methods_are_told_in_words(address):
-    answer = httpx2.get(f"{address}/v1/engines")
+    answer = CLIENT.get(f"{address}/v1/engines")
     assert answer.json()["error"]["message"].startswith("there is no such address here")
-    answer = httpx2.delete(f"{address}/v1/embeddings")
+    answer = CLIENT.delete(f"{address}/v1/embeddings")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert "this address takes POST" in answer.json()["error"]["message"]
 
@@ -239,15 +240,15 @@ def test_pages_of_a_named_origin_may_ask():
     with running(Served("tiny", ColourTowers().eval()), config) as url:
         for origin, allowed in (("https://example.org", "https://example.org"), ("https://evil.example", None)):
             headers = {"Origin": origin}
-            asked = httpx2.options(f"{url}/v1/embeddings", headers=headers | preflight)
+            asked = CLIENT.options(f"{url}/v1/embeddings", headers=headers | preflight)
             assert asked.headers.get("access-control-allow-origin") == allowed
             for path in ("embeddings", "absent"):  # a refusal is for the page to read, too
-                answer = httpx2.post(f"{url}/v1/{path}", json={"input": "red"}, headers=headers)
+                answer = CLIENT.post(f"{url}/v1/{path}", json={"input": "red"}, headers=headers)
                 assert answer.headers.get("access-control-allow-origin") == allowed
 
 
 def test_without_the_option_no_page_may_ask(address):
-    answer = httpx2.get(f"{address}/v1/models", headers={"Origin": "https://example.org"})
+    answer = CLIENT.get(f"{address}/v1/models", headers={"Origin": "https://example.org"})
     assert "access-control-allow-origin" not in answer.headers
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import httpx2
 import pytest
 
 from mmwudao.service.opening import open_served
@@ -13,6 +12,7 @@ from mmwudao.service.settings import ServeSettings
 from retrieval.collections.lance import LanceCollection
 from retrieval.collections.opening import open_collection
 from retrieval.towers.base import save_towers
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import data_uri, png, running
 from tests.helpers.tiny_towers import ColourTowers, tiny_towers
 
@@ -27,25 +27,25 @@ def address(tmp_path_factory):
         items = [
             {"id": name, "text": name, "metadata": {"family": "plain", "year": 2010}} for name in ("green", "blue")
         ]
-        assert httpx2.post(f"{url}/v1/items", json={"items": items, "mode": "add"}, timeout=60).status_code == 200
+        assert CLIENT.post(f"{url}/v1/items", json={"items": items, "mode": "add"}).status_code == 200
         body = {"image": data_uri(png("red")), "metadata": {"family": "noto", "year": 2017}}
-        assert httpx2.put(f"{url}/v1/items/a%2Fb", json=body, timeout=60).status_code == 200
+        assert CLIENT.put(f"{url}/v1/items/a%2Fb", json=body).status_code == 200
         yield url
 
 
 def test_what_was_stored_is_found(address):
-    hits = httpx2.post(f"{address}/v1/search", json={"text": "red"}, timeout=60).json()["data"]
+    hits = CLIENT.post(f"{address}/v1/search", json={"text": "red"}).json()["data"]
     assert hits[0]["id"] == "a/b"
     assert hits[0]["score"] == pytest.approx(1, abs=1e-3)
     body = {"text": "red", "where": "family = 'plain' AND year < 2015"}
-    hits = httpx2.post(f"{address}/v1/search", json=body, timeout=60).json()["data"]
+    hits = CLIENT.post(f"{address}/v1/search", json=body).json()["data"]
     assert {hit["id"] for hit in hits} == {"green", "blue"}
-    assert httpx2.get(f"{address}/v1/items", params={"where": "year > 2015"}).json()["count"] == 1
+    assert CLIENT.get(f"{address}/v1/items", params={"where": "year > 2015"}).json()["count"] == 1
 
 
 def test_terms_are_added_and_subtracted(address):
     def found(*terms):
-        return httpx2.post(f"{address}/v1/search", json={"terms": list(terms), "k": 1}, timeout=60)
+        return CLIENT.post(f"{address}/v1/search", json={"terms": list(terms), "k": 1})
 
     red = {"image": data_uri(png("red"))}
     assert found(red).json()["data"][0]["id"] == "a/b"
@@ -63,23 +63,23 @@ def test_terms_are_added_and_subtracted(address):
         assert answer.status_code == 400, answer.text
         assert problem in answer.json()["error"]["message"]
     both = {"text": "red", "terms": [red]}
-    assert httpx2.post(f"{address}/v1/search", json=both, timeout=60).status_code == 400
+    assert CLIENT.post(f"{address}/v1/search", json=both).status_code == 400
 
 
 @pytest.mark.parametrize(
     "where", ["drop table", "colour = 'red'", "family = 1", "family = 'plain' AND (", "\0", "family = '", "(" * 3000]
 )
 def test_a_condition_that_cannot_be_read_is_the_clients_mistake(address, where):
-    answer = httpx2.post(f"{address}/v1/search", json={"text": "red", "where": where}, timeout=60)
+    answer = CLIENT.post(f"{address}/v1/search", json={"text": "red", "where": where})
     assert answer.status_code == 400, answer.text
     assert "\n" not in answer.json()["error"]["message"]
 
 
 def test_metadata_that_does_not_fit_is_the_clients_mistake(address):
     for metadata in ({"family": 5}, {"vector": 1}, {"id": "x"}):
-        answer = httpx2.put(f"{address}/v1/items/x", json={"text": "red", "metadata": metadata}, timeout=60)
+        answer = CLIENT.put(f"{address}/v1/items/x", json={"text": "red", "metadata": metadata})
         assert answer.status_code == 400, answer.text
-    assert httpx2.get(f"{address}/v1/items/x", timeout=60).status_code == 404
+    assert CLIENT.get(f"{address}/v1/items/x").status_code == 404
 
 
 def test_the_service_takes_durable_for_its_collection(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 
-import httpx2
 import numpy
 import openai
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from mmwudao.canvas import SEAM, masked_canvas
 from mmwudao.service.draw_requests import DrawRequest, draw_block
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import png, running, tiny_pipeline, tiny_served
 
 
@@ -158,7 +158,7 @@ GOOD = {"image": encoded(PICTURE), "mask": encoded(mask())}
 def test_what_is_wrong_is_told_in_one_line(address, files, fields, param, message):
     sent = {name: (f"{name}.png", value) for name, value in {**GOOD, **files}.items() if value is not None}
     told = {name: value for name, value in {"prompt": "cat", **fields}.items() if value is not None}
-    answer = httpx2.post(f"{address}/v1/images/edits", data=told, files=sent, timeout=60)
+    answer = CLIENT.post(f"{address}/v1/images/edits", data=told, files=sent)
     assert answer.status_code in (400, 404), answer.text
     error = answer.json()["error"]
     assert message in error["message"]
@@ -168,10 +168,10 @@ def test_what_is_wrong_is_told_in_one_line(address, files, fields, param, messag
 
 def test_json_is_refused(address):
     for path in ("edits", "variations"):
-        answer = httpx2.post(f"{address}/v1/images/{path}", json={"prompt": "cat"})
+        answer = CLIENT.post(f"{address}/v1/images/{path}", json={"prompt": "cat"})
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
         assert "multipart/form-data" in answer.json()["error"]["message"]
-    described = httpx2.get(f"{address}/openapi.json").json()["paths"]
+    described = CLIENT.get(f"{address}/openapi.json").json()["paths"]
     form = described["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert {"image", "prompt"} == set(form["required"])
     assert {"mask", "extend", "temperature"} <= set(form["properties"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import json
 
-import httpx2
 import numpy
 import openai
 import pytest
 
 from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import data_uri, png, running
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -31,7 +31,7 @@ def client(address):
 
 
 def post(address, **body):
-    return httpx2.post(f"{address}/v1/embeddings", json=body)
+    return CLIENT.post(f"{address}/v1/embeddings", json=body)
 
 
 def test_the_openai_client_gets_the_towers_vectors(client):
@@ -69,7 +69,7 @@ def test_parts_say_what_they_are(address):
 
 def test_pictures_are_uploaded_as_a_form(address):
     files = [("file", ("../../etc/passwd", png("red"), "image/png")), ("file", ("b", png("blue"), "image/png"))]
-    answer = httpx2.post(f"{address}/v1/embeddings", files=files, data={"encoding_format": "float"})
+    answer = CLIENT.post(f"{address}/v1/embeddings", files=files, data={"encoding_format": "float"})
     assert answer.status_code == 200, answer.text
     expected = post(address, input=[data_uri(png("red")), data_uri(png("blue"))]).json()
     assert answer.json()["data"] == expected["data"]
@@ -118,7 +118,7 @@ def test_the_openai_client_raises_its_own_errors(client):
     "content", [b"", b"{", b"[" * 100_000, b'"\xff"', b'{"input": "\\ud800"}', b'{"input": 1e999}', b"null"]
 )
 def test_what_is_no_json_is_a_400(address, content):
-    answer = httpx2.post(f"{address}/v1/embeddings", content=content, headers={"Content-Type": "application/json"})
+    answer = CLIENT.post(f"{address}/v1/embeddings", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert json.loads(answer.text)["error"]["message"]
 
@@ -127,7 +127,7 @@ def test_a_body_beyond_the_cap_is_refused(address):
     answer = post(address, input="x" * 2**20)
     assert answer.status_code == 413
     chunks = (b" " * 2**16 for _ in range(40))
-    answer = httpx2.post(f"{address}/v1/embeddings", content=chunks, headers={"Content-Type": "application/json"})
+    answer = CLIENT.post(f"{address}/v1/embeddings", content=chunks, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
 
 
@@ -137,6 +137,6 @@ def test_a_server_without_a_generator_says_so(address):
         ("captions", {"images": [data_uri(png())]}),
         ("search", {"text": "red"}),
     ):
-        answer = httpx2.post(f"{address}/v1/{path}", json=body)
+        answer = CLIENT.post(f"{address}/v1/{path}", json=body)
         assert answer.status_code == 404
         assert "this server has no" in answer.json()["error"]["message"]

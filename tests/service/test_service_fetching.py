@@ -6,13 +6,13 @@ import asyncio
 import socket
 
 import httpcore2
-import httpx2
 import pytest
 
 from mmwudao.service.errors import BadInput, TooLarge
 from mmwudao.service.fetching import PublicBackend, fetch, is_public
 from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import running
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -152,8 +152,8 @@ def test_a_slow_host_is_left_behind():
 def test_the_service_fetches_only_if_allowed_and_never_from_this_machine():
     with running(Served("tiny", ColourTowers().eval()), ServiceConfig(allow_urls=True)) as url:
         for inner in (f"{url}/healthz", "http://localhost/", "http://[::1]/", "http://169.254.169.254/"):
-            answer = httpx2.post(f"{url}/v1/embeddings", json={"input": {"image": inner}})
+            answer = CLIENT.post(f"{url}/v1/embeddings", json={"input": {"image": inner}})
             assert answer.status_code == 400
             assert "not on the public internet" in answer.json()["error"]["message"]
         # a bare string is a text, whatever it looks like
-        assert httpx2.post(f"{url}/v1/embeddings", json={"input": "http://localhost/"}).status_code == 200
+        assert CLIENT.post(f"{url}/v1/embeddings", json={"input": "http://localhost/"}).status_code == 200

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import data_uri, running, tiny_served
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -138,15 +139,15 @@ def test_hostile_pictures_are_refused_or_answered_and_nothing_breaks(address):
 def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(address):
     for name in FILES:
         if name.startswith("png-claims") and "x0" not in name and "-0x" not in name:
-            answer = httpx2.post(f"{address}/v1/embeddings", json={"input": data_uri(FILES[name])})
+            answer = CLIENT.post(f"{address}/v1/embeddings", json={"input": data_uri(FILES[name])})
             assert answer.status_code == 413, (name, answer.text)
 
 
 def test_several_pictures_fail_together_and_the_next_request_is_served(address):
     good = data_uri(real_picture("PNG", 1))
-    answer = httpx2.post(f"{address}/v1/embeddings", json={"input": [good, data_uri(FILES["noise-3"]), good]})
+    answer = CLIENT.post(f"{address}/v1/embeddings", json={"input": [good, data_uri(FILES["noise-3"]), good]})
     assert answer.status_code == 400
-    assert httpx2.post(f"{address}/v1/embeddings", json={"input": [good, good]}).status_code == 200
+    assert CLIENT.post(f"{address}/v1/embeddings", json={"input": [good, good]}).status_code == 200
 
 
 def examine(strategy, seen: set[int], examples: int) -> None:
@@ -181,7 +182,7 @@ def test_schemathesis_finds_no_server_error(tiny_model_dir, examples):
                 operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE),
             )
             examine(strategy, statuses.setdefault(operation.label, set()), examples)
-        assert httpx2.get(f"{url}/readyz").status_code == 200
+        assert CLIENT.get(f"{url}/readyz").status_code == 200
     assert len(statuses) == 20
     # it gets through to what the routes do
     for label in ("POST /v1/embeddings", "POST /v1/images/generations"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import httpx2
 import pytest
 
 from mmwudao.service.queues import Served
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import MemoryCollection, data_uri, png, running
 from tests.helpers.tiny_towers import ColourTowers
 
@@ -19,27 +19,27 @@ def address():
 def test_items_are_stored_found_and_removed(address):
     at = f"{address}/v1/items"
     body = {"image": data_uri(png("red")), "metadata": {"family": "noto", "year": 2017, "good": True, "share": 0.5}}
-    assert httpx2.put(f"{at}/a%2Fb 1", json=body).json() == {"stored": 1}
+    assert CLIENT.put(f"{at}/a%2Fb 1", json=body).json() == {"stored": 1}
     many = [{"id": colour, "text": colour, "metadata": {"family": "plain"}} for colour in ("green", "blue", "white")]
-    assert httpx2.post(at, json={"items": many, "mode": "add"}).json() == {"stored": 3}
-    assert httpx2.get(at).json()["count"] == 4
-    assert httpx2.get(at, params={"where": "family = 'noto'"}).json()["count"] == 1
-    stored = httpx2.get(f"{at}/a%2Fb 1").json()
+    assert CLIENT.post(at, json={"items": many, "mode": "add"}).json() == {"stored": 3}
+    assert CLIENT.get(at).json()["count"] == 4
+    assert CLIENT.get(at, params={"where": "family = 'noto'"}).json()["count"] == 1
+    stored = CLIENT.get(f"{at}/a%2Fb 1").json()
     assert stored == {"id": "a/b 1", "metadata": body["metadata"], "vector": None}
-    vector = httpx2.get(f"{at}/blue", params={"vector": True}).json()["vector"]
+    vector = CLIENT.get(f"{at}/blue", params={"vector": True}).json()["vector"]
     for query in ({"text": "rot"}, {"image": data_uri(png("red"))}):
-        hits = httpx2.post(f"{address}/v1/search", json=query | {"k": 2}).json()["data"]
+        hits = CLIENT.post(f"{address}/v1/search", json=query | {"k": 2}).json()["data"]
         assert [hit["id"] for hit in hits][0] == "a/b 1"
         assert len(hits) == 2
-    assert httpx2.post(f"{address}/v1/search", json={"vector": vector}).json()["data"][0]["id"] == "blue"
-    found = httpx2.post(f"{address}/v1/search", json={"text": "red", "where": "family = 'plain'"}).json()["data"]
+    assert CLIENT.post(f"{address}/v1/search", json={"vector": vector}).json()["data"][0]["id"] == "blue"
+    found = CLIENT.post(f"{address}/v1/search", json={"text": "red", "where": "family = 'plain'"}).json()["data"]
     assert {hit["id"] for hit in found} == {"green", "blue", "white"}
-    conflict = httpx2.post(at, json={"items": many[:1], "mode": "add"})
+    conflict = CLIENT.post(at, json={"items": many[:1], "mode": "add"})
     assert conflict.status_code == 409
     assert "green" in conflict.json()["error"]["message"]
-    assert httpx2.delete(f"{at}/green").json() == {"id": "green", "deleted": True}
-    assert httpx2.delete(f"{at}/green").status_code == 404
-    assert httpx2.get(f"{at}/green").status_code == 404
+    assert CLIENT.delete(f"{at}/green").json() == {"id": "green", "deleted": True}
+    assert CLIENT.delete(f"{at}/green").status_code == 404
+    assert CLIENT.get(f"{at}/green").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_items_are_stored_found_and_removed(address):
     ],
 )
 def test_what_cannot_be_searched_or_stored_is_a_400(address, path, body, message):
-    answer = httpx2.post(f"{address}/v1/{path}", json=body)
+    answer = CLIENT.post(f"{address}/v1/{path}", json=body)
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]

@@ -16,11 +16,11 @@ from mmwudao.service.generators import LocalGenerator
 from mmwudao.service.queues import Served
 from mmwudao.service.settings import ServiceConfig
 from tests.helpers.cogview import imported_model
+from tests.helpers.http import CLIENT
 from tests.helpers.service_server import MemoryCollection, data_uri, png, running, tiny_pipeline
 from tests.helpers.tiny_towers import ColourTowers
 
 RED = data_uri(png())
-CLIENT = httpx2.Client(timeout=60)  # one: each makes a TLS context, which takes longer than a request
 ASKED = [{"type": "text", "text": "red?"}, {"type": "image_url", "image_url": {"url": RED}}]
 CHAT = {"messages": [{"role": "user", "content": ASKED}]}
 # route, a body of the right shape, and what the server needs for it

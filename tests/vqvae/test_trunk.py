@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from mmwudao.cli.app import run
 from tests.helpers.cli import one_error
+from vqvae.lite_network import LITE_SCALES
 from vqvae.storage.parts import ModelError, content_hash
 from vqvae.trunk import Trunk, TrunkConfig, import_trunk, load_trunk, save_trunk
 
@@ -44,6 +45,35 @@ def check_parity(trunk, network, side=64):
         torch.testing.assert_close(trunk.classify(found), network(x), rtol=1e-5, atol=1e-5)
     assert [stage.shape[1] for stage in stages] == trunk.stage_channels
     assert found.shape[1] == trunk.channels
+
+
+@pytest.mark.parametrize("architecture", LITE_SCALES)
+def test_our_lite_networks_are_those_of_timm_to_the_bit(architecture):
+    """Also in training: the same gradients, batch statistics and, by their spread, first weights."""
+    network = random_network(architecture, classes=5)
+    torch.manual_seed(0)
+    own = Trunk(TrunkConfig(architecture, num_classes=5)).model
+    assert type(own).__module__ == "vqvae.lite_network"
+    for name, tensor in random_network(architecture, classes=5).state_dict().items():
+        if tensor.ndim > 1:
+            assert float(own.state_dict()[name].std() / tensor.std()) == pytest.approx(1, abs=0.15), name
+    own.load_state_dict(network.state_dict())
+    x = torch.randn(2, 3, 65, 64)  # an odd side is padded otherwise
+    with torch.no_grad():
+        for wanted in (None, [0, 2]):
+            found, expected = (
+                model.eval().forward_intermediates(x, wanted, stop_early=True, intermediates_only=True)
+                for model in (own, network)
+            )
+            assert len(found) == len(expected)
+            assert all(map(torch.equal, found, expected))
+        assert torch.equal(own(x), network(x))
+    for model in (own.train(), network.train()):
+        model.set_grad_checkpointing(True)
+        model(x).square().sum().backward()
+    for (name, one), (_, other) in zip(own.named_parameters(), network.named_parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+    assert all(torch.equal(one, network.state_dict()[name]) for name, one in own.state_dict().items())
 
 
 def turned(tensor):
