@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+SHORT = 64  # tokens
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # the approximation of GELU
 
 
@@ -161,8 +162,22 @@ class _Attention(nn.Module):
         parts = (self.self[name](hidden) for name in ("query", "key", "value"))
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         dropped = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attended, dropout_p=dropped)
+        if torch.is_grad_enabled() and query.device.type == "cpu" and query.shape[2] <= SHORT:
+            mixed = attend_short(query, key, value, attended, dropped)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attended, dropout_p=dropped)
         return self.output(mixed.transpose(1, 2).flatten(2), hidden)
+
+
+def attend_short(query: Tensor, key: Tensor, value: Tensor, attended: Tensor | None, dropped: float) -> Tensor:
+    """`F.scaled_dot_product_attention` spelt out: for rows of tens of tokens PyTorch's own is slow backwards on a CPU.
+
+    Query, key and value [N, heads, L, d], `attended` bool [N, 1, L, L] -> [N, heads, L, d].
+    """
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if attended is not None:
+        scores = scores.masked_fill(~attended, -torch.inf)
+    return F.dropout(scores.softmax(dim=-1), dropped) @ value
 
 
 class _Output(nn.Module):

@@ -238,8 +238,6 @@ def _student(
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    # for rows as short as these, PyTorch's fused attention is slow backwards: a step took 1.7 times as long with it
-    student.transformer.set_attn_implementation("eager")
     bits = cast(Literal[4, 16, 32], config.bits)  # the configuration allows no other
     student.config = replace(student.config, bits=bits, source=f"distilled from {teacher.config.source}")
     # the teacher's rows of pieces are kept as they are: most of them are met a few times in all

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from data.config import ConfigError
 from mmwudao.cli.app import run
+from retrieval.encoders.bert import attend_short
 from retrieval.encoders.e5_file import e5_text_encoder, read_e5_file
 from retrieval.encoders.importing import import_text_encoder
 from retrieval.encoders.pruning import prune_text_encoder
@@ -174,3 +175,12 @@ def test_bad_folders_are_one_line(tmp_path, capsys):
     assert "'max'" in one_error(capsys)
     assert run(["import", "text-encoder", str(tmp_path / "nosuch"), "-o", str(tmp_path / "part")]) == 2
     assert "there is no" in one_error(capsys)
+
+
+def test_attention_of_short_rows_is_that_of_pytorch():
+    query, key, value = (torch.randn(3, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    attended = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
+    attended = attended[:, None, None, :].expand(3, 1, 5, 5)
+    for mask in (None, attended):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        torch.testing.assert_close(attend_short(query, key, value, mask, 0.0), expected)
