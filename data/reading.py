@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import lzma
-import os
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +18,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext, tarfile_samples
 from webdataset.utils import make_seed, pytorch_worker_info
 
+from data.archives import DAMAGE, archive_problem
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
 from data.sample import IMAGE_EXTENSIONS, DataError, Needed, Sample
 
@@ -37,9 +35,6 @@ NO_IMAGE_MEMBER = f"no member ends in {', '.join(IMAGE_EXTENSIONS)}"
 
 # a resampling dataset has no end: it gives up after this many pictures in a row that do not decode
 MAX_FAILURES = 10_000
-
-# what reading a damaged tar file raises, compressed or not
-DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _SHARD_NAME = re.compile(r"(?P<split>train|val|valid|validation|test(-[a-z]+)?)-\d+")
@@ -314,8 +309,7 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
             skip(MISSING_CAPTION, name, DataError(cause) if cause else error)
             continue
         yield sample
-    problem = _message(problems[0]) if problems else _early_end(shard)
-    if problem is not None:
+    if (problem := archive_problem(shard, problems)) is not None:
         skip(BROKEN_SHARD, str(shard), DataError(problem))
 
 
@@ -357,44 +351,3 @@ class MemberCauses:
                 if key is not None and not entry.isdir():
                     members.setdefault(key, {})[extension.lower()] = entry.isreg()
         return members
-
-
-def _message(error: Exception) -> str:
-    # webdataset appends the stream to the arguments of an exception; the first is the message
-    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    return text.partition(" @ ")[0].partition(" in tar file")[0]
-
-
-def _early_end(shard: Path) -> str | None:
-    """What is wrong with an archive that `tarfile` reads without complaint, or None.
-
-    `tarfile` takes a damaged header, or a file cut inside one, for the end; the true end is a block of zeros.
-    """
-    if _ends_in_zeros(shard):
-        return None
-    try:
-        with tarfile.open(shard) as archive:
-            archive.getmembers()  # reads the headers only
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
-                return None
-            return f"the archive breaks off at byte {archive.offset}"
-    except DAMAGE as error:
-        return str(error)
-
-
-def _ends_in_zeros(shard: Path) -> bool:
-    """Whether a plain tar file goes from header to header until a block of zeros; five times as fast as `tarfile`."""
-    with shard.open("rb") as file:
-        while len(header := file.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
-            if not any(header):
-                return True
-            try:
-                size, stored = (int(field.rstrip(b"\0 "), 8) for field in (header[124:136], header[148:156]))
-            except ValueError:
-                return False
-            if size < 0 or sum(header) - sum(header[148:156]) + 8 * ord(" ") != stored:  # its own field is spaces
-                return False
-            file.seek(-(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, os.SEEK_CUR)
-    return False

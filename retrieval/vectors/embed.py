@@ -165,7 +165,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON; choose another folder") from error
     if not isinstance(stored, dict):
