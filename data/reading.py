@@ -18,7 +18,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext, tarfile_samples
 from webdataset.utils import make_seed, pytorch_worker_info
 
-from data.archives import DAMAGE, archive_problem
+from data.archives import DAMAGE, PlainSample, archive_problem, plain_samples, read_plain
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
 from data.sample import IMAGE_EXTENSIONS, DataError, Needed, Sample
 
@@ -288,14 +288,8 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
     """
     problems: list[Exception] = []
     causes = MemberCauses(shard)
-
-    def note(error: Exception) -> bool:
-        problems.append(error)
-        return True  # webdataset then goes on with the next member, if it can
-
-    for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note):
-        key = members["__key__"]
-        content = {name: value for name, value in members.items() if not name.startswith("__")}
+    plain = plain_samples(shard)
+    for key, content in _any_samples(shard, problems) if plain is None else _plain_samples(shard, plain, problems):
         name = f"{shard.name}: sample {key}"
         if not any(extension in content for extension in IMAGE_EXTENSIONS):
             skip(MISSING_PICTURE, name, DataError(causes.of(key, content) or NO_IMAGE_MEMBER))
@@ -309,8 +303,29 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
             skip(MISSING_CAPTION, name, DataError(cause) if cause else error)
             continue
         yield sample
-    if (problem := archive_problem(shard, problems)) is not None:
+    if (plain is None or problems) and (problem := archive_problem(shard, problems)) is not None:
         skip(BROKEN_SHARD, str(shard), DataError(problem))
+
+
+def _plain_samples(
+    shard: Path, samples: list[PlainSample], problems: list[Exception]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the samples of a plain shard, in a third of the time that webdataset takes."""
+    try:
+        yield from read_plain(shard, samples)
+    except OSError as error:
+        problems.append(error)
+
+
+def _any_samples(shard: Path, problems: list[Exception]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the samples that webdataset finds, and what came up."""
+
+    def note(error: Exception) -> bool:
+        problems.append(error)
+        return True  # webdataset then goes on with the next member, if it can
+
+    for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note):
+        yield members["__key__"], {name: value for name, value in members.items() if not name.startswith("__")}
 
 
 def read_entries(shard: Path, captions: Needed = True) -> Iterator[Sample | Skip]:

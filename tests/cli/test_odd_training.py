@@ -45,18 +45,15 @@ def train(folder: Path, in_memory: bool) -> int:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_damaged_shards_beside_good_ones(tmp_path, capfd, in_memory):
+def test_damaged_shards_beside_good_ones(tmp_path, caplog, in_memory):
     (tmp_path / "shards").mkdir()
     whole = shard(tmp_path / "shards" / "good.tar", 8)
     for name, content in {**BROKEN, "cut.tar": whole[: len(whole) // 2]}.items():
         (tmp_path / "shards" / name).write_bytes(content)
     assert train(tmp_path, in_memory) == 0
-    said = capfd.readouterr().err
     assert (tmp_path / "run" / "tokenizer").is_dir()
-    assert "Traceback" not in said
-    logs = "".join(path.read_text() for path in (tmp_path / "run").rglob("skipped*.log"))
     for name in ("empty.tar", "zip.tar", "page.tar", "cut.tar"):
-        assert name in said + logs
+        assert f"{name}: truncated or broken shard" in caplog.text
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
