@@ -162,7 +162,7 @@ def _captions_by_language(key: str, stored: object) -> dict[str, Caption]:
     """Captions by language, or of no language: a text, a list of texts, or an object of these by language."""
     if not isinstance(stored, dict):
         stored = {UNKNOWN_LANGUAGE: stored}
-    captions = {}
+    captions: dict[str, Caption] = {}
     for language, entry in stored.items():
         if not is_language(language):
             raise DataError(f"sample {key}: {language[:40]!r} is no language code such as zh, en or und")

@@ -113,13 +113,7 @@ class Towers(nn.Module):
         # a row of pixels at a time: three channels alone leave most of a vector unit idle
         mean, std = (torch.tensor(values).repeat(self.image_size) for values in (self.pixel_mean, self.pixel_std))
         scale, offset = (value.to(self.device) for value in (1 / (255 * std), -mean / std))
-        flat = squares.to(self.device).flatten(2)
-        if self.device.type == "cpu":
-            rows = torch.empty(flat.shape)
-            for row, picture in zip(rows, flat, strict=True):  # a whole batch would go through memory three times
-                torch.addcmul(offset, picture.float(), scale, out=row)
-        else:
-            rows = torch.addcmul(offset, flat.float(), scale)
+        rows = torch.addcmul(offset, squares.to(self.device).flatten(2).float(), scale)
         return rows.unflatten(2, (self.image_size, 3)).permute(0, 3, 1, 2)
 
     def tokenize(self, texts: list[str]) -> Tokens:
