@@ -15,15 +15,28 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# which of the first four bytes are not zero
+_UNMARKED = {
+    (True, False): "utf-16-le",  # a file of one character
+    (False, True): "utf-16-be",
+    (True, False, True, False): "utf-16-le",
+    (False, True, False, True): "utf-16-be",
+    (True, False, False, False): "utf-32-le",
+    (False, False, False, True): "utf-32-be",
+}
 
 
 def encoding_of(data: bytes) -> str:
-    """The codec of a text file by its first bytes: what a byte order mark names, else UTF-8 with or without a mark."""
-    return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
+    """The codec of a text file by its first four bytes: what a byte order mark names, else UTF-8.
+
+    Without a mark, text of UTF-16 or UTF-32 that begins with ASCII is known by the places of its zero bytes.
+    """
+    marked = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
+    return marked or _UNMARKED.get(tuple(map(bool, data[:4])), "utf-8-sig")
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; the mark is no part of it.
+    """The text of a file in UTF-8, UTF-16 or UTF-32 (see `encoding_of`); a byte order mark is no part of it.
 
     Raises `UnicodeDecodeError` (a `ValueError`) for other bytes.
     """

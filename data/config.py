@@ -13,6 +13,9 @@ from data.characters import decode_text
 
 T = TypeVar("T")
 
+# beside PyYAML's own: bytes that are no text, brackets too deep for its parser, a date that is none
+NO_YAML = (RecursionError, ValueError)
+
 
 class ConfigError(ValueError):
     """A configuration names an unknown key or gives a value of the wrong type; the message names the key."""
@@ -32,7 +35,7 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
             raise ConfigError(f"no configuration file at {path}")
         try:
             record = _parse_yaml(decode_text(path.read_bytes())) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (*NO_YAML, yaml.YAMLError) as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{path} must hold `key: value` pairs")
@@ -42,8 +45,8 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
             raise ConfigError(f"an override reads key=value, not {override!r}")
         try:
             _set(record, key.split("."), _parse_yaml(value), key)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {value!r} is not YAML") from error
+        except (*NO_YAML, yaml.YAMLError) as error:
+            raise ConfigError(f"{key}: {value[:100]!r} is not YAML") from error
     return from_dict(cls, record)
 
 
@@ -73,7 +76,18 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            # PyYAML takes the last of two equal keys, and so drops a whole section that was written twice
+            given: set[str] = set()
+            for key, _ in node.value:
+                own = node.start_mark.index <= key.start_mark.index < node.end_mark.index  # not merged from elsewhere
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and own:
+                    if key.value in given:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"{key.value!r} is given twice", key.start_mark
+                        )
+                    given.add(key.value)
+            return super().construct_mapping(node, deep)
 
     # YAML 1.1, which PyYAML reads, takes 1e-3 for a string; YAML 1.2 and everybody else for a number
     Loader.add_implicit_resolver(

@@ -29,9 +29,9 @@ PICTURE_SUFFIXES = frozenset(
 UNREAD_SUFFIXES = frozenset(
     (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
 )
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".json")
-PATH_COLUMNS = ("path", "image", "filepath")
+PATH_COLUMNS = ("path", "image", "filepath", "file_name", "filename", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 SEPARATORS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}  # Excel writes ; where numbers have decimal commas
 MAX_ID_BYTES = 90  # a tar header holds 100 bytes of name, extension included
@@ -235,7 +235,7 @@ def _rows(table: Path) -> Iterator[tuple[int | str, dict[str, Any] | str]]:
             encoding = encoding_of(binary.read(4))
         # bytes that are not UTF-8 become surrogates: rows that hold them in a caption are skipped one by one
         with table.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-            yield from _json_rows(file) if table.suffix.lower() == ".jsonl" else _csv_rows(table, file)
+            yield from _csv_rows(table, file) if table.suffix.lower() in SEPARATORS else _json_rows(file)
     except UnicodeError as error:
         raise DataError(f"{table} is not UTF-8 text") from error
     except OSError as error:
@@ -268,6 +268,9 @@ def _csv_rows(table: Path, file: Any) -> Iterator[tuple[int | str, dict[str, Any
             return
         except csv.Error as error:
             end = reader.line_num + 1
+            if "field limit" in str(error) and start == end:
+                yield start, f"a cell of more than {csv.field_size_limit():,} characters"
+                continue
             if "unexpected end" in str(error) or "field limit" in str(error):
                 raise DataError(f"{table}: a quotation mark opened in line {start} is never closed") from error
             yield _lines(start, end), f"quotation marks that do not fit together ({error})"

@@ -95,7 +95,7 @@ def framed_text_file(tokenizer: Path, template: str, pieces: int) -> bytes:
     """
     assert template.count(PROMPT) == 1
     try:
-        record = json.loads(tokenizer.read_text(encoding="utf-8"))
+        record = json.loads(tokenizer.read_bytes())
     except OSError as error:
         raise TextError(f"no text tokenizer at {tokenizer}: it comes with the weights") from error
     except (ValueError, RecursionError) as error:

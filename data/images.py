@@ -128,6 +128,10 @@ def to_squares(images: Sequence[Image.Image], size: int) -> torch.Tensor:
         places.setdefault(image.size, []).append(place)
     for (width, height), same in places.items():
         side = min(width, height)
+        if width == height == size:
+            for place in same:
+                squares.numpy()[place] = np.asarray(images[place])
+            continue
         # Pillow takes an odd margin from between pixels
         if side == size or (width - height) % 2 or not _resizes_bytes():
             pictures = [np.asarray(to_square(images[place], size)) for place in same]

@@ -1,6 +1,6 @@
 """Your own pictures and captions to shards: a folder of images with `.txt` or `.json` beside them, or a table of paths.
 
-A table is CSV, TSV or JSONL with the columns path (or image, filepath) and caption (or text, title), and if you like
+A table is CSV, TSV or JSONL with the columns path (or image, file_name) and caption (or text, title), and if you like
 id, language, family, licence and source. `data.entries` reads both.
 """
 
@@ -21,7 +21,7 @@ from data.characters import whole_characters
 from data.entries import Entry, list_entries
 from data.images import ImageTooLarge, open_image, read_header, to_square
 from data.reading import CORRUPT_IMAGE, MISSING_CAPTION, MISSING_PICTURE, TOO_LARGE, Skip, SkipLog
-from data.sample import UNKNOWN_LANGUAGE, DataError, Sample
+from data.sample import UNKNOWN_LANGUAGE, DataError, Sample, language_code
 from data.settings import PackSettings
 from data.shards import Manifest, ShardInfo, ShardWriter, write_manifest
 
@@ -118,7 +118,7 @@ def _sample(entry: Entry, content: bytes, settings: PackSettings) -> Sample:
         raise _Skip(MISSING_CAPTION, _reason(error)) from error
     sample.id = entry.id  # not one that a .json beside the picture names: ids must be unique here
     if UNKNOWN_LANGUAGE in sample.captions:
-        sample.captions.setdefault(settings.language, sample.captions.pop(UNKNOWN_LANGUAGE))
+        sample.captions.setdefault(language_code(settings.language), sample.captions.pop(UNKNOWN_LANGUAGE))
     try:
         image = open_image(content, settings.max_pixels)  # decoded in any case, so that nothing corrupt is packed
         extension = read_header(content)[2]  # of the bytes: the name of the file may be wrong

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import lzma
-import os
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +18,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext, tarfile_samples
 from webdataset.utils import make_seed, pytorch_worker_info
 
+from data.archives import DAMAGE, PlainSample, archive_problem, plain_samples, read_plain
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
 from data.sample import IMAGE_EXTENSIONS, DataError, Needed, Sample
 
@@ -37,9 +35,6 @@ NO_IMAGE_MEMBER = f"no member ends in {', '.join(IMAGE_EXTENSIONS)}"
 
 # a resampling dataset has no end: it gives up after this many pictures in a row that do not decode
 MAX_FAILURES = 10_000
-
-# what reading a damaged tar file raises, compressed or not
-DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _SHARD_NAME = re.compile(r"(?P<split>train|val|valid|validation|test(-[a-z]+)?)-\d+")
@@ -293,14 +288,8 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
     """
     problems: list[Exception] = []
     causes = MemberCauses(shard)
-
-    def note(error: Exception) -> bool:
-        problems.append(error)
-        return True  # webdataset then goes on with the next member, if it can
-
-    for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note):
-        key = members["__key__"]
-        content = {name: value for name, value in members.items() if not name.startswith("__")}
+    plain = plain_samples(shard)
+    for key, content in _any_samples(shard, problems) if plain is None else _plain_samples(shard, plain, problems):
         name = f"{shard.name}: sample {key}"
         if not any(extension in content for extension in IMAGE_EXTENSIONS):
             skip(MISSING_PICTURE, name, DataError(causes.of(key, content) or NO_IMAGE_MEMBER))
@@ -314,9 +303,29 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
             skip(MISSING_CAPTION, name, DataError(cause) if cause else error)
             continue
         yield sample
-    problem = _message(problems[0]) if problems else _early_end(shard)
-    if problem is not None:
+    if (plain is None or problems) and (problem := archive_problem(shard, problems)) is not None:
         skip(BROKEN_SHARD, str(shard), DataError(problem))
+
+
+def _plain_samples(
+    shard: Path, samples: list[PlainSample], problems: list[Exception]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the samples of a plain shard, in a third of the time that webdataset takes."""
+    try:
+        yield from read_plain(shard, samples)
+    except OSError as error:
+        problems.append(error)
+
+
+def _any_samples(shard: Path, problems: list[Exception]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the samples that webdataset finds, and what came up."""
+
+    def note(error: Exception) -> bool:
+        problems.append(error)
+        return True  # webdataset then goes on with the next member, if it can
+
+    for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note):
+        yield members["__key__"], {name: value for name, value in members.items() if not name.startswith("__")}
 
 
 def read_entries(shard: Path, captions: Needed = True) -> Iterator[Sample | Skip]:
@@ -357,44 +366,3 @@ class MemberCauses:
                 if key is not None and not entry.isdir():
                     members.setdefault(key, {})[extension.lower()] = entry.isreg()
         return members
-
-
-def _message(error: Exception) -> str:
-    # webdataset appends the stream to the arguments of an exception; the first is the message
-    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    return text.partition(" @ ")[0].partition(" in tar file")[0]
-
-
-def _early_end(shard: Path) -> str | None:
-    """What is wrong with an archive that `tarfile` reads without complaint, or None.
-
-    `tarfile` takes a damaged header, or a file cut inside one, for the end; the true end is a block of zeros.
-    """
-    if _ends_in_zeros(shard):
-        return None
-    try:
-        with tarfile.open(shard) as archive:
-            archive.getmembers()  # reads the headers only
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
-                return None
-            return f"the archive breaks off at byte {archive.offset}"
-    except DAMAGE as error:
-        return str(error)
-
-
-def _ends_in_zeros(shard: Path) -> bool:
-    """Whether a plain tar file goes from header to header until a block of zeros; five times as fast as `tarfile`."""
-    with shard.open("rb") as file:
-        while len(header := file.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE:
-            if not any(header):
-                return True
-            try:
-                size, stored = (int(field.rstrip(b"\0 "), 8) for field in (header[124:136], header[148:156]))
-            except ValueError:
-                return False
-            if size < 0 or sum(header) - sum(header[148:156]) + 8 * ord(" ") != stored:  # its own field is spaces
-                return False
-            file.seek(-(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, os.SEEK_CUR)
-    return False

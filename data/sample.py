@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -161,12 +162,13 @@ def _captions_by_language(key: str, stored: object) -> dict[str, Caption]:
     """Captions by language, or of no language: a text, a list of texts, or an object of these by language."""
     if not isinstance(stored, dict):
         stored = {UNKNOWN_LANGUAGE: stored}
-    captions = {}
+    captions: dict[str, Caption] = {}
     for language, entry in stored.items():
         if not is_language(language):
             raise DataError(f"sample {key}: {language[:40]!r} is no language code such as zh, en or und")
         if _is_nothing(entry):
             continue
+        code = language_code(language)
         if not isinstance(entry, dict):
             entry = {"name": entry}
         if not entry.keys() & {"name", "keywords"} or not isinstance(entry.get("keywords") or [], list):
@@ -175,8 +177,11 @@ def _captions_by_language(key: str, stored: object) -> dict[str, Caption]:
         names = _texts(place, entry.get("name")) + _texts(place, entry.get("others"))
         words = _texts(place, entry.get("keywords"))
         if names or words:
+            if code in captions:  # spelled in two ways, as EN and en
+                first = captions[code]
+                names, words = [first.name, *first.others, *names], list(dict.fromkeys([*first.keywords, *words]))
             names = list(dict.fromkeys(names)) or [", ".join(words)]
-            captions[language] = Caption(names[0], tuple(words), tuple(names[1:]))
+            captions[code] = Caption(names[0], tuple(words), tuple(names[1:]))
     return captions
 
 
@@ -200,12 +205,20 @@ def _question(place: str, entry: object) -> Question:
     language = fields.get("language") or UNKNOWN_LANGUAGE
     if not isinstance(language, str) or not is_language(language):
         raise DataError(f"{place}: {str(language)[:40]!r} is no language code such as zh, en or und")
-    return Question(language, said["question"], said["answer"], _as_text(fields.get("kind")) or "")
+    return Question(language_code(language), said["question"], said["answer"], _as_text(fields.get("kind")) or "")
 
 
 def is_language(code: str) -> bool:
     """Whether `code` has the form of a language code: zh, en, pt-BR, und."""
     return LANGUAGE_TAG.fullmatch(code) is not None
+
+
+@functools.cache
+def language_code(code: str) -> str:
+    """A language code as RFC 5646 recommends to spell it: en for EN, pt-BR for pt_br, zh-Hans for ZH-hans."""
+    first, *rest = code.replace("_", "-").split("-")
+    spelled = {2: str.upper, 4: str.title}
+    return "-".join([first.lower(), *(spelled.get(len(part), str.lower)(part) for part in rest)])
 
 
 def _is_nothing(value: object) -> bool:
@@ -227,6 +240,8 @@ def _texts(place: str, value: object) -> list[str]:
             raise DataError(f"{place} is no text but {str(one)[:40]}")
         if not is_unicode(one):
             raise DataError(f"{place} is not valid Unicode (half of a surrogate pair)")
+        if "\0" in one:
+            raise DataError(f"{place} holds a NUL character, which no text does: perhaps it is in another encoding")
         text = one.strip().removeprefix(BYTE_ORDER_MARK).strip()
         if not is_blank(text):
             texts.append(text)

@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_NAME}; build it with `mmwudao data build` or `mmwudao data pack`")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != MANIFEST_FORMAT:

@@ -13,8 +13,20 @@ from mmwudao.loading.threads import wait_passively
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    open_closed_streams()
     wait_passively()
     leave(run())
+
+
+def open_closed_streams() -> None:
+    """Give a standard stream that the shell has closed (`>&-`) the null device; Python has None in its place.
+
+    Without it, what is printed fails, and the first file that is opened gets the stream's number, to which libraries
+    in C print.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 def leave(code: int) -> None:

@@ -25,7 +25,7 @@ def make_tokenizer(config: TokenizerConfig) -> ImageTokenizer:
 def load_image_tokenizer(source: str | os.PathLike[str]) -> ImageTokenizer:
     """The tokenizer in a folder, or of a hub id, in eval mode. Raises `ModelError` as `load_part` does."""
     try:
-        record = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((Path(source) / "config.json").read_bytes())
     except (OSError, ValueError):
         record = None  # `load_part` says what is wrong, or fetches it
     named = record.get("architecture") if isinstance(record, dict) else None

@@ -206,7 +206,7 @@ def _read_wheel(path: Path) -> dict[str, Any]:
 def _hub_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     """config.json and the path of the weights."""
     try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} is missing or no JSON: a folder of timm's hub has one") from error
     if not isinstance(record, dict) or not isinstance(record.get("architecture"), str):

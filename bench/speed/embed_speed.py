@@ -30,7 +30,7 @@ from data.reading import expand_shards, read_shard
 from data.text import TextTokenizer
 from retrieval.towers.base import Towers, load_towers
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers
-from retrieval.vectors.embed import MARGIN, embed_shards
+from retrieval.vectors.embed import CPU_BATCH, MARGIN, embed_shards
 from retrieval.vectors.settings import EmbedSettings
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     towers = load_towers(arguments.towers, arguments.device) if arguments.towers else random_towers(arguments.shards)
     towers.to(arguments.device)
     size = arguments.batch_size
+    at_once = min(size, CPU_BATCH) if towers.device.type == "cpu" else size
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         shards = [
@@ -59,9 +60,9 @@ def main() -> None:
         apart = {"read": reading, "decode": cpu_seconds() - started}
         settings = EmbedSettings(texts=False, batch_size=size, workers=arguments.workers)
         passes: dict[str, Callable[[], object]] = {
-            "bare": lambda: [towers.encode_image(batch, size) for batch in batches],
+            "bare": lambda: [towers.encode_image(batch, at_once) for batch in batches],
             "side by side": lambda: list(
-                in_order(lambda batch: towers.encode_image(batch, size), batches, arguments.workers)
+                in_order(lambda batch: towers.encode_image(batch, at_once), batches, arguments.workers)
             ),
             "embed": lambda: embed_shards(towers, shards, out, settings),
         }

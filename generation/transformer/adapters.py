@@ -194,7 +194,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         if not (folder / file).is_file():
             raise ModelError(f"{folder} is no adapter: {file} is missing")
     try:
-        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        record = json.loads((folder / CONFIG).read_bytes())
     except ValueError as error:
         raise ModelError(f"{folder / CONFIG} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

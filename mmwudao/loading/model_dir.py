@@ -116,7 +116,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelError(f"{folder} is not a model directory: it has no config.json")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

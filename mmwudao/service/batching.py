@@ -45,6 +45,11 @@ class WorkQueue(ABC, Generic[Item, Result]):
         """Items admitted and not yet done: being prepared, waiting, or being computed."""
         return self._reserved
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for anything."""
+        return self._reserved >= self.limit
+
     @abstractmethod
     def start(self) -> None:
         """Begin to work on what is submitted."""

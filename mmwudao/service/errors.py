@@ -129,12 +129,16 @@ class ClientsGone(Exception):
     """All clients that waited for a picture or a caption have left."""
 
 
+UNREADABLE_TO_FASTAPI = "There was an error parsing the body"
+_UNREADABLE = BadInput("the body cannot be read: send JSON in UTF-8, not compressed, and not nested a thousand deep")
+
+
 def as_http_error(error: Exception) -> HTTPException:
     """What the client is told of an exception: a user's mistake is a 4xx, anything unexpected a 500 without details."""
     if type(error) is HTTPException and error.detail == HTTPStatus(error.status_code).phrase:
         return _in_words(error)
     if isinstance(error, HTTPException):
-        return error
+        return _UNREADABLE if error.detail == UNREADABLE_TO_FASTAPI else error
     if isinstance(error, RequestValidationError):
         return invalid(error)
     if isinstance(error, ValueError) and is_users_mistake(error):

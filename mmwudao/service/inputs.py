@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import torch
 from PIL import Image
 
+from data.characters import is_blank
 from data.images import open_image
 from mmwudao.service.errors import BadInput, ServiceError, refusals
 from mmwudao.service.fetching import fetch
@@ -46,8 +47,8 @@ class InputDecoder:
             raise BadInput(f"{count} of them in one request: at most {most}", param=param)
 
     def text(self, text: str, param: str = "input") -> str:
-        """The text as it is. Raises `BadInput` for an empty or overlong one."""
-        if not text.strip():
+        """The text as it is. Raises `BadInput` for an overlong one, and one of nothing visible."""
+        if is_blank(text):
             raise BadInput("an empty text", param=param)
         if len(text) > self._config.max_text:
             raise BadInput(f"a text of {len(text)} characters: at most {self._config.max_text}", param=param)

@@ -85,7 +85,8 @@ class AdmissionMiddleware:
             context.hold(int(length[:20]))
         backend = getattr(context.scope["app"].state, "backend", None)
         if backend is not None:
-            backend.queues.admit(context.scope["method"], context.scope["path"])
+            content_type = context.header(b"content-type").decode("latin-1")
+            backend.queues.admit(context.scope["method"], context.scope["path"], content_type)
 
     def hold(self, context: _RequestContext, size: int) -> None:
         """Count bytes of a body before they are read. Raises `TooLarge` and `QueueFull`."""

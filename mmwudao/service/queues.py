@@ -144,7 +144,7 @@ class ServiceQueues:
     def collection(self) -> Collection:
         return _require(self.served.collection, "collection: it does not search")
 
-    def admit(self, method: str, path: str) -> None:
+    def admit(self, method: str, path: str, content_type: str = "") -> None:
         """What can be said of a request before its body is read.
 
         Raises `NotFound` for a path whose part this server lacks, a `ServiceError` for a model that cannot do it, and
@@ -152,6 +152,10 @@ class ServiceQueues:
         """
         if path == "/v1/embeddings":
             assert self.towers is not None
+            if content_type.lower().startswith("multipart/"):
+                self.images.check_room()  # what is uploaded is a picture
+            elif self.images.full:
+                self.texts.check_room()  # neither a picture nor a text
         elif path in ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations"):
             self.drawings.check_room()
         elif path == "/v1/captions":

@@ -54,7 +54,7 @@ async def embeddings(request: Request) -> Response:
         body, sources = await _uploaded(request, backend)
         params = ["file"] * len(sources)
     else:
-        body = await _json_body(request)
+        body = await _json_body(request, backend)
         sources = split_input(body.input)
         params = [f"input[{k}]" for k in range(len(sources))] if isinstance(body.input, list) else ["input"]
     backend.queues.check_model(body.model)
@@ -94,14 +94,22 @@ async def embed(backend: Backend, sources: Sequence[Source], params: Sequence[st
     return [next(of_texts if isinstance(source, schemas.TextPart) else of_images) for source in sources]
 
 
-async def _json_body(request: Request) -> schemas.EmbeddingRequest:
+async def _json_body(request: Request, backend: Backend) -> schemas.EmbeddingRequest:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BadInput("send application/json, or pictures as multipart/form-data")
     content = await request.body()
+    if backend.queues.texts.full and not _may_hold_picture(content):
+        backend.queues.texts.check_room()  # a full queue is said before the body is parsed, which takes longer
     try:
         return schemas.EmbeddingRequest.model_validate_json(content)
     except ValidationError as error:
         raise _told(error, content) from None
+
+
+def _may_hold_picture(content: bytes) -> bool:
+    """Whether a body may hold a picture: a data URI, a URL, or what escapes spell."""
+    small = content.lower()
+    return any(sign in small for sign in (b"image", b"http", b"\\"))
 
 
 def _told(error: ValidationError, content: bytes) -> BadInput:

@@ -97,6 +97,10 @@ def _plan(body: schemas.GenerationRequest, backend: Backend) -> tuple[list[Drawi
         raise BadInput(f"this model draws in these sizes: {', '.join(sizes)}", param="size")
     if body.n > backend.config.max_pictures:
         raise BadInput(f"at most {backend.config.max_pictures} pictures in one request", param="n")
+    with refusals("prompt"):
+        check_prompt(body.prompt)
+    with refusals("style"):
+        planning.styled_text(config, body.prompt, body.style)
     drawings = planning.plan(config, body.prompt, body.n, body.seed, body.style, body.sampling)
     return drawings, sizes[body.size or "auto"]
 

@@ -42,7 +42,7 @@ Value = (
     | Annotated[int, Field(ge=-(2**63), lt=2**63)]
     | Annotated[float, BeforeValidator(_no_whole_number), Field(allow_inf_nan=False)]
 )
-ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Metadata = Annotated[dict[ColumnName, Value], Field(max_length=64), BeforeValidator(without_nulls)]
 Vector = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=8192)]
 ModelName = Annotated[str | None, Field(description="The served model's name (GET /v1/models), or nothing.")]

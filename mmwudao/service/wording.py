@@ -32,6 +32,7 @@ LIMITS = {
     "less_than_equal": "must be at most {le}",
     "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "may have at most {max_length} characters",
+    "string_unicode": "is not valid Unicode (half of a surrogate pair)",
     "string_pattern_mismatch": "is no name of a column: up to 64 ASCII letters, digits and _, a letter first",
     "too_short": "must have at least {min_length} of them",
     "too_long": "may have at most {max_length} of them",
@@ -103,6 +104,8 @@ def _told(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
         return f"{name} must be {' or '.join(expected)}"
     if context.get("min_length") == 1 and kind in ("string_too_short", "too_short"):
         return f"{name} must not be empty"
+    if errors[0].get("input") != errors[0].get("input"):  # NaN, which is in no limits
+        return f"{name} must be a finite number"
     if kind in LIMITS:
         return f"{name} {LIMITS[kind].format(**context)}"
     if kind in KINDS:

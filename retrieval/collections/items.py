@@ -216,7 +216,7 @@ def _duplicates_error(ids: Sequence[str]) -> CollectionError:
 
 
 def _bad_id(name: object) -> CollectionError:
-    return CollectionError(f"an id is a text of 1 to {MAX_ID} characters, not {str(name)[:40]!r}")
+    return CollectionError(f"an id is a text of 1 to {MAX_ID} characters, none of them NUL, not {str(name)[:40]!r}")
 
 
 def _check_name(name: str) -> None:

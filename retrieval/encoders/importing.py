@@ -132,7 +132,7 @@ def _weights(source: Path, encoder: TextEncoder) -> dict[str, Tensor]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is missing or no JSON ({error})") from error
     if not isinstance(record, dict):

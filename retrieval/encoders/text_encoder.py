@@ -145,7 +145,7 @@ def load_text_encoder(folder: Path) -> TextEncoder:
                 f"{folder} holds no text encoder: {name} is missing (mmwudao import text-encoder makes one)"
             )
     try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "config.json").read_bytes())
         if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
             raise ModelError(f'{folder / "config.json"} describes no text encoder: its "format" must be {FORMAT!r}')
         encoder = TextEncoder(from_dict(TextEncoderConfig, record), (folder / TOKENIZER).read_bytes())

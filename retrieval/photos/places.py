@@ -75,7 +75,7 @@ def read_place(collection: Path | str) -> PhotoPlace | None:
     """The record in a collection, or None if it is no collection of a folder's pictures. Raises `CollectionError`."""
     path = Path(collection) / OWN_FOLDER / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

@@ -212,7 +212,7 @@ def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: s
         if not (folder / name).is_file():
             raise ModelError(f"{folder} holds no towers: {name} is missing")
     try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

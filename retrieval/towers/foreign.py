@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 
+from data.characters import decode_text
 from vqvae.storage.parts import ModelError
 
 MOST_BYTES = 1 << 20  # of a file of settings
@@ -58,7 +59,7 @@ def read_record(path: Path, parse: Callable[[str], Any], kind: str, most: int = 
     try:
         if path.stat().st_size > most:
             raise ModelError(f"{path} is refused: such a file has at most {most} bytes")
-        record = parse(path.read_text(encoding="utf-8"))
+        record = parse(decode_text(path.read_bytes()))
     except ModelError:
         raise
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from data.characters import decode_text
 from data.config import ConfigError
 from data.options import DEPTH, check_options, option
 from retrieval.encoders.pruning import prune_text_encoder
@@ -254,9 +255,9 @@ def read_texts(files: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for file in files:
         try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+            lines = decode_text(Path(file).read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} cannot be read as lines of UTF-8 ({error})") from error
+            raise ConfigError(f"{file} cannot be read as lines of text in UTF-8 ({error})") from error
         found.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
         raise ConfigError("texts names no file that holds a line of text")

@@ -29,6 +29,8 @@ FORMAT = "mmwudao-vectors/1"
 GIVEN_TWICE = "id given twice in a shard"
 SETTINGS = "settings.json"
 MARGIN = 2  # a JPEG is decoded at a half, a quarter or an eighth where each side keeps so many times the towers' pixels
+# pictures that a CPU encodes at a time: the activations of more leave its caches (bench/speed/embed_speed.py)
+CPU_BATCH = 16
 DEFAULTS = EmbedSettings()
 
 logger = logging.getLogger(__name__)
@@ -134,8 +136,10 @@ def write_parts(
 def _batches(towers: Towers, shards: Sequence[Path], settings: EmbedSettings) -> Generator[Batch[Tensor]]:
     """All samples of `shards` with the vectors of their pictures; without `images` no picture is opened."""
 
+    at_once = min(settings.batch_size, CPU_BATCH) if towers.device.type == "cpu" else settings.batch_size
+
     def encode(pictures: list[Image.Image | Tensor]) -> Tensor:
-        return towers.encode_image(towers.stack(pictures), settings.batch_size)
+        return towers.encode_image(towers.stack(pictures), at_once)
 
     if settings.images:
         yield from encode_shards(
@@ -165,7 +169,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON; choose another folder") from error
     if not isinstance(stored, dict):

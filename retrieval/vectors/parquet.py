@@ -42,7 +42,7 @@ def is_vectors(folder: Path) -> bool:
 def open_vectors(folder: Path, shards: dict[str, Path] | None = None) -> Vectors:
     """Open a folder that `embed` has finished. Raises `DataError` for any other folder, or if parts are missing."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((folder / SETTINGS).read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / SETTINGS} is missing or not JSON: give a folder that `embed` wrote") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:

@@ -18,8 +18,8 @@ from vqvae.training.lease import Lease
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_leaves_with_143(tmp_path, processes):
+def started(tmp_path: Path, processes: int) -> tuple[subprocess.Popen[str], Path]:
+    """A training in a process group of its own, after its third step, and its folder."""
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     write_workspace(workspace)
@@ -30,11 +30,17 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path, processes):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
     process = subprocess.Popen(
         [sys.executable, *launch, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while not (out / "log.jsonl").is_file() or len(logged(out, "train/loss")) < 3:
         assert process.poll() is None
         time.sleep(0.1)
+    return process, out
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_leaves_with_143(tmp_path, processes):
+    process, out = started(tmp_path, processes)
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     error = process.stderr.read()
@@ -50,4 +56,25 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path, processes):
     assert not (out / "generator").exists(), "a part is what is saved at the end"
     lease = Lease(out / "checkpoints", patience=1000)
     lease.claim()  # at once: the run has left
+    lease.release()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_all_processes_and_makes_room(tmp_path, processes):
+    process, out = started(tmp_path, processes)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    assert process.stderr is not None
+    error = process.stderr.read()
+    code = process.wait()
+    if processes == 1:
+        assert (code, error.splitlines()[-1]) == (130, "interrupted")
+        assert "Traceback" not in error
+    assert "interrupted" in error  # torchrun adds an account of its own
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not list(out.rglob("*.part"))
+    assert not (out / "generator").exists()
+    lease = Lease(out / "checkpoints", patience=1000)
+    lease.claim()
     lease.release()

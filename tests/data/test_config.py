@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
@@ -121,9 +122,23 @@ def test_an_unknown_key_of_a_file(file):
     assert "unknown key layer.depth" in message(file("layer: {depth: 3}\n"))
 
 
-@pytest.mark.parametrize("text", ["a: [1\n", "a: b: c\n", "\tname: a\n", b"name: \xff\n"])
+@pytest.mark.parametrize(
+    "text", ["a: [1\n", "a: b: c\n", "\tname: a\n", b"name: \xff\n", "name: " + "[" * 5000, "name: 2020-13-45\n"]
+)
 def test_a_file_that_is_not_yaml(file, text):
     assert "is not YAML" in message(file(text))
+
+
+@pytest.mark.parametrize("text", ["layer: {depth: 1}\nname: a\nlayer: {widht: 3}\n", "layer: {depth: 1, depth: 2}\n"])
+def test_a_key_that_is_given_twice(file, text):
+    assert re.search("is not YAML: .*'(layer|depth)' is given twice", message(file(text)))
+
+
+def test_keys_that_are_merged_may_be_given_again(file):
+    text = "layer: &base {width: 3, kind: hard}\n"
+    assert load_config(Config, file(text)).layer.width == 3
+    twice = file("layer: {<<: [{width: 3, kind: hard}, {width: 5}], width: 4}\n")
+    assert load_config(Config, twice).layer == Layer(4, "hard")
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "text\n"])
@@ -151,6 +166,7 @@ def test_an_override_without_key_or_value(override):
 
 def test_an_override_that_is_not_yaml():
     assert message(overrides=["name=[1"]).startswith("name: ")
+    assert len(message(overrides=["name=" + "[" * 5000])) < 200
 
 
 def test_configurations_of_the_package_load():

@@ -248,3 +248,11 @@ def test_squares_by_pytorch_are_those_of_pillow(size):
         assert difference.mean() < 0.05
         # one picture alone gives the same bytes
         assert square.equal(to_squares([picture], 40)[0])
+
+
+def test_squares_of_the_size_that_is_wanted_are_the_pictures():
+    pictures = [Image.effect_noise(size, 60).convert("RGB") for size in ((24, 24), (48, 24), (24, 24), (31, 24))]
+    found = to_squares(pictures, 24)
+    for picture, square in zip(pictures, found, strict=True):
+        expected = np.asarray(to_square(picture, 24))
+        assert (square.numpy() == expected).all()

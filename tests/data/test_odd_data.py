@@ -108,6 +108,10 @@ def test_a_quotation_mark_that_closes_too_late_takes_no_rows(folder, end):
         ("path;caption\r\na.png;Ball ä\r\n", "utf-8"),  # Excel, where numbers have decimal commas
         ("path\tcaption\r\na.png\tBall ä\r\n", "utf-16"),  # Excel's "Unicode text", named .csv
         (" Path , Caption\na.png,Ball ä\n", "utf-8"),
+        ("path,caption\na.png,Ball ä\n", "utf-16-le"),  # without a byte order mark
+        ("path,caption\na.png,Ball ä\n", "utf-16-be"),
+        ("path,caption\na.png,Ball ä\n", "utf-32-le"),
+        ("file_name,text\na.png,Ball ä\n", "utf-8"),  # as the datasets library of Hugging Face has it
     ],
 )
 def test_tables_as_programs_write_them(folder, text, encoding):
@@ -119,6 +123,26 @@ def test_rows_of_another_encoding_are_skipped_by_name(folder):
     samples, skipped = pack(table)
     assert names(samples) == {"b": "ball"}
     assert skipped == [("broken row", "rows.csv line 2", "not UTF-8 text")]
+
+
+def test_a_cell_that_is_too_long_is_a_row_that_is_skipped(folder):
+    samples, skipped = pack(rows(folder, f"path,caption\na.png,{'x' * 200_000}\nb.png,ball\n"))
+    assert names(samples) == {"b": "ball"}
+    assert skipped == [("broken row", "rows.csv line 2", "a cell of more than 131,072 characters")]
+
+
+def test_languages_are_one_however_they_are_spelled(folder):
+    lines = [
+        '{"path": "a.png", "captions": {"EN": ["ball", "globe"], "en": {"name": "sphere", "keywords": ["round"]}}}',
+        '{"path": "b.png", "caption": "bola", "language": "pt_br"}',
+        '{"path": "c.png", "caption": "球", "questions": [{"question": "a?", "answer": "b", "language": "ZH-hans"}]}',
+    ]
+    samples, skipped = pack(rows(folder, "\n".join(lines), "rows.ndjson"), language="ZH")
+    assert not skipped
+    assert samples["a"].captions == {"en": Caption("ball", ("round",), ("globe", "sphere"))}
+    assert samples["b"].captions == {"pt-BR": Caption("bola")}
+    assert samples["c"].captions == {"zh": Caption("球")}
+    assert samples["c"].questions[0].language == "zh-Hans"
 
 
 def test_two_columns_of_one_name(folder):
@@ -138,6 +162,7 @@ def test_lines_of_a_jsonl(folder):
         '{"path": "c.png", "caption": "half \\ud83d"}',
         '{"path": 5, "caption": "c"}',
         '{"path": "c.png", "caption": "c", "language": ["en"]}',
+        '{"path": "c.png", "caption": "c\\u0000"}',
         '{"path": "c.png", "caption": "c"',
         "[" * 100_000,
     ]
@@ -146,8 +171,8 @@ def test_lines_of_a_jsonl(folder):
     assert samples["a"].captions == {"und": Caption("a", others=("b",))}
     assert samples["b"].captions == {"en": Caption("ball"), "de": Caption("Ball")}
     assert set(samples) == {"a", "b"}
-    assert len(skipped) == 10
-    assert [name for _, name, _ in skipped[:6]] == [f"c.png (line {line})" for line in range(3, 9)]
+    assert len(skipped) == 11
+    assert [name for _, name, _ in skipped[:7]] == [f"c.png (line {line})" for line in (11, *range(3, 9))]  # c10, c2
     # in the codes that a generator trains on, too
     coded = CodedSample(samples["a"], numpy.zeros((1, 1), numpy.uint16))
     assert Sample.from_members("a", coded.sample.to_members()).captions == samples["a"].captions
@@ -257,6 +282,32 @@ def test_long_ids_are_cut_and_stay_distinct():
 def test_captions_in_shards_without_their_byte_order_mark(encoding):
     sample = Sample.from_members("k", {"png": b"", "txt": "红色 ball\r\n".encode(encoding)})
     assert sample.captions["und"].name == "红色 ball"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", ["a", "ab", "a ball: 红色"])
+def test_captions_that_never_had_a_byte_order_mark(encoding, text):
+    sample = Sample.from_members("k", {"png": b"", "txt": text.encode(encoding)})
+    assert sample.captions["und"].name == text
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"PK\x03\x04" + bytes(600), "no tar file but a zip file"),
+        (b"PAR1" + bytes(600), "no tar file but a Parquet file"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "no tar file but compressed by zstd"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "no tar file but a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>" + b" " * 600, "no tar file but a web page"),
+    ],
+)
+def test_files_in_the_place_of_shards_are_told_for_what_they_are(tmp_path, content, told):
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(content)
+    (skip,) = read_entries(shard)
+    assert isinstance(skip, Skip)
+    assert skip.reason == BROKEN_SHARD
+    assert str(skip.error).startswith(told)
 
 
 def test_a_caption_cut_inside_an_emoji_is_skipped_by_name(tmp_path):

@@ -9,6 +9,10 @@ import pytest
 
 from mmwudao.service.batching import Batcher, BatchLimits
 from mmwudao.service.errors import QueueFull
+from mmwudao.service.metrics import Metrics
+from mmwudao.service.queues import Served, ServiceQueues
+from mmwudao.service.settings import ServiceConfig
+from tests.helpers.tiny_towers import ColourTowers
 
 
 class Recorder:
@@ -156,3 +160,28 @@ def test_watchers_hear_of_every_batch():
 
     with_batcher(scenario, watch=lambda name, size, seconds: heard.append((name, size, seconds >= 0)))
     assert heard == [("numbers", 3, True)]
+
+
+def test_without_room_for_a_text_or_a_picture_no_body_is_read():
+    config = ServiceConfig(max_inputs=1, waiting_texts=1, waiting_images=1)
+    queues = ServiceQueues(Served("tiny", ColourTowers().eval()), config, Metrics())
+
+    async def refused(texts: int, images: int, content_type: str) -> bool:
+        async with queues.texts.reserve(texts), queues.images.reserve(images):
+            try:
+                queues.admit("POST", "/v1/embeddings", content_type)
+            except QueueFull:
+                return True
+        return False
+
+    table = {
+        (texts, images, kind): asyncio.run(refused(texts, images, kind))
+        for texts in (0, 1)
+        for images in (0, 1)
+        for kind in ("application/json", "multipart/form-data; boundary=x")
+    }
+    assert [key for key, was in table.items() if was] == [
+        (0, 1, "multipart/form-data; boundary=x"),
+        (1, 1, "application/json"),
+        (1, 1, "multipart/form-data; boundary=x"),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import textwrap
 from urllib.parse import quote
 
@@ -162,6 +163,10 @@ def test_ids_are_listed_page_by_page(address):
         ("images/generations", {"prompt": "a", "sise": "1"}, "sise", "there is no such field"),
         ("images/generations", {"prompt": "a", "top_p": 2}, "top_p", "top_p must be at most 1"),
         ("images/generations", {"prompt": "a", "stream": 7}, "stream", "stream must be true or false"),
+        ("images/generations", {"prompt": "\u200b"}, "prompt", "an empty prompt"),
+        ("images/generations", {"prompt": "a" * 1001}, "prompt", "at most 1000"),
+        ("images/generations", {"prompt": "a", "style": "none such"}, "style", "unknown style"),
+        ("embeddings", {"input": "\u200b"}, "input", "an empty text"),
         ("captions", {"images": "a"}, "images", "images must be a list"),
         ("captions", {"images": [RED, 3]}, "images[1]", "images[1] must be a text or an object"),
         ("captions", {"images": [RED, "no"]}, "images[1]", "data URI"),
@@ -189,6 +194,12 @@ def test_ids_are_listed_page_by_page(address):
             "items[0].metadata.a b",
             "is no name of a column",
         ),
+        (
+            "items",
+            {"items": [{"id": "a", "text": "x", "metadata": {"_a": 1}}]},
+            "items[0].metadata._a",
+            "is no name of a column",
+        ),
     ],
 )
 def test_mistakes_are_told_in_words_with_the_users_names(address, path, body, param, message):
@@ -209,6 +220,28 @@ def test_a_body_that_is_no_json_is_told_so(address, path):
     answer = CLIENT.post(f"{address}/v1/{path}", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 400
     assert "application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("images/generations", '{"prompt": "a", "temperature": NaN}', "temperature", "must be a finite number"),
+        ("images/generations", "[" * 100_000, None, "the body cannot be read: send JSON in UTF-8"),
+        ("images/generations", gzip.compress(b'{"prompt": "a"}'), None, "not compressed"),
+        ("embeddings", gzip.compress(b'{"input": "a"}'), None, "the body is not JSON"),
+        (
+            "items",
+            '{"items": [{"id": "a", "text": "x", "metadata": {"a": "\\ud83d"}}]}',
+            "items[0].metadata.a",
+            "is not valid Unicode",
+        ),
+    ],
+)
+def test_bodies_that_no_client_library_writes_are_told_in_words(address, path, body, param, message):
+    answer = httpx2.post(f"{address}/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == param
 
 
 def test_wrong_addresses_and_methods_are_told_in_words(address):

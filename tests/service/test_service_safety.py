@@ -227,8 +227,12 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered():
         refused = client.post(f"{url}/v1/embeddings", json={"input": "red"})
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
+        # before anything of it is parsed
+        json_kind = {"Content-Type": "application/json"}
+        assert client.post(f"{url}/v1/embeddings", content=b'{"input": ', headers=json_kind).status_code == 429
         # pictures have a queue of their own
         assert client.post(f"{url}/v1/embeddings", json={"input": data_uri(png())}).status_code == 200
+        assert client.post(f"{url}/v1/embeddings", files={"file": png()}).status_code == 200
         towers.go.set()
         for thread in threads:
             thread.join()

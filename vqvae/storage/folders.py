@@ -44,7 +44,7 @@ def read_weights_file(path: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ModelError` for one that is missing or holds anything else."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} is missing") from error
     except (ValueError, RecursionError) as error:

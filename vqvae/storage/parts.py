@@ -75,7 +75,7 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is not complete: {name} is missing")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_bytes())
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
     if not isinstance(config, dict):

@@ -108,7 +108,7 @@ class Lease:
 
     def _read(self, number: int) -> dict[str, Any]:
         try:
-            found = json.loads(self._path(number).read_text(encoding="utf-8"))
+            found = json.loads(self._path(number).read_bytes())
         except (OSError, ValueError):  # it is being replaced, or a loss of power emptied it
             return {}
         return found if isinstance(found, dict) else {}

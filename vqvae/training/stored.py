@@ -57,7 +57,7 @@ class StoredFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            self.facts = json.loads((folder / FACTS).read_bytes())
             metadata = _Reader(folder).read_metadata()
         except (OSError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, KeyError) as error:
             raise TrainingError(f"{self} is damaged; delete it to go on from an older one, or to start anew") from error
