@@ -41,6 +41,8 @@ LAYOUTS = {
     "vision_model.": "towers of Hugging Face's transformers (import transformers, which takes the folder)",
     "text_model.": "towers of Hugging Face's transformers (import transformers, which takes the folder)",
     "vision_gen_": "JanusFlow, which draws without codes and is not read",
+    "cls_embedding.": "LlamaGen's transformer (import llamagen)",
+    "encoder.conv_blocks.": "the picture tokenizer of LlamaGen (import llamagen --tokenizer)",
     "gen_vision_model.": "Janus (import janus, which takes the folder)",
     "model.vqmodel.": "Janus as transformers stores it (import janus, which takes the folder)",
     "bert.": "Chinese-CLIP (import chinese-clip), or another model with BERT",
