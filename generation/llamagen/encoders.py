@@ -44,7 +44,7 @@ class EncoderConfig:
         check_options(self)
 
 
-class PromptEncoder(Protocol):
+class VectorEncoder(Protocol):
     """Pieces to vectors."""
 
     def vectors(self, pieces: Sequence[int]) -> Tensor:
@@ -97,7 +97,7 @@ def encoder_bytes(folder: Path) -> int:
     return path.stat().st_size if read_encoder_config(folder).kind == "t5" else 0
 
 
-def load_prompt_encoder(folder: Path, device: torch.device) -> PromptEncoder:
+def load_prompt_encoder(folder: Path, device: torch.device) -> VectorEncoder:
     """The encoder in a folder. Raises `ModelError`."""
     config = read_encoder_config(folder)
     if config.kind == "stored":

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from data.options import DEPTH, SIDE
+from generation.emu3.settings import Emu3Import
 from generation.janus.settings import JanusImport
 from generation.llamagen.settings import LlamaGenImport
 from mmwudao.cli.options import option_groups
@@ -77,6 +78,22 @@ def janus(
     from mmwudao.loading.importing import import_janus
 
     print(import_janus(source, out, settings, towers))
+
+
+@app.command("emu3")
+@option_groups
+def emu3(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder in transformers' layout: Emu3-Gen-hf.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write this new model directory.")],
+    towers: Annotated[Path | None, typer.Option(help="Put this folder of towers beside it, to judge pictures.")] = None,
+    *,
+    settings: Emu3Import,
+) -> None:
+    """Convert Emu3-Gen, which draws 720 px from English and Chinese prompts."""
+    _look_first({source / "config.json": "no model of Emu3: {} is missing", towers: "no towers at {}"})
+    from mmwudao.loading.importing import import_emu3
+
+    print(import_emu3(source, out, settings, towers))
 
 
 @app.command("llamagen")

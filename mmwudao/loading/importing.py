@@ -12,6 +12,15 @@ from data.named_prompts import named_prompts_file
 from data.text import TextTokenizer
 from generation.cogview.importing import import_generator
 from generation.drawing.sampling import SamplingOptions
+from generation.emu3.configuration import (
+    codes_of_a_side,
+    emu3_config,
+    prompt_template,
+    read_emu3_folder,
+    unwanted_frame,
+)
+from generation.emu3.importing import check_emu3, read_emu3_weights, write_emu3_generator, write_emu3_tokenizer
+from generation.emu3.settings import Emu3Import
 from generation.janus.configuration import choose_template, janus_config, prompt_frame, read_janus_folder
 from generation.janus.importing import check_janus, tokenizer_of, used_tensors, write_generator, write_tokenizer
 from generation.janus.settings import JanusImport
@@ -128,6 +137,49 @@ def import_janus(source: Path, out: Path, settings: JanusImport, towers: Path | 
         # guidance of the published script
         drawing = SamplingOptions(guidance=5.0)
         _finish(building, name, files.image_size, ("en", "zh"), drawing, hashes, card)
+    return out
+
+
+EMU3_CARD = """# {name}
+
+Converted from the files of Emu3 in `{source}` (Wang et al. 2024, arXiv:2409.18869) by `mmwudao import emu3`, with the
+weights of the files. Pictures have {side} pixels a side. Behind every prompt stands "{praise}", and it is guided away
+from "{unwanted}". What the import leaves behind: the head of the text. BAAI published Emu3 under Apache-2.0{licence}
+"""
+
+
+def import_emu3(source: Path, out: Path, settings: Emu3Import, towers: Path | None = None) -> Path:
+    """Convert a folder of Emu3 in transformers' layout to the new model directory `out`.
+
+    `towers` is a folder of towers to put beside it. Never more than one copy of the weights is in memory. Raises
+    `ModelError` (or `TextError`) that says what is missing, damaged, unsafe or does not fit; `out` is then not made.
+    """
+    files, text_path = read_emu3_folder(source), source / "tokenizer.json"
+    side = codes_of_a_side(files, settings.image_size)
+    template = prompt_template(side, settings.praise)
+    text_file = framed_text_file(text_path, template, int(files.language["vocab_size"]))
+    hashes = {} if towers is None else {"towers": stored_hash(towers)}
+    name = settings.name or source.resolve().name
+    with new_folder(out) as building:
+        (building / "text.json").write_bytes(text_file)
+        text = FramedTokenizer(building / "text.json")
+        frame = unwanted_frame(text, side, settings.unwanted, text_path)
+        config = emu3_config(files, text, side, frame, settings)
+        tensors = read_emu3_weights(files)
+        check_emu3(tensors, config)
+        hashes["tokenizer"] = write_emu3_tokenizer(tensors, building / "tokenizer")
+        hashes["text"] = text.content_hash
+        config = replace(config, tokenizer_hash=hashes["tokenizer"], text_hash=hashes["text"])
+        hashes["generator"] = write_emu3_generator(tensors, config, building / "generator")
+        if towers is not None:
+            copy_part(towers, building / "towers")
+        card = EMU3_CARD.format(
+            name=name, source=source.resolve().name, side=settings.image_size, praise=settings.praise.strip(),
+            unwanted=settings.unwanted, licence=_licence(source),
+        )  # fmt: skip
+        # of the published script
+        drawing = SamplingOptions(guidance=3.0, top_k=2048)
+        _finish(building, name, settings.image_size, ("en", "zh"), drawing, hashes, card)
     return out
 
 

@@ -16,7 +16,7 @@ from data.framed_text import FramedTokenizer, ModelText, load_model_text
 from data.images import to_rgb
 from data.text import TextTokenizer
 from generation.drawing.memory import DrawingMemory, plan_drawing
-from generation.llamagen.encoders import PromptEncoder, encoder_bytes, load_prompt_encoder
+from generation.llamagen.encoders import VectorEncoder, encoder_bytes, load_prompt_encoder
 from generation.rows.prompt import Prompt
 from generation.transformer.adapters import AdapterConfig
 from generation.transformer.int8 import is_quantised
@@ -141,7 +141,7 @@ class LoadedModel:
         return LiveFeatures(self.towers, self.config.styles)
 
     @cached_property
-    def prompt_encoder(self) -> PromptEncoder | None:
+    def prompt_encoder(self) -> VectorEncoder | None:
         """What makes the vectors that stand for a prompt; None for a generator that reads pieces of text."""
         part = self.config.parts.get("encoder")
         return load_prompt_encoder(self.folder / part.path, self.device) if part else None
