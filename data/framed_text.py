@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data.characters import whole_characters
+from data.named_prompts import NAMES_FORMAT, NamedPrompts
 from data.text import TextError, TextTokenizer
+from data.web_captions import clean_web_caption
 
 FORMAT = "mmwudao-text/1"
 PROMPT = "{prompt}"  # where it stands in a template
@@ -37,6 +39,7 @@ class FramedTokenizer:
             record = json.loads(content)
             template, self.vocab_size = record["template"], int(record["pieces"])
             fits = record["format"] == FORMAT and isinstance(template, str) and template.count(PROMPT) == 1
+            self._cleans = bool(record.get("web_captions", False))
         except (ValueError, TypeError, KeyError, RecursionError):
             fits = False
         if not fits:
@@ -54,12 +57,21 @@ class FramedTokenizer:
         self.content_hash = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The pieces of the template around `text`. Raises `ValueError` for a text with one of the model's marks."""
+        """The pieces of the template around `text`, cleaned if the model's captions were.
+
+        Raises `ValueError` for a text with one of the model's marks, or one of which cleaning leaves nothing.
+        """
         text = whole_characters(text).strip()
+        if self._cleans and not (text := clean_web_caption(text)):
+            raise ValueError("nothing of the prompt is left for this model, which reads English: say it in English")
         for mark in self._marks:
             if mark in text:
                 raise ValueError(f"the prompt holds {mark!r}, a mark that the model reads otherwise: leave it out")
-        ids: list[int] = self._tokenizer.encode(self.template.replace(PROMPT, text), add_special_tokens=False).ids
+        return self.encode_in(self.template, text)
+
+    def encode_in(self, template: str, text: str) -> list[int]:
+        """The pieces of another `template` around `text`, as it is."""
+        ids: list[int] = self._tokenizer.encode(template.replace(PROMPT, text), add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -79,19 +91,27 @@ class FramedTokenizer:
         return _framed_from_bytes, (self._content,)
 
 
-ModelText = TextTokenizer | FramedTokenizer
+ModelText = TextTokenizer | FramedTokenizer | NamedPrompts
 
 
 def load_model_text(path: Path | str) -> ModelText:
-    """The text tokenizer of a model: text.model is SentencePiece, text.json a `FramedTokenizer`. Raises `TextError`."""
-    # byte pieces are not required: CogView's text model has none, and the hash shows that this is the right model
-    return FramedTokenizer(path) if Path(path).suffix == ".json" else TextTokenizer(path, needs_bytes=False)
+    """The text part of a model: text.model is SentencePiece, text.json says what it is. Raises `TextError`."""
+    path = Path(path)
+    if path.suffix != ".json":
+        # byte pieces are not required: CogView's text model has none, and the hash shows that this is the right model
+        return TextTokenizer(path, needs_bytes=False)
+    try:
+        named = json.loads(path.read_bytes())["format"] == NAMES_FORMAT
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        named = False  # the tokenizer says what is wrong
+    return NamedPrompts(path) if named else FramedTokenizer(path)
 
 
-def framed_text_file(tokenizer: Path, template: str, pieces: int) -> bytes:
+def framed_text_file(tokenizer: Path, template: str, pieces: int, *, web_captions: bool = False) -> bytes:
     """What `FramedTokenizer` reads: a tokenizer.json, the template, and how many pieces the model has.
 
-    Raises `TextError` for a tokenizer.json that is missing or damaged.
+    `web_captions`: prompts are cleaned as `data.web_captions` does. Raises `TextError` for a tokenizer.json that is
+    missing or damaged.
     """
     assert template.count(PROMPT) == 1
     try:
@@ -102,6 +122,8 @@ def framed_text_file(tokenizer: Path, template: str, pieces: int) -> bytes:
         raise TextError(f"{tokenizer} is damaged: it is not JSON") from error
     _tokenizer(record, str(tokenizer))
     whole = {"format": FORMAT, "template": template, "pieces": pieces, "tokenizer": record}
+    if web_captions:
+        whole["web_captions"] = True
     return json.dumps(whole, ensure_ascii=False).encode()
 
 

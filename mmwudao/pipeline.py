@@ -76,8 +76,9 @@ def load(
     config, tokenizer, generator = parts.config, parts.tokenizer, parts.generator
     # check now: the parts are still mapped files, which take no memory that others need
     planned = partial(
-        plan_drawing, generator.config, tokenizer.config, device=chosen_device.type, options=config.default_sampling
-    )
+        plan_drawing, generator.config, tokenizer.config, device=chosen_device.type, options=config.default_sampling,
+        encoder=parts.encoder_bytes,
+    )  # fmt: skip
     eight_bits = dtype == "int8" and not adapter
 
     def others() -> dict[str, int]:
@@ -97,6 +98,7 @@ def load(
     pipeline = Pipeline(str(model), parts, style, Engine(engine))
     if generator.config.prompt_features.used:
         pipeline.features  # noqa: B018  the towers draw, so they are checked now as the other parts are
+    pipeline.prompt_encoder  # noqa: B018  and so is an encoder of prompts
     return pipeline
 
 

@@ -10,15 +10,18 @@ import os
 from pathlib import Path
 
 from vqvae.model import VQVAE, VQVAEConfig
+from vqvae.movq import MoVQ, MoVQConfig
 from vqvae.storage.parts import load_part
 from vqvae.vq16 import VQ16, VQ16Config
 
-ImageTokenizer = VQVAE | VQ16
-TokenizerConfig = VQVAEConfig | VQ16Config
+ImageTokenizer = VQVAE | VQ16 | MoVQ
+TokenizerConfig = VQVAEConfig | VQ16Config | MoVQConfig
 
 
 def make_tokenizer(config: TokenizerConfig) -> ImageTokenizer:
     """A tokenizer with random weights."""
+    if isinstance(config, MoVQConfig):
+        return MoVQ(config)
     return VQ16(config) if isinstance(config, VQ16Config) else VQVAE(config)
 
 
@@ -29,17 +32,22 @@ def load_image_tokenizer(source: str | os.PathLike[str]) -> ImageTokenizer:
     except (OSError, ValueError):
         record = None  # `load_part` says what is wrong, or fetches it
     named = record.get("architecture") if isinstance(record, dict) else None
+    if named == "movq":
+        return load_part(MoVQ, source)
     return load_part(VQ16, source) if named == "vq16" else load_part(VQVAE, source)
 
 
 def decoding_bytes(config: TokenizerConfig, grid: tuple[int, int]) -> int:
     """The most bytes that decoding one picture of `grid` codes holds at once, in float32, beside the weights."""
     cells = grid[0] * grid[1]
-    if isinstance(config, VQ16Config):
+    if isinstance(config, VQ16Config | MoVQConfig):
         widths, needs = config.widths, list[int]()
         for level, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             # what the level begins with and three tensors of a block; or what is doubled, before and after
             numbers = before + (3 if level == 0 else 9) * width
+            if level == 0 and isinstance(config, MoVQConfig):
+                # the scaled norms are copies: of what the level begins with, or of what a block is at
+                numbers = max(2 * before + 2 * width, before + 4 * width)
             needs.append(cells * (config.stride // 2**level) ** 2 * numbers)
         return 4 * max(needs)
     # the input of a transposed convolution, its output, and that after the ReLU, where the three are largest

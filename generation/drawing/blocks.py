@@ -36,7 +36,7 @@ SPARE = 16  # times the cache of such a block must be free
 
 def cache_shape(config: TransformerConfig, rows: int, grid: tuple[int, int]) -> tuple[int, int, int, int]:
     """Layers, rows, slots and width of the keys (and of the values) that drawing keeps."""
-    slots = config.max_text + COMMANDS_IN_ROW + grid[0] * grid[1] - 2
+    slots = config.max_text + COMMANDS_IN_ROW + config.places(grid) - 2
     return config.depth, rows, slots, config.key_heads * config.head_width
 
 
@@ -112,7 +112,7 @@ def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int, ki
     config = model.config
     text = [i % config.num_text_pieces for i in range(config.max_text)]
     prompts = pad_prompts(config, [text] * rows, grid)
-    slots, window = prompts.slots, min(window, grid[0] * grid[1])
+    slots, window = prompts.slots, min(window, config.places(grid))
     last = prompts.hidden.shape[1] - window
     results = _trial_products(model, rows, (window, slots) if window > 1 else (1,), kind)
     codes = torch.zeros(rows, window, dtype=torch.int64)

@@ -6,7 +6,8 @@ Image k is the same picture, bit for bit, whatever else is in the batch (on one 
 * the model only ever sees blocks of a fixed number of rows (`generation.drawing.blocks`), with every prompt padded to
   the model's `max_text` on the left. Unused rows are filled.
 
-Shapes: n images, m images of a block, R rows of a block, N image codes, S = h * w codes of a picture.
+Shapes: n images, m images of a block, R rows of a block, N image codes, S = h * w codes of a picture, P places of it
+(`generation.drawing.row_ends`), which are its codes in most models.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 from generation.drawing.blocks import BLOCK_ROWS, block_rows, blocks_together, full_block, images_in_block
 from generation.drawing.engines import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.drawing.jacobi import Windows, draw_by_windows
-from generation.drawing.logits import draw_noise, guide, sample
+from generation.drawing.logits import guide, sample
+from generation.drawing.noise import Noise, make_noise
 from generation.drawing.prompts import PaddedPrompts, pad_prompts, prefill, prefill_around_holes
+from generation.drawing.row_ends import PictureRows
 from generation.drawing.sampling import SamplingOptions
 from generation.drawing.window_cache import WindowCache
 from generation.transformer.config import TransformerConfig
@@ -34,7 +37,7 @@ Report = Callable[[int], None]  # told how many codes of each picture of the blo
 
 @dataclass(frozen=True)
 class DrawJob:
-    """Pictures to be drawn: a prompt (raw text pieces, or a `Prompt`) and a seed each, and their `codes` [n, S].
+    """Pictures to be drawn: a prompt (raw text pieces, or a `Prompt`) and a seed each, and their `codes` [n, P].
 
     A code is -1 where there is a gap. No picture has a gap before the column `prefix`; with `around_holes`, all have
     the same gaps, and only these take steps. In a block there may be more prompts and seeds than codes: those of unused
@@ -44,7 +47,7 @@ class DrawJob:
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
     codes: Tensor
-    grid: tuple[int, int]
+    rows: PictureRows
     options: SamplingOptions
     prefix: int
     alone: bool = False  # whether no other picture is ever in a block
@@ -52,12 +55,17 @@ class DrawJob:
 
     @property
     def steps(self) -> int:
-        """S: codes of a picture."""
-        return self.grid[0] * self.grid[1]
+        """P: places of a picture."""
+        return self.codes.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the pictures in codes."""
+        return self.rows.grid
 
     @property
     def known(self) -> int:
-        """Codes of each picture that take no step."""
+        """Places of each picture that take no step."""
         return int((self.codes[0] >= 0).sum()) if self.around_holes else self.prefix
 
     @property
@@ -127,22 +135,25 @@ def generate_codes(
     if engine.images:
         full = engine.images * (1 if options.guidance == 1 else 2)
     size = images_in_block(options, full)
-    codes = _given(model.config, prompts, seeds, grid, given_codes).to(model.embed.weight.device)
+    picture_rows = PictureRows.of(model.config, grid)
+    codes = picture_rows.spread(_given(model.config, prompts, seeds, grid, given_codes)).to(model.embed.weight.device)
     prefix = int((codes >= 0).all(dim=0).int().cumprod(dim=0).sum())  # given in all pictures: no step is needed
     around_holes = model.config.fills and bool((codes >= 0).any())
     if around_holes and bool(((codes < 0) != (codes[0] < 0)).any()):
         raise ValueError("pictures with holes in different places: draw them in different calls")
     if around_holes:  # windows and recorded steps go by raster order
         options, kind = replace(options, window=1), "fused" if kind == "fused" else "modules"
-    job = DrawJob(prompts, seeds, codes, grid, options, prefix, alone=size == 1, around_holes=around_holes)
+    job = DrawJob(prompts, seeds, codes, picture_rows, options, prefix, alone=size == 1, around_holes=around_holes)
     known_before = job.known
     if known_before == job.steps:
-        return codes.view(-1, *grid)
+        return picture_rows.pictures(codes)
     done, together = 0, 1  # steps of the blocks before; blocks at once
+    given_before, steps = picture_rows.codes_before(known_before), grid[0] * grid[1]
 
     def report(known: int) -> None:
         if on_token is not None:
-            on_token(done + together * (known - known_before), codes.view(-1, *grid))
+            step = done + together * (picture_rows.codes_before(known) - given_before)
+            on_token(step, picture_rows.pictures(codes))
 
     # in the weights' own type, whatever the training around computes in: packed weights have one type
     with evaluation(model), torch.autocast(codes.device.type, enabled=False):
@@ -155,18 +166,19 @@ def generate_codes(
             if not engine.images and together == 1:
                 rows = block_rows(model, (last - first) * full // size, grid, options.window, kind)
             _draw_block(model, job.block(first, last, together * rows * size // full), kind, report)
-            first, done = last, done + together * (job.steps - known_before)
-    return codes.view(-1, *grid)
+            first, done = last, done + together * (steps - given_before)
+    return picture_rows.pictures(codes)
 
 
 def _draw_block(model: Transformer, block: DrawJob, kind: Kind, report: Report) -> None:
     """Fill the gaps of a block's codes."""
     device, frame = block.codes.device, model.config.frame
     rows = [*block.prompts, *(map(frame.unprompted, block.prompts) if block.guided else [])]
-    # both rows of a picture are as long in such a frame; what is recorded keeps its shape
+    # the rows of a picture alone decide how much padding it needs; what is recorded keeps its shape
     tight = block.alone and frame.own and kind in ("modules", "fused")
     prompts = pad_prompts(model.config, rows, block.grid, tight=tight).to(device)
-    noise = _block_noise(block.seeds, block.steps, model.config.num_image_codes, device)
+    steps, num_codes = block.grid[0] * block.grid[1], model.config.num_image_codes
+    noise = make_noise(model.config.noise, block.seeds, steps, num_codes, device)
     if block.around_holes:
         _draw_holes(model, block, prompts, noise, kind, report)
     elif block.options.window > 1:
@@ -175,33 +187,23 @@ def _draw_block(model: Transformer, block: DrawJob, kind: Kind, report: Report) 
         _draw_by_steps(model, block, prompts, noise, kind, report)
 
 
-def _block_noise(seeds: Sequence[int], steps: int, num_codes: int, device: torch.device) -> Tensor:
-    """The noise [m, S, N] of the seeds; unused rows repeat an image, so equal seeds are drawn once."""
-    noise = torch.empty(len(seeds), steps, num_codes, device=device)
-    for row, seed in enumerate(seeds):
-        first = seeds.index(seed)
-        noise[row] = draw_noise(seed, steps, num_codes) if first == row else noise[first]
-    return noise
-
-
-def _draw_by_windows(model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Tensor, report: Report) -> None:
+def _draw_by_windows(model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Noise, report: Report) -> None:
     codes, given, options = block.codes, block.given, block.options
-    images = torch.arange(len(given), device=codes.device)[:, None]
 
     def choose(logits: Tensor, places: Tensor) -> Tensor:
         logits = guide(logits, options.guidance) if block.guided else logits
-        return sample(logits, noise[images, places], options)
+        return sample(logits, noise.among(block.rows.code_numbers(places)), options)
 
     def on_pass(known: int) -> None:
         codes.copy_(given[: len(codes)])
         report(known)
 
     cache = WindowCache(model.config, prompts.hidden, dtype=cache_dtype(model), device=codes.device)
-    draw_by_windows(model, cache, prompts, given, Windows(options.window, block.grid[1], choose, on_pass))
+    draw_by_windows(model, cache, prompts, given, Windows(options.window, block.rows.stride, choose, on_pass))
 
 
 def _draw_by_steps(
-    model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Tensor, kind: Kind, report: Report
+    model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Noise, kind: Kind, report: Report
 ) -> None:
     codes, given, options = block.codes, block.given, block.options
     repeats = 2 if block.guided else 1
@@ -209,17 +211,19 @@ def _draw_by_steps(
     logits = prefill(model, prompts, cache, given[:, : block.prefix].repeat(repeats, 1))
     step = make_step(kind, model, prompts.code_positions, cache)
     for place in range(block.prefix, block.steps):
-        if block.guided:
-            logits = guide(logits, options.guidance)
-        token = torch.where(given[:, place] < 0, sample(logits, noise[:, place], options), given[:, place])
-        codes[:, place] = token[: len(codes)]
-        report(place + 1)
+        token = given[:, place]
+        if not block.rows.is_end(place):
+            logits = guide(logits, options.guidance) if block.guided else logits
+            drawn = sample(logits, noise.at(block.rows.codes_before(place)), options)
+            token = torch.where(token < 0, drawn, token)
+            codes[:, place] = token[: len(codes)]
+            report(place + 1)
         if place + 1 < block.steps:
             logits = step(token.repeat(repeats), place)
 
 
 def _draw_holes(
-    model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Tensor, kind: Kind, report: Report
+    model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Noise, kind: Kind, report: Report
 ) -> None:
     """Code by code, of the holes alone."""
     codes, given, options = block.codes, block.given, block.options
@@ -231,7 +235,7 @@ def _draw_holes(
     logits = torch.empty(0)
     for count, place in enumerate(hidden.nonzero()[:, 0].tolist(), start=1):
         logits = firsts.get(place, logits)
-        token = sample(guide(logits, options.guidance) if block.guided else logits, noise[:, place], options)
+        token = sample(guide(logits, options.guidance) if block.guided else logits, noise.at(place), options)
         codes[:, place] = token[: len(codes)]
         report(known + count)
         if known + count < block.steps:

@@ -45,7 +45,7 @@ def fused_numbers(config: TransformerConfig, eight_bits: bool = False) -> int:
     known = (
         config.norm == "rmsnorm"
         and config.mlp == "swiglu"
-        and config.position in ("rotary_2d", "rotary_1d")
+        and config.position in ("rotary_2d", "rotary_1d", "rotary_codes")
         and config.key_heads == config.heads
         and not (config.sandwich or config.bias or config.pb_relax)
     )

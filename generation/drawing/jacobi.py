@@ -6,7 +6,7 @@ at once finds it (Song et al. 2021, arXiv:2002.03629): a code is final when thos
 the same, most guesses survive, and the result is exactly the picture that drawing code by code gives. The speculative
 Jacobi decoding of Teng et al. (2024, arXiv:2410.01699) keeps a guess by chance instead, and redraws with fresh noise.
 
-Shapes: n images, R rows of a block, W codes of the window, S codes of a picture, N image codes.
+Shapes: n images, R rows of a block, W codes of the window, S places of a picture, N image codes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from generation.transformer.model import Transformer
 
 @dataclass(frozen=True)
 class Windows:
-    """How a block is drawn by windows of `size` codes, of pictures that are `row_width` codes wide."""
+    """How a block is drawn by windows of `size` codes, of pictures with so many places from a code to that below."""
 
     size: int
     row_width: int
@@ -49,20 +49,28 @@ def draw_by_windows(
     reached = final  # places before it have had a guess
     offsets = torch.arange(window, device=codes.device)
     begin = tokens[:, -1:]  # [BOI1], after which the first code comes
-    model(tokens[:, :-1], positions[:, : slots - 1], cache, features=prompts.features)
+    vectors, last = prompts.split_vectors()
+    if slots > 1:
+        model(tokens[:, :-1], positions[:, : slots - 1], cache, features=vectors)
     if least:
         cache.starts = cache.starts + slots - 1
         given = torch.cat([begin, draft[:, : least - 1].repeat(repeats, 1)], dim=1)
-        model(given, positions[:, slots - 1 : slots - 1 + least], cache)
+        model(
+            given,
+            positions[:, slots - 1 : slots - 1 + least],
+            cache,
+            features=None if last is None else torch.cat(last),
+        )
     while least < steps:
         first = final.clamp_max(steps - window)  # a finished row repeats its end
         places = first[:, None] + offsets
         _guess(draft, known, places, reached, windows.row_width)
-        before = torch.cat([begin[:count], draft[:, :-1]], dim=1).gather(1, places)
+        # the last token of a prompt may be another one in the row without it
+        before = torch.cat([begin, draft[:, :-1].repeat(repeats, 1)], dim=1).gather(1, places.repeat(repeats, 1))
         cache.starts = (first + slots - 1).repeat(repeats)
         rows = torch.arange(len(tokens), device=codes.device)[:, None]
         here = positions[rows, cache.starts[:, None] + offsets]
-        hidden = model(before.repeat(repeats, 1), here, cache)
+        hidden = model(before, here, cache, features=_at_begin(last, (first == 0).repeat(repeats).tolist()))
         old = draft.gather(1, places)
         new = windows.choose(model.logits(hidden, image_only=True).float(), places)
         new = torch.where(known.gather(1, places) | (places < final[:, None]), old, new)
@@ -73,6 +81,13 @@ def draw_by_windows(
         least = int(final.min())
         codes.copy_(torch.where(torch.arange(steps, device=codes.device) < final[:, None], draft, codes))
         windows.on_pass(least)
+
+
+def _at_begin(last: tuple[Tensor, ...] | None, at: list[bool]) -> Tensor | None:
+    """The vectors of the last tokens of those prompts that the rows' windows begin with."""
+    return (
+        None if last is None else torch.cat([one for one, here in zip(last, at, strict=True) if here] or [last[0][:0]])
+    )
 
 
 def _guess(draft: Tensor, known: Tensor, places: Tensor, reached: Tensor, row_width: int) -> None:

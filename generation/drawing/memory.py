@@ -16,6 +16,7 @@ from torch import nn
 from data.host_memory import free_host_bytes
 from generation.drawing.blocks import cache_shape, full_block
 from generation.drawing.fused_step import fused_numbers
+from generation.drawing.noise import KEPT
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.config import TransformerConfig
@@ -42,6 +43,7 @@ class DrawingMemory:
     noise: int  # of all places of the pictures in a block
     activations: int  # the most that a prefill or a step needs beside the above
     picture: int  # decoding one picture, after the cache is freed
+    encoder: int = 0  # of prompts, beside the transformer
 
     @property
     def working(self) -> int:
@@ -50,7 +52,7 @@ class DrawingMemory:
 
     @property
     def total(self) -> int:
-        return self.transformer + self.tokenizer + self.working
+        return self.transformer + self.tokenizer + self.encoder + self.working
 
 
 def plan_drawing(
@@ -62,13 +64,15 @@ def plan_drawing(
     given: int = 0,
     options: SamplingOptions | None = None,
     eight_bits: bool = False,
+    encoder: int = 0,
 ) -> DrawingMemory:
     """The memory of drawing pictures of `grid` codes, `given` of them known, on a device type such as "cuda".
 
-    `eight_bits`: the matrices of the blocks have 8 bits (`generation.transformer.int8`).
+    `eight_bits`: the matrices of the blocks have 8 bits (`generation.transformer.int8`). `encoder` is what an encoder
+    of prompts takes.
     """
     grid, options = grid or config.grid, options or SamplingOptions()
-    steps, window = grid[0] * grid[1], min(options.window, grid[0] * grid[1])
+    steps, window = config.places(grid), min(options.window, config.places(grid))
     rows = full_block(config, grid)
     size = dtype.itemsize
     gates = 3 if config.mlp == "swiglu" else 2
@@ -90,10 +94,19 @@ def plan_drawing(
         rows=rows,
         cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does
         matrices=4 * fused_numbers(config, eight_bits) if alone else 0,
-        noise=rows // (1 if options.guidance == 1 else 2) * steps * config.num_image_codes * 4,
+        noise=rows // (1 if options.guidance == 1 else 2) * _noise_bytes(config, grid, window),
         activations=max(needs),
         picture=decoding_bytes(tokenizer, grid),
+        encoder=encoder,
     )
+
+
+def _noise_bytes(config: TransformerConfig, grid: tuple[int, int], window: int) -> int:
+    """Bytes of the noise of a picture, by `generation.drawing.noise`."""
+    if config.noise == "table":
+        return grid[0] * grid[1] * config.num_image_codes * 4
+    # those kept, those of a pass, and one place in float64, of bits, numbers and logarithms
+    return config.num_image_codes * (4 * (min(KEPT, grid[0] * grid[1]) + window) + 24)
 
 
 def _weight_bytes(build: Callable[[], nn.Module], size: int) -> int:

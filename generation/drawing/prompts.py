@@ -1,12 +1,12 @@
 """Prompts as a block of rows: padded on the left, with the positions of the codes to come; and the prefill of a cache.
 
-Shapes: R rows of a block, P prompt slots, N image codes, S = h * w codes of a picture.
+Shapes: R rows of a block, P prompt slots, N image codes, S places of a picture: its codes, perhaps with ends of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
+from generation.transformer.prompt_features import PrefixMap
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,28 @@ class PaddedPrompts:
 
     In a model's own frame, another mark stands for [BOI1]. `hidden` is True where a cache holds padding. The padding is
     on the left, so that [BOI1] and every code have the same slot in all rows. Positions count from the row's own first
-    token, as in training. `features` [R, n, C] are the vectors of the prompts, zeros where a row has none; None where
-    no row has any.
+    token, as in training. `features` are the vectors [n, C] of each row's prompt, of another n in each where vectors
+    are the prompt; None where no row has any.
     """
 
     tokens: Tensor
     hidden: Tensor
     positions: Tensor
-    features: Tensor | None = None
+    features: tuple[Tensor, ...] | None = None
+    ends_with_vector: bool = False  # whether the last token of a row with vectors is one of them
+
+    @property
+    def vectors(self) -> Tensor | None:
+        """Those of all rows, one row after another, as `Transformer.forward` takes them."""
+        return None if self.features is None else torch.cat(self.features)
+
+    def split_vectors(self) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+        """`vectors` without those of the last tokens of the rows; and these, [0 or 1, C] of each row."""
+        if self.features is None:
+            return None, None
+        ends = [int(self.ends_with_vector and len(one) > 0) for one in self.features]
+        parts = [one.split([len(one) - end, end]) for one, end in zip(self.features, ends, strict=True)]
+        return torch.cat([first for first, _ in parts]), tuple(last for _, last in parts)
 
     @property
     def slots(self) -> int:
@@ -48,14 +63,16 @@ class PaddedPrompts:
 
     def to(self, device: torch.device) -> PaddedPrompts:
         """The same with tokens and positions on another device; a cache takes `hidden` there itself."""
-        features = None if self.features is None else self.features.to(device)
-        return PaddedPrompts(self.tokens.to(device), self.hidden, self.positions.to(device), features)
+        features = None if self.features is None else tuple(one.to(device) for one in self.features)
+        return replace(self, tokens=self.tokens.to(device), positions=self.positions.to(device), features=features)
 
     def row(self, number: int) -> PaddedPrompts:
         """One row alone."""
         one = slice(number, number + 1)
         features = None if self.features is None else self.features[one]
-        return PaddedPrompts(self.tokens[one], self.hidden[one], self.positions[one], features)
+        return replace(
+            self, tokens=self.tokens[one], hidden=self.hidden[one], positions=self.positions[one], features=features
+        )
 
 
 def pad_prompts(
@@ -70,7 +87,7 @@ def pad_prompts(
     rows = [_begin(config, text, grid) for text in prompts]
     if tight:
         slots = max(map(len, rows))
-    steps = grid[0] * grid[1]
+    steps = config.places(grid)
     tokens = torch.full((len(prompts), slots), vocab.command("[PAD]"))
     hidden = torch.zeros(len(prompts), slots + steps - 1, dtype=torch.bool)
     axes = () if config.position_kind == "sequence" else (2,)
@@ -79,28 +96,36 @@ def pad_prompts(
         padding = slots - len(row)
         tokens[i, padding:] = torch.tensor(row)
         hidden[i, :padding] = True
+        if config.row_end >= 0:
+            positions[i, padding:] = torch.arange(len(row) + steps)
+            continue
         num_text = len(row) + 1 - COMMANDS_IN_ROW
         positions[i, padding:] = row_positions(num_text, grid, config.max_text, config.position_kind)[:-1]
-    return PaddedPrompts(tokens, hidden, positions, _features(config, prompts))
+    return PaddedPrompts(tokens, hidden, positions, _features(config, prompts), config.prefix_width > 0)
 
 
 def _begin(config: TransformerConfig, text: Sequence[int], grid: tuple[int, int]) -> list[int]:
     if config.frame.own:
-        return config.frame.row(config.vocabulary, text, config.max_text)
+        row = config.frame.row(config.vocabulary, text, config.max_text)
+        if config.prefix_width and isinstance(text, Prompt) and text.features is not None:
+            row = [config.vocabulary.command(PrefixMap.mark)] * len(row)
+        return row
     return prompt_row(config.vocabulary, text, grid, config.max_text)
 
 
-def _features(config: TransformerConfig, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-    """Float32 [R, n, C], zeros where a prompt has no features; None where none has any."""
-    given = [prompt.features if isinstance(prompt, Prompt) else None for prompt in prompts]
-    shape = (1, config.prompt_features.width)
-    for one in given:
-        if one is not None and (not config.prompt_features.used or one.shape != shape):
-            wanted = f"vectors {list(shape)}" if config.prompt_features.used else "no vectors"
+def _features(config: TransformerConfig, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ...] | None:
+    """Float32 [n, C] of each prompt; None where none has any. One without has a vector of zeros, or none at all."""
+    given = [(prompt, prompt.features if isinstance(prompt, Prompt) else None) for prompt in prompts]
+    width = config.prefix_width or config.prompt_features.width
+    for prompt, one in given:
+        shape = (len(prompt) if config.prefix_width else 1, width)
+        if one is not None and (not width or one.shape != shape):
+            wanted = f"vectors {list(shape)}" if width else "no vectors"
             raise ValueError(f"this model reads {wanted} in its prompts, not {list(one.shape)}")
-    if all(one is None for one in given):
+    if all(one is None for _, one in given):
         return None
-    return torch.stack([torch.zeros(shape) if one is None else one.float() for one in given])
+    nothing = torch.zeros(0 if config.prefix_width else 1, width)
+    return tuple(nothing if one is None else one.float() for _, one in given)
 
 
 def prefill(model: Transformer, prompts: PaddedPrompts, cache: KVCache, given: Tensor | None = None) -> Tensor:
@@ -111,7 +136,7 @@ def prefill(model: Transformer, prompts: PaddedPrompts, cache: KVCache, given: T
     tokens = prompts.tokens if given is None else torch.cat([prompts.tokens, given], dim=1)
     positions = prompts.positions[:, : tokens.shape[1]]
     if isinstance(cache, RaggedCache):
-        hidden = model(cache.align(tokens), cache.align(positions), cache, features=prompts.features)
+        hidden = model(cache.align(tokens), cache.align(positions), cache, features=prompts.vectors)
         rows = torch.arange(len(tokens), device=tokens.device)
         return model.logits(hidden[rows, tokens.shape[1] - 1 - cache.padding], image_only=True).float()
     return _read(model, _Reading(prompts, tokens, positions, [-1]), cache)[:, 0]
@@ -154,12 +179,12 @@ def _read(model: Transformer, reading: _Reading, cache: KVCache) -> Tensor:
     levels = None if reading.levels is None else reading.levels[None]
     if tokens.device.type != "cpu":
         levels = None if levels is None else levels.expand_as(tokens)
-        hidden = model(tokens, positions, cache, features=prompts.features, levels=levels)
+        hidden = model(tokens, positions, cache, features=prompts.vectors, levels=levels)
         return model.logits(hidden[:, reading.at], image_only=True).float()
     logits: dict[object, tuple[int, Tensor]] = {}  # of a row's tokens and features: the first such row, what follows
     results = []
     for row, read in enumerate(map(tuple, tokens.tolist())):
-        features = prompts.row(row).features
+        features = prompts.row(row).vectors
         key = (read, None if features is None else tuple(features.flatten().tolist()))
         if key in logits:
             cache.copy_row(logits[key][0], row)

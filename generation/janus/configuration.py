@@ -1,6 +1,6 @@
 """A published folder of Janus (Chen et al. 2025, arXiv:2501.17811): what its config.json says, and its text tokenizer.
 
-The language model is LLaMA; a field that config.json leaves out has the default of transformers' `LlamaConfig`.
+The language model is LLaMA (`generation.llama`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from data.framed_text import PROMPT, FramedTokenizer
 from generation.janus.settings import JanusImport
+from generation.llama import llama_config, read_language
 from generation.rows.frame import MARKS_IN_FRAME, PromptFrame
 from generation.transformer.config import TransformerConfig
 from vqvae.storage.folders import read_object
@@ -26,21 +27,6 @@ TEMPLATES = {
 }
 # their numbers differ between published files, their names do not
 MARKS = {"begin": "<｜begin▁of▁sentence｜>", "end": "<begin_of_image>", "blank": "<｜▁pad▁｜>"}
-LLAMA = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "head_dim": None,
-    "rope_scaling": None,
-}
 FLOW = "it is JanusFlow, which draws by rectified flow and not by codes: Janus and Janus-Pro are read"
 
 
@@ -70,16 +56,7 @@ def read_janus_folder(folder: Path) -> JanusFiles:
     side = _object(vision, "params", path).get("image_size") if layout == "original" else vision.get("image_size", 384)
     if not isinstance(side, int) or isinstance(side, bool):
         raise ModelError(f"{path} does not say how large pictures are: image_size is {side!r}")
-    known = {name: language.get(name, default) for name, default in LLAMA.items()}
-    known["rope_theta"] = _rope_theta(language, path)
-    for name, value in known.items():
-        default = LLAMA.get(name, 10000.0)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(default, int | float) and not isinstance(default, bool) and not number:
-            raise ModelError(f"{path} has {name} = {value!r}, which is no number")
-    for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("rope_scaling", None)):
-        if known[name] != only:
-            raise ModelError(f"{path} has {name} = {known[name]!r}; only {only!r} is computed here")
+    known = read_language(language, path)
     return JanusFiles(folder, layout, known, side, f"{folder.resolve().name} {record.get('_name_or_path', '')}".lower())
 
 
@@ -88,15 +65,6 @@ def _object(record: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} describes no Janus: it has no {name}")
     return found
-
-
-def _rope_theta(language: Mapping[str, Any], path: Path) -> Any:
-    """The base of the rotary positions: a field of its own, or with its kind in one object."""
-    rope = language.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise ModelError(f"{path} has rotary positions of the kind {kind!r}; only 'default' is computed here")
-    return rope.get("rope_theta", language.get("rope_theta", 10000.0))
 
 
 def choose_template(files: JanusFiles, text: Path, wanted: str) -> str:
@@ -124,37 +92,15 @@ def janus_config(
     if files.image_size < 1 or files.image_size % tokenizer.stride:
         raise ModelError(f"{path} says pictures of {files.image_size} px, and a code stands for {tokenizer.stride}")
     side = files.image_size // tokenizer.stride
-    longest = language["max_position_embeddings"]
-    try:
-        config = TransformerConfig(
-            num_image_codes=tokenizer.codebook_size,
-            num_text_pieces=language["vocab_size"],
-            width=language["hidden_size"],
-            depth=language["num_hidden_layers"],
-            heads=language["num_attention_heads"],
-            kv_heads=language["num_key_value_heads"] or 0,
-            max_text=settings.max_text,
-            grid=(side, side),
-            norm="rmsnorm",
-            norm_eps=language["rms_norm_eps"],
-            mlp="swiglu",
-            mlp_width=language["intermediate_size"],
-            position="rotary_1d",
-            rotary_base=language["rope_theta"],
-            qk_norm=False,
-            tie_embeddings=False,
-            image_head="mlp",
-            frame=frame,
-            block_rows=2 * settings.together,
-        )
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path} does not fit: {error}") from error
-    if language["head_dim"] not in (None, config.head_width):
-        raise ModelError(f"{path} says heads of {language['head_dim']}, and {config.head_width} make up the width")
-    needed = settings.max_text + MARKS_IN_FRAME + side * side
-    if not isinstance(longest, int) or needed > longest:
-        raise ModelError(
-            f"{path} says a context of {longest} places; {side}x{side} codes and {settings.max_text} pieces of text "
-            f"take {needed}: say fewer (--max-text)"
-        )
-    return config
+    return llama_config(
+        language,
+        path,
+        settings.max_text + MARKS_IN_FRAME + side * side,
+        num_image_codes=tokenizer.codebook_size,
+        num_text_pieces=language["vocab_size"],
+        max_text=settings.max_text,
+        grid=(side, side),
+        image_head="mlp",
+        frame=frame,
+        block_rows=2 * settings.together,
+    )

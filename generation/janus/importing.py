@@ -1,7 +1,7 @@
 """Imports Janus' published weights: maps its tensors to ours, folds what can be folded, converts them.
 
 What is not drawn with stays behind: the understanding tower, its aligner, and the head of the text.
-N image codes, T text pieces, D width, K heads of keys, d head width, V vocabulary (padded), M width of the MLP.
+N image codes, T text pieces, D width, V vocabulary (padded).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generation.janus.configuration import FLOW
+from generation.llama import llama_shapes, llama_tensors
 from generation.transformer.config import TransformerConfig
 from vqvae.storage.parts import ModelError
 from vqvae.storage.published import Made, Source, check_tensors, common_dtype, converted, stream_part
@@ -61,23 +62,15 @@ def tokenizer_of(found: Mapping[str, Any], layout: KeyLayout, path: Path) -> VQ1
 
 def language_shapes(config: TransformerConfig, layout: KeyLayout, code_dim: int) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of everything that becomes the transformer."""
-    width, hidden, prefix, keys = config.width, config.hidden_width, LANGUAGE[layout], CODES[layout]
-    shared = config.key_heads * config.head_width
+    width, prefix, keys = config.width, LANGUAGE[layout], CODES[layout]
     shapes: dict[str, tuple[int, ...]] = {
+        **llama_shapes(config, prefix),
         f"{prefix}embed_tokens.weight": (config.num_text_pieces, width),
-        f"{prefix}norm.weight": (width,),
         keys["table"]: (config.num_image_codes, code_dim),
     }
     sizes = {"first": (width, code_dim), "second": (width, width), "expand": (width, width)}
     for name, size in {**sizes, "project": (config.num_image_codes, width)}.items():
         shapes |= {f"{keys[name]}.weight": size, f"{keys[name]}.bias": size[:1]}
-    for layer in range(config.depth):
-        start = f"{prefix}layers.{layer}."
-        shapes |= {f"{start}{norm}.weight": (width,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        shapes |= {f"{start}self_attn.{name}_proj.weight": (width, width) for name in "qo"}
-        shapes |= {f"{start}self_attn.{name}_proj.weight": (shared, width) for name in "kv"}
-        shapes |= {f"{start}mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
-        shapes[f"{start}mlp.down_proj.weight"] = (width, hidden)
     return shapes
 
 
@@ -103,24 +96,11 @@ def write_generator(
     """Write the transformer to the new part `folder`, tensor by tensor; returns its content hash."""
     keys = language_shapes(config, layout, int(found[CODES[layout]["table"]].shape[1]))
     dtype = common_dtype({key: found[key] for key in keys}, path)
-    width, prefix, codes = config.width, LANGUAGE[layout], CODES[layout]
-
-    def joined(*parts: str) -> Made:
-        pieces = [found[part] for part in parts]
-        return Made((sum(len(piece) for piece in pieces), width), dtype, lambda: torch.cat(pieces))
-
-    embed = Made((config.vocabulary.padded_size, width), dtype, lambda: _embedding(found, config, layout))
-    tensors: dict[str, Tensor | Made] = {"embed.weight": embed, "norm.weight": found[f"{prefix}norm.weight"]}
+    codes = CODES[layout]
+    embed = Made((config.vocabulary.padded_size, config.width), dtype, lambda: _embedding(found, config, layout))
+    tensors = llama_tensors(found, config, LANGUAGE[layout], dtype) | {"embed.weight": embed}
     for name in ("expand", "project"):
         tensors |= {f"code_head.{name}.{kind}": found[f"{codes[name]}.{kind}"] for kind in ("weight", "bias")}
-    for layer in range(config.depth):
-        start, block = f"{prefix}layers.{layer}.", f"blocks.{layer}."
-        tensors[f"{block}attention_norm.weight"] = found[f"{start}input_layernorm.weight"]
-        tensors[f"{block}attention.qkv.weight"] = joined(*(f"{start}self_attn.{name}_proj.weight" for name in "qkv"))
-        tensors[f"{block}attention.project.weight"] = found[f"{start}self_attn.o_proj.weight"]
-        tensors[f"{block}mlp_norm.weight"] = found[f"{start}post_attention_layernorm.weight"]
-        tensors[f"{block}mlp.expand.weight"] = joined(*(f"{start}mlp.{name}_proj.weight" for name in ("gate", "up")))
-        tensors[f"{block}mlp.project.weight"] = found[f"{start}mlp.down_proj.weight"]
     return stream_part(folder, config, tensors)
 
 

@@ -21,18 +21,21 @@ from generation.rows.vocabulary import Vocabulary
 
 
 def row_positions(num_text: int, grid: tuple[int, int], max_text: int, kind: PositionKind) -> Tensor:
-    """Positions of a whole row with `num_text` text pieces: [T] ("sequence") or [T, 2] ("grid"), T = num_text+h*w+4.
+    """Positions of a whole row with `num_text` text pieces: [T] ("sequence") or [T, 2] (else), T = num_text+h*w+4.
 
     "sequence" counts 0, 1, 2, ... as CogView does. "grid" puts text and commands on the diagonal, (t, t), and code
     (r, c) at (M + r, M + c) with M = max_text + 4, beyond any text. The positions of a picture then do not depend on
-    the length of its caption, so they can be learned. [EOI1] is at (M + h, M + w).
+    the length of its caption, so they can be learned. [EOI1] is at (M + h, M + w). "codes" gives text and commands no
+    position, (0, 0), and code (r, c) the one (1 + r, 1 + c), as LlamaGen does.
     """
     height, width = grid
     before = num_text + COMMANDS_IN_ROW - 1  # everything up to [BOI1], inclusive
     if kind == "sequence":
         return torch.arange(before + height * width + 1)
-    origin = max_text + COMMANDS_IN_ROW
+    origin = 1 if kind == "codes" else max_text + COMMANDS_IN_ROW
     diagonal = torch.arange(before).unsqueeze(1).expand(before, 2)
+    if kind == "codes":
+        diagonal = torch.zeros_like(diagonal)
     cells = origin + torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
     end = torch.tensor([[origin + height, origin + width]])
     return torch.cat([diagonal, cells, end])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from generation.rows.vocabulary import Vocabulary
 
-PositionKind = Literal["sequence", "grid"]
+PositionKind = Literal["sequence", "grid", "codes"]
 
 COMMANDS_IN_ROW = 4  # [ROI1] [SIZE] [BOI1] [EOI1]
 BEYOND = 2**30  # a level above those of all tokens

@@ -44,7 +44,7 @@ class RowMaker:
     features: FeatureSource | None = None
 
     def __post_init__(self) -> None:
-        if self.model.frame.own or self.model.image_head == "mlp":
+        if self.model.frame.own or self.model.image_head != "linear":
             raise ValueError("a model with a prompt frame of its own, such as imported Janus, cannot be trained here")
         if self.model.prompt_features.used and self.features is None:
             raise ValueError("this generator reads vectors of its towers in the prompt: give their source")

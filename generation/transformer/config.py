@@ -40,7 +40,8 @@ class TransformerConfig:
         0, "Width inside the MLP; 0: 4 x width for gelu; 8/3 x width, rounded to 64, for swiglu.",
         least=0, most=8 * WIDTH,
     )  # fmt: skip
-    position: Literal["sequence", "learned_2d", "rotary_2d", "rotary_1d"] = "rotary_2d"
+    # rotary_codes: as rotary_2d for the codes; text has no angle, and its queries and keys become zeros
+    position: Literal["sequence", "learned_2d", "rotary_2d", "rotary_1d", "rotary_codes"] = "rotary_2d"
     rotary_base: float = option(10000.0, "The base of the rotary positions' wavelengths.", above=1, most=1e12)
     qk_norm: bool = True
     pb_relax: float = option(0.0, "Alpha of precision-bottleneck relaxation; 0: plain attention.", least=0, most=1e6)
@@ -54,13 +55,24 @@ class TransformerConfig:
     bias: bool = False
     dropout: float = option(0.0, "The share of activations that training drops.", least=0, below=1)
     tie_embeddings: bool = True
-    # mlp: Linear, GELU (erf), Linear, with biases, to the codes alone: such a model draws and tells nothing of text
-    image_head: Literal["linear", "mlp"] = "linear"
+    # codes: Linear to the codes alone; mlp: Linear, GELU (erf), Linear, with biases, to them: such models draw and
+    # tell nothing of text
+    image_head: Literal["linear", "codes", "mlp"] = "linear"
     image_softmax: Literal["codes", "full"] = "codes"  # the softmax of the image loss: over N codes, or over V ids
     tokenizer_hash: str = ""  # content hashes of the parts this model was trained with
     text_hash: str = ""
     prompt_features: PromptFeatures = field(default_factory=PromptFeatures)
+    # `generation.transformer.prompt_features.PrefixMap`
+    prefix_width: int = option(
+        0, "Numbers in each of the vectors that are the prompt; 0: it is text pieces.", least=0, most=WIDTH
+    )
     frame: PromptFrame = field(default_factory=PromptFrame)
+    row_end: int = option(
+        -1, "The raw text piece that follows each row of codes but the last, and is not sampled; -1: none.",
+        least=-1, most=2**22,
+    )  # fmt: skip
+    # `generation.drawing.noise`: a table of all places at once, or place by place; each draws other pictures
+    noise: Literal["table", "counter"] = "table"
     block_rows: int = option(
         16, "Rows that are drawn side by side at most; a guided picture takes two.", least=2, most=16
     )
@@ -76,13 +88,21 @@ class TransformerConfig:
             self.frame = PromptFrame(**self.frame)
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
-        if self.position == "rotary_2d" and self.head_width % 4:
-            raise ValueError(f"rotary_2d needs width / heads to be a multiple of 4, not {self.head_width}")
+        if self.position in ("rotary_2d", "rotary_codes") and self.head_width % 4:
+            raise ValueError(f"{self.position} needs width / heads to be a multiple of 4, not {self.head_width}")
         if self.position == "rotary_1d" and self.head_width % 2:
             raise ValueError(f"rotary_1d needs width / heads to be even, not {self.head_width}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-        if self.frame.own and max(self.frame.begin, self.frame.end, self.frame.blank) >= self.num_text_pieces:
+        if self.prefix_width and (self.prompt_features.used or not self.frame.own):
+            raise ValueError("vectors that are the prompt need a frame of their own and no prompt_features")
+        if self.image_head == "codes" and self.tie_embeddings:
+            raise ValueError("image_head codes has a matrix of its own: tie_embeddings must be false")
+        if self.row_end >= self.num_text_pieces or (self.row_end >= 0 and self.position_kind != "sequence"):
+            raise ValueError("row_end must be a text piece, of a model whose positions count along the row")
+        if self.noise not in ("table", "counter"):
+            raise ValueError(f"noise must be table or counter, not {self.noise!r}")
+        if self.frame.own and self.frame.highest >= self.num_text_pieces:
             raise ValueError(f"the marks of the frame must be text pieces, below {self.num_text_pieces}")
 
     @classmethod
@@ -136,11 +156,17 @@ class TransformerConfig:
     @property
     def max_length(self) -> int:
         """Tokens of the longest row, [EOI1] included."""
-        return self.max_text + self.grid[0] * self.grid[1] + COMMANDS_IN_ROW
+        return self.max_text + self.places(self.grid) + COMMANDS_IN_ROW
+
+    def places(self, grid: tuple[int, int]) -> int:
+        """Places that a picture of `grid` codes takes in a row, the ends of its rows included."""
+        return grid[0] * grid[1] + (grid[0] - 1 if self.row_end >= 0 else 0)
 
     @property
     def position_kind(self) -> PositionKind:
         """Which positions the rows need (`rows.draw.row_positions`)."""
+        if self.position == "rotary_codes":
+            return "codes"
         return "sequence" if self.position in ("sequence", "rotary_1d") else "grid"
 
     @property
@@ -148,4 +174,6 @@ class TransformerConfig:
         """Entries of a position table: along the row, or along each of the two axes."""
         if self.position_kind == "sequence":
             return self.max_length
+        if self.position_kind == "codes":
+            return max(self.grid) + 2
         return self.max_text + COMMANDS_IN_ROW + max(self.grid) + 1

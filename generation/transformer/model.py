@@ -17,7 +17,7 @@ from generation.rows.row import RowBatch
 from generation.transformer.attention import DenseAttention, Rotation, rotate
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
-from generation.transformer.prompt_features import FeatureMap
+from generation.transformer.prompt_features import FeatureMap, PrefixMap
 from generation.transformer.views import Inputs, View, choose_view
 
 # Annotations stay objects here (no `from __future__ import annotations`): the hub mixin reads the type of `config`
@@ -159,14 +159,20 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         if config.image_head == "mlp":
             self.code_head = CodeHead(config)
         elif not config.tie_embeddings:
-            self.head = nn.Linear(config.width, vocabulary_size, bias=False)
-        if config.position in ("rotary_2d", "rotary_1d"):
+            outputs = config.num_image_codes if config.image_head == "codes" else vocabulary_size
+            self.head = nn.Linear(config.width, outputs, bias=False)
+        if config.position in ("rotary_2d", "rotary_1d", "rotary_codes"):
             # cos and sin, not frequencies: a table survives `.to(bfloat16)`, a frequency times 80 does not
             angles = torch.arange(config.num_positions).unsqueeze(1) * _frequencies(config)  # [P, d/4] or [P, d/2]
-            self.register_buffer("angles_cos", angles.cos(), persistent=False)
-            self.register_buffer("angles_sin", angles.sin(), persistent=False)
+            cos, sin = angles.cos(), angles.sin()
+            if config.position == "rotary_codes":  # row 0 is that of text, code 0 has no angle
+                cos, sin = (torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (cos, sin))
+            self.register_buffer("angles_cos", cos, persistent=False)
+            self.register_buffer("angles_sin", sin, persistent=False)
         if config.prompt_features.used:
-            self.feature_map = FeatureMap(config.prompt_features, config.width)
+            self.feature_map: FeatureMap | PrefixMap = FeatureMap(config.prompt_features, config.width)
+        elif config.prefix_width:
+            self.feature_map = PrefixMap(config.prefix_width, config.width)
         self._initialise()
 
     angles_cos: Tensor
@@ -183,7 +189,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             assert isinstance(block, Block)
             for branch in (block.attention, block.mlp):
                 nn.init.normal_(branch.project.weight, std=0.02 / math.sqrt(2 * self.config.depth))
-        if self.config.prompt_features.used:
+        if self.config.prompt_features.used or self.config.prefix_width:
             self.feature_map.initialise()
 
     def checkpoint_gradients(self) -> None:
@@ -206,12 +212,12 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         the rule of `visibility` says who sees whom; with levels, a cache must be empty. With `lengths`, B is 1 and the
         row is rows of those lengths behind one another, none of which sees another (`rows.row.pack`). With any of the
         three attention is not sparse.
-        `features` [..., C] are the vectors of the prompts, one for each [ROI1] of `tokens` in their order; without
-        them, no row has a prompt.
+        `features` [..., C] are the vectors of the prompts, one for each place of `tokens` that takes one
+        (`FeatureMap.mark`), in their order; without them, no row has a prompt.
         """
         x = self.embed(tokens)
         if features is not None:
-            x = self.feature_map(x, tokens == self.config.vocabulary.command("[ROI1]"), features)
+            x = self.feature_map(x, tokens == self.config.vocabulary.command(self.feature_map.mark), features)
         rotation = None
         if self.config.position == "sequence":
             x = x + self.embed_positions[0](positions)
@@ -234,8 +240,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
 
     def logits(self, hidden: Tensor, image_only: bool = False) -> Tensor:
         """Logits [..., V] of `hidden` [..., D], or [..., N] of the image codes alone. V includes the padding ids."""
+        assert image_only or self.config.image_head == "linear", "this model has no logits of text"
         if self.config.image_head == "mlp":
-            assert image_only, "this model has no logits of text"
             return self.code_head(hidden)
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
         return F.linear(hidden, weight[: self.config.num_image_codes] if image_only else weight)
@@ -292,8 +298,9 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
 
 def _frequencies(config: TransformerConfig) -> Tensor:
     """How far each pair turns from one position to the next, in radians: [d/4] for each axis, or [d/2] for the one."""
-    if config.position == "rotary_1d":
+    if config.position in ("rotary_1d", "rotary_codes"):
         # in the order of operations of other projects: a last bit off is a different angle at position 600
-        exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+        turned = config.head_width // (1 if config.position == "rotary_1d" else 2)
+        exponents = torch.arange(0, turned, 2, dtype=torch.float32) / turned
         return 1.0 / config.rotary_base**exponents
     return config.rotary_base ** -torch.linspace(0, 1, config.head_width // 4 + 1)[:-1]

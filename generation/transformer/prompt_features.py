@@ -5,13 +5,16 @@ the prompt goes through one linear map and is added at [ROI1], as unCLIP adds CL
 arXiv:2204.06125, section 2.1). A row without a prompt, as guidance needs, has a vector of zeros, to which nothing is
 added. A generator that draws from pictures' vectors reads the picture's own before it describes one, too.
 
+In LlamaGen (Sun et al. 2024, arXiv:2406.06525, section 3.2) such vectors are the whole prompt: those of a text encoder,
+one for each of its pieces, stand where text pieces stand elsewhere (`PrefixMap`).
+
 Shapes: F vectors, C numbers in a vector, D width, B rows, T tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +52,8 @@ class PromptFeatures:
 class FeatureMap(nn.Module):
     """The linear map of the vectors."""
 
+    mark: ClassVar[str] = "[ROI1]"  # the command at whose places vectors are added
+
     def __init__(self, features: PromptFeatures, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, features.width))
@@ -63,7 +68,36 @@ class FeatureMap(nn.Module):
         # outside of training one by one: a product of many may add up in another order, and a row must not depend on
         # what stands beside it
         parts = [vectors] if self.training else vectors.split(1)
-        mapped = torch.cat([F.linear(part, self.weight) for part in parts])
-        places = marked.flatten().nonzero()[:, 0]
-        assert len(places) == len(mapped), f"{len(mapped)} vectors for {len(places)} places"
-        return x.flatten(0, 1).index_add(0, places, mapped.to(x.dtype)).view_as(x)
+        return _added(x, marked, torch.cat([F.linear(part, self.weight) for part in parts]))
+
+
+class PrefixMap(nn.Module):
+    """Two linear maps with GELU (tanh) between, of vectors that are the prompt; the command there has no vector."""
+
+    mark: ClassVar[str] = "[ENC]"
+
+    def __init__(self, vector_width: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(width, vector_width))
+        self.second = nn.Parameter(torch.empty(width, width))
+
+    def initialise(self) -> None:
+        """Give it random weights."""
+        for weight in (self.first, self.second):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x: Tensor, marked: Tensor, features: Tensor) -> Tensor:
+        """As `FeatureMap.forward`."""
+        vectors = features.flatten(0, -2).to(self.first.dtype)
+        return _added(x, marked, torch.cat([project_prompt(one, self.first, self.second) for one in vectors.split(1)]))
+
+
+def project_prompt(vectors: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """What `PrefixMap` makes of vectors [F, C] by its matrices [D, C] and [D, D]: [F, D]."""
+    return F.linear(F.gelu(F.linear(vectors, first), approximate="tanh"), second)
+
+
+def _added(x: Tensor, marked: Tensor, mapped: Tensor) -> Tensor:
+    places = marked.flatten().nonzero()[:, 0]
+    assert len(places) == len(mapped), f"{len(mapped)} vectors for {len(places)} places"
+    return x.flatten(0, 1).index_add(0, places, mapped.to(x.dtype)).view_as(x)

@@ -174,10 +174,12 @@ def _format_memory(memory: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for device, plan in memory.items():
         gb = {name: f"{value / 1e9:.2f}" for name, value in plan.items() if isinstance(value, int)}
+        encoder = f"encoder of prompts {gb['encoder']} + " if plan["encoder"] else ""
         lines.append(
             f"memory     {device}, {plan['dtype']}: {gb['total']} GB = transformer {gb['transformer']} + image "
-            f"tokenizer {gb['tokenizer']} + cache of {plan['rows']} rows {gb['cache']} + matrices {gb['matrices']} + "
-            f"noise {gb['noise']} + activations {gb['activations']}; decoding a picture {gb['picture']}"
+            f"tokenizer {gb['tokenizer']} + {encoder}cache of {plan['rows']} rows {gb['cache']} + "
+            f"matrices {gb['matrices']} + noise {gb['noise']} + "
+            f"activations {gb['activations']}; decoding a picture {gb['picture']}"
         )
     return lines
 

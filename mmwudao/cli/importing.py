@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from data.options import DEPTH, SIDE
+from generation.emu3.settings import Emu3Import
 from generation.janus.settings import JanusImport
+from generation.llamagen.settings import LlamaGenImport
 from mmwudao.cli.options import option_groups
 from retrieval.encoders.settings import TextImport
 from retrieval.towers.settings import TransformersImport
@@ -76,6 +78,49 @@ def janus(
     from mmwudao.loading.importing import import_janus
 
     print(import_janus(source, out, settings, towers))
+
+
+@app.command("emu3")
+@option_groups
+def emu3(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder in transformers' layout: Emu3-Gen-hf.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write this new model directory.")],
+    towers: Annotated[Path | None, typer.Option(help="Put this folder of towers beside it, to judge pictures.")] = None,
+    *,
+    settings: Emu3Import,
+) -> None:
+    """Convert Emu3-Gen, which draws 720 px from English and Chinese prompts."""
+    _look_first({source / "config.json": "no model of Emu3: {} is missing", towers: "no towers at {}"})
+    from mmwudao.loading.importing import import_emu3
+
+    print(import_emu3(source, out, settings, towers))
+
+
+@app.command("llamagen")
+@option_groups
+def llamagen(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint, such as t2i_XL_stage1_256.pt.")],
+    tokenizer: Annotated[Path, typer.Option(help="Read its picture tokenizer, such as vq_ds16_t2i.pt.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Write this new model directory.")],
+    t5: Annotated[Path | None, typer.Option(help="Read the text encoder from this folder of flan-t5-xl.")] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Read the vectors of prompts from this .safetensors, whose keys are prompts.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Read the names of the classes from this file, one class a line; else ImageNet's are known."),
+    ] = None,
+    *,
+    settings: LlamaGenImport,
+) -> None:
+    """Convert LlamaGen, which draws English captions (t2i, with --t5 or --vectors) or classes by name (c2i)."""
+    _look_first(
+        {source: CHECKPOINT, tokenizer: CHECKPOINT, vectors: "no vectors at {}", classes: "no names at {}"}
+        | {None if t5 is None else t5 / "config.json": "no text encoder: {} is missing"}
+    )
+    from mmwudao.loading.importing import import_llamagen
+
+    print(import_llamagen(source, tokenizer, out, settings, t5=t5, vectors=vectors, classes=classes))
 
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Write this new folder of towers.")]

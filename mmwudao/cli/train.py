@@ -145,6 +145,7 @@ def assemble(
     selection: Selection,
     upscaler: Annotated[Path | None, typer.Option(help="Take the trained upscaler in this folder.")] = None,
     towers: Annotated[Path | None, typer.Option(help="Take the trained retrieval towers in this folder.")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="Take an imported model's encoder of prompts.")] = None,
     eight_bits: Annotated[
         bool, typer.Option("--eight-bits", help="Store the transformer in 8 bits a number: half of the file.")
     ] = False,
@@ -155,6 +156,7 @@ def assemble(
     """
     from mmwudao.loading.model_dir import assemble_model
 
+    optional = {"upscaler": upscaler, "towers": towers, "encoder": encoder}
     made = assemble_model(
         tokenizer,
         generator,
@@ -166,7 +168,7 @@ def assemble(
         languages=_words(languages),
         default_sampling=default_sampling,
         card=card.read_text(encoding="utf-8") if card else None,
-        optional={part: path for part, path in (("upscaler", upscaler), ("towers", towers)) if path},
+        optional={part: path for part, path in optional.items() if path},
         describes=describes,
         answers=answers,
         selection=selection,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.framed_text import FramedTokenizer, ModelText
+from data.named_prompts import NamedPrompts
 from generation.cogview.rows import PRESETS, cogview_config
 from generation.drawing.memory import plan_drawing
 from generation.transformer.config import TransformerConfig
@@ -46,7 +47,7 @@ def describe_model(model: str | Path, dtype: str = "auto") -> dict[str, Any]:
         "model_hash": config.model_hash,
         "bytes": sum(part["bytes"] for part in parts.values()),
         "parts": parts,
-        "memory": _plans(loaded.generator.config, loaded.tokenizer.config, dtype),
+        "memory": _plans(loaded.generator.config, loaded.tokenizer.config, dtype, loaded.encoder_bytes),
     }
 
 
@@ -70,6 +71,8 @@ def _describe_parts(loaded: ModelParts) -> dict[str, dict[str, Any]]:
 
 
 def _text_kind(text: ModelText) -> str:
+    if isinstance(text, NamedPrompts):
+        return f"names of each {text.what}"
     return "tokenizer.json" if isinstance(text, FramedTokenizer) else "sentencepiece"
 
 
@@ -93,11 +96,13 @@ def _describe_preset(name: str, dtype: str) -> dict[str, Any]:
     return {"name": name, "image_size": image_size, "parameters": parameters, "memory": memory}
 
 
-def _plans(config: TransformerConfig, tokenizer: TokenizerConfig, dtype: str) -> dict[str, dict[str, Any]]:
+def _plans(
+    config: TransformerConfig, tokenizer: TokenizerConfig, dtype: str, encoder: int = 0
+) -> dict[str, dict[str, Any]]:
     plans = {}
     for device, usual in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         chosen = usual if dtype in ("auto", "int8") else choose_dtype(dtype, torch.device(device))
-        plan = plan_drawing(config, tokenizer, chosen, device, eight_bits=dtype == "int8")
+        plan = plan_drawing(config, tokenizer, chosen, device, eight_bits=dtype == "int8", encoder=encoder)
         named = "int8" if dtype == "int8" else str(chosen).removeprefix("torch.")
         plans[device] = {"dtype": named, **asdict(plan), "total": plan.total}
     return plans

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from data.framed_text import FramedTokenizer, ModelText, load_model_text
 from data.images import to_rgb
+from data.text import TextTokenizer
 from generation.drawing.memory import DrawingMemory, plan_drawing
+from generation.llamagen.encoders import VectorEncoder, encoder_bytes, load_prompt_encoder
 from generation.rows.prompt import Prompt
 from generation.transformer.adapters import AdapterConfig
 from generation.transformer.int8 import is_quantised
@@ -23,6 +25,7 @@ from mmwudao.loading.model_dir import (
     ModelConfig,
     check_hash,
     check_pairing,
+    check_prompt_encoder,
     check_prompt_towers,
     find_model,
     read_model_config,
@@ -47,6 +50,12 @@ class ModelParts:
     generator: Transformer
     text: ModelText
 
+    @property
+    def encoder_bytes(self) -> int:
+        """Bytes that the encoder of prompts takes, if there is one."""
+        part = self.config.parts.get("encoder")
+        return encoder_bytes(self.folder / part.path) if part else 0
+
 
 def load_parts(model: str | Path) -> ModelParts:
     """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
@@ -68,6 +77,10 @@ def load_parts(model: str | Path) -> ModelParts:
         check_prompt_towers(generator.config.prompt_features, towers.hash if towers else None)
         if towers is not None:
             check_hash(folder, "towers", stored_hash(folder / towers.path), towers.hash)
+    encoder = config.parts.get("encoder")
+    if encoder is not None:
+        check_hash(folder, "encoder", stored_hash(folder / encoder.path), encoder.hash)
+    check_prompt_encoder(generator.config.prefix_width, folder / encoder.path if encoder else None)
     if config.image_size % tokenizer.config.stride:
         raise ModelError(f"{folder}: image_size must be a multiple of {tokenizer.config.stride}")
     return ModelParts(folder, config, tokenizer, generator, text)
@@ -84,6 +97,7 @@ class LoadedModel:
         self.source, self.adapter = source, adapter
         self.folder, self.config = parts.folder, parts.config
         self.tokenizer, self.generator, self.text = parts.tokenizer, parts.generator, parts.text
+        self.encoder_bytes = parts.encoder_bytes
         side = self.config.image_size // self.tokenizer.config.stride
         self.grid = (side, side)
 
@@ -98,7 +112,7 @@ class LoadedModel:
         options = self.config.default_sampling
         return plan_drawing(
             self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid, options=options,
-            eight_bits=is_quantised(self.generator),
+            eight_bits=is_quantised(self.generator), encoder=self.encoder_bytes,
         )  # fmt: skip
 
     @cached_property
@@ -126,6 +140,12 @@ class LoadedModel:
             )
         return LiveFeatures(self.towers, self.config.styles)
 
+    @cached_property
+    def prompt_encoder(self) -> VectorEncoder | None:
+        """What makes the vectors that stand for a prompt; None for a generator that reads pieces of text."""
+        part = self.config.parts.get("encoder")
+        return load_prompt_encoder(self.folder / part.path, self.device) if part else None
+
     @property
     def dtype(self) -> str:
         """The name of the transformer's number format, as `load` takes it."""
@@ -152,7 +172,7 @@ class LoadedModel:
     @property
     def reads_surely(self) -> int:
         """A text of so many bytes is read whole, whatever it says: a piece of text has a byte or more."""
-        return 0 if isinstance(self.text, FramedTokenizer) else self.reads
+        return self.reads if isinstance(self.text, TextTokenizer) else 0
 
     def read_part(self, text: str) -> str | None:
         """What the generator reads of a text that is too long for it; None: all of it. `ValueError`: `encode_text`."""
@@ -164,7 +184,7 @@ class LoadedModel:
         if isinstance(self.text, FramedTokenizer) and len(pieces) > self.reads:
             raise ValueError(
                 f"the prompt has {len(pieces)} pieces of text with its template, and this model reads {self.reads}: "
-                "shorten it (import janus --max-text sets how many, within the model's context)"
+                "shorten it, or import the model with a larger --max-text if it has that option"
             )
         return pieces
 
@@ -175,8 +195,12 @@ class LoadedModel:
     def encode_prompt(self, text: str, vector: Tensor | None = None) -> Prompt:
         """What the generator reads of a prompt: its pieces, and the vectors of it if the generator reads them.
 
-        `vector` [1, C] takes the place of the text's own. An empty text has no pieces.
+        `vector` [1, C] takes the place of the text's own. An empty text has no pieces. Where vectors are the prompt,
+        its pieces are the last places of a row, one for each.
         """
+        if self.prompt_encoder is not None:
+            vectors, longest = self.prompt_encoder.vectors(self._pieces(text)), self.generator.config.max_text
+            return Prompt(tuple(range(longest - len(vectors), longest)), vectors)
         if vector is None and self.features is not None:
             vector = self.features.of_text(text)
         return Prompt(tuple(self.encode_text(text)) if text else (), vector)

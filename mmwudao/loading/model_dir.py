@@ -2,7 +2,8 @@
 
 config.json                       `ModelConfig`: the picture size, the styles, the sampling defaults, the parts
 tokenizer/, generator/            config.json + model.safetensors each
-text.model                        SentencePiece; of an imported model, text.json (`data.framed_text`)
+text.model                        SentencePiece; of an imported model, text.json (`data.framed_text`, or names)
+encoder/                          of an imported model, what makes the vectors that it reads for a prompt
 upscaler/, towers/                not in every model: super-resolution; image and text embeddings
 README.md                         the model card
 """
@@ -23,6 +24,7 @@ from data.config import ConfigError, from_dict, to_dict
 from data.framed_text import load_model_text
 from data.options import SIDE, check_options, option
 from generation.drawing.sampling import SamplingOptions
+from generation.llamagen.encoders import read_encoder_config
 from generation.transformer.model import Transformer
 from generation.transformer.prompt_features import PromptFeatures
 from mmwudao.loading.options import Selection
@@ -32,7 +34,7 @@ from vqvae.tokenizers import ImageTokenizer, load_image_tokenizer
 FORMAT = "mmwudao-model/1"
 SHIPPED = Path(__file__).parents[1] / "models"
 PART_NAMES = ("tokenizer", "generator", "text")  # what draws
-OPTIONAL_PARTS = ("upscaler", "towers")
+OPTIONAL_PARTS = ("encoder", "upscaler", "towers")
 PART_FILES = ("config.json", "model.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -74,7 +76,8 @@ class ModelConfig:
     @property
     def model_hash(self) -> str:
         """One SHA-256 over the hashes of the parts that draw: what a picture remembers its model by."""
-        lines = (f"{name} {part.hash}\n" for name, part in sorted(self.parts.items()) if name in PART_NAMES)
+        drawing = (*PART_NAMES, "encoder")
+        lines = (f"{name} {part.hash}\n" for name, part in sorted(self.parts.items()) if name in drawing)
         return sha256("".join(lines).encode()).hexdigest()
 
 
@@ -200,7 +203,9 @@ def assemble_model(
     parts = {"tokenizer": Path(tokenizer), "generator": Path(generator), "text": Path(text_model)}
     hashes = {part: stored_hash(Path(source)) for part, source in (optional or {}).items()}
     assert hashes.keys() <= set(OPTIONAL_PARTS)
-    hashes |= check_parts(parts["tokenizer"], parts["generator"], parts["text"], hashes.get("towers"))
+    hashes |= check_parts(
+        parts["tokenizer"], parts["generator"], parts["text"], hashes.get("towers"), (optional or {}).get("encoder")
+    )
     parts |= {part: Path(source) for part, source in (optional or {}).items()}
     text_name = "text.json" if parts["text"].suffix == ".json" else "text.model"
     config = ModelConfig(
@@ -233,10 +238,12 @@ def write_model_config(folder: Path, config: ModelConfig, card: str | None = Non
     (folder / "README.md").write_text(card or f"# {config.name}\n", encoding="utf-8")
 
 
-def check_parts(tokenizer: Path, generator: Path, text_model: Path, towers_hash: str | None = None) -> dict[str, str]:
+def check_parts(
+    tokenizer: Path, generator: Path, text_model: Path, towers_hash: str | None = None, encoder: Path | None = None
+) -> dict[str, str]:
     """Load the three parts, see that they belong together, and return their content hashes by name.
 
-    `towers_hash` is that of the towers beside them, if there are any.
+    `towers_hash` is that of the towers beside them and `encoder` the folder of the prompts' encoder, if there are any.
     """
     loaded = load_part(Transformer, generator)
     hashes = {
@@ -246,6 +253,7 @@ def check_parts(tokenizer: Path, generator: Path, text_model: Path, towers_hash:
     }
     check_pairing(loaded.config.tokenizer_hash, loaded.config.text_hash, hashes)
     check_prompt_towers(loaded.config.prompt_features, towers_hash)
+    check_prompt_encoder(loaded.config.prefix_width, encoder)
     return hashes
 
 
@@ -266,6 +274,16 @@ def check_prompt_towers(features: PromptFeatures, towers_hash: str | None) -> No
         raise ModelError(
             f"the generator reads vectors of the towers {features.towers_hash[:12]}, {found}: put the towers beside it "
             "that it was trained with (mmwudao assemble --towers)"
+        )
+
+
+def check_prompt_encoder(prefix_width: int, folder: Path | None) -> None:
+    """`ModelError` unless the encoder in `folder` makes the vectors that the generator reads, if it reads any."""
+    found = read_encoder_config(folder).width if folder is not None else 0
+    if found != prefix_width:
+        raise ModelError(
+            f"the generator reads vectors of {prefix_width} numbers for a prompt, and the encoder beside it makes "
+            f"{found or 'none'}: put the encoder beside it that it was imported with"
         )
 
 

@@ -17,15 +17,15 @@ BOS, PAD, BEGIN = 256, 257, 258
 PROMPT = "一只柴犬 in a hat"
 
 
-def write_tokenizer(path: Path) -> None:
-    """A tokenizer.json whose pieces are bytes, and the marks of Janus-Pro."""
+def write_byte_tokenizer(path: Path, marks: tuple[str, ...] = MARKS) -> None:
+    """A tokenizer.json whose pieces are bytes and `marks`, those of Janus-Pro if no others are given."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(MARKS))
+    tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(path))
 
 
@@ -63,7 +63,7 @@ def make_janus(kv_heads: int = 4, seed: int = 0) -> Any:
 def save_janus(model: Any, folder: Path, **options: Any) -> Path:
     """The folder that transformers saves, with a text tokenizer."""
     model.save_pretrained(folder, **options)
-    write_tokenizer(folder / "tokenizer.json")
+    write_byte_tokenizer(folder / "tokenizer.json")
     return folder
 
 
@@ -111,7 +111,7 @@ def as_original(source: Path, folder: Path) -> Path:
 def write_janus(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder / "tokenizer.json")
+    write_byte_tokenizer(folder / "tokenizer.json")
 
 
 def guided_codes(model: Any, ids: list[int], guidance: float) -> list[int]:

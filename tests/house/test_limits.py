@@ -20,6 +20,7 @@ NAMES = ("Config", "Options", "Settings", "Limits", "Mix", "Sizes", "Import")
 INTERNAL = {"BatchLimits", "BatchSettings"}
 # what has no default, for the classes that need it
 REQUIRED = {"image_size": 64, "splits": ("test",), "name": "x", "style": "x", "method": "both", "alpha": 8.0}
+REQUIRED |= {"kind": "t5", "width": 8}
 REQUIRED |= {"generator": "x", "weights": "x", "styles": (), "languages": (), "default_sampling": None, "parts": {}}
 
 

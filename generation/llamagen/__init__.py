@@ -1,0 +1,1 @@
+"""LlamaGen as published: its keys, the import of its weights, and the text encoder that its captions go through."""
