@@ -236,7 +236,7 @@ class FrameEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in self.down_block["down"]:  # type: ignore[union-attr]
+        for level in self.down_block["down"].children():
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(self.middle_block(x)), inplace=True))
         x = x[:, :, None].repeat(1, 1, self.frames, 1, 1)
@@ -272,7 +272,7 @@ class FrameDecoder(nn.Module):
             both = layer(both)
         x, codes = both[:, :, 0].contiguous().chunk(2)
         x = self.middle_block(self.conv_in(x), codes)
-        for level in reversed(self.up_block["up"]):  # type: ignore[arg-type]
+        for level in reversed([*self.up_block["up"].children()]):
             x = level(x, codes)
         return self.conv_out(F.silu(self.norm_out(x, codes), inplace=True))
 

@@ -81,7 +81,8 @@ def prompt_frame(text: FramedTokenizer, path: Path) -> PromptFrame:
     absent = [MARKS[mark] for mark, piece in found.items() if piece is None]
     if absent:
         raise ModelError(f"{path} is no text tokenizer of Janus: it lacks {', '.join(absent)}")
-    return PromptFrame("marks", **{mark: piece for mark, piece in found.items() if piece is not None})
+    pieces: dict[str, Any] = {mark: piece for mark, piece in found.items() if piece is not None}
+    return PromptFrame("marks", **pieces)
 
 
 def janus_config(

@@ -70,7 +70,7 @@ class T5Prompts:
         self._model = _empty_t5(config.t5)
         tensors = load_file(folder / "model.safetensors")
         self._model.load_state_dict(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, assign=True)
-        self._model.to(device).eval()
+        self._model.eval().to(device)
 
     @torch.inference_mode()
     def vectors(self, pieces: Sequence[int]) -> Tensor:

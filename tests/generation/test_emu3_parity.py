@@ -81,9 +81,13 @@ def test_greedy_guided_codes(reference: Any, pipeline: Pipeline, window: int) ->
     read = [pipeline.encode_prompt(prompt) for prompt in prompts]
     for images in (0, 2):
         steps: list[int] = []
+
+        def note(step: int, codes: torch.Tensor, into: list[int] = steps) -> None:
+            into.append(step)
+
         found = generate_codes(
             pipeline.generator, read, [0, 1], options, grid=pipeline.grid, engine=Engine("auto", images=images),
-            on_token=lambda step, codes, into=steps: into.append(step),
+            on_token=note,
         )  # fmt: skip
         assert found.flatten(1).tolist() == wanted
         rows = images * 2 or pipeline.generator.config.block_rows

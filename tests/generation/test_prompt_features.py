@@ -140,9 +140,10 @@ def test_all_engines_give_the_same_logits(model):
 def test_8_bits_leave_the_map_as_it_is():
     pytest.importorskip("torchao")
     model = make_model(TransformerConfig.modern(**SIZES, prompt_features=FEATURES))
-    before = model.feature_map.weight.clone()
+    map_of = model.get_submodule("feature_map")
+    before = map_of.get_parameter("weight").clone()
     quantise(model)
-    assert torch.equal(model.feature_map.weight, before)
+    assert torch.equal(map_of.get_parameter("weight"), before)
     assert not torch.equal(draw(model, prompts()), draw(model, PROMPTS))
 
 
@@ -223,7 +224,7 @@ def test_packed_and_padded_rows_have_the_same_loss(batches):
         (((batch, total), _),) = made(3)
         assert (batch.lengths is not None) == packing
         losses.append(model.loss(batch, total)["loss"])
-        gradients = torch.autograd.grad(losses[-1], model.feature_map.weight)
+        gradients = torch.autograd.grad(losses[-1], model.get_parameter("feature_map.weight"))
         assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(losses[0], losses[1])
 

@@ -98,8 +98,8 @@ def tokenizer_weights() -> dict[str, Tensor]:
                     attention(f"{start}.attn.{block}", width)
             if level != len(order) - 1:
                 layer(f"{start}.{'downsample' if side == 'encoder' else 'upsample'}.conv", width, width, 3, 3)
-        for place, block in ((0, residual), (2, residual)):
-            block(f"{side}.mid.{place}", widths[-1], widths[-1])
+        for place in (0, 2):
+            residual(f"{side}.mid.{place}", widths[-1], widths[-1])
         attention(f"{side}.mid.1", widths[-1])
         layer(f"{side}.norm_out", order[-1])
     layer("encoder.conv_in", widths[0], 3, 3, 3)
@@ -136,7 +136,7 @@ def write_t5(folder: Path) -> Any:
 
     config = T5Config(
         vocab_size=320, d_model=CAPTION_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=3,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu", **{"tie_word_embeddings": False, "decoder_start_token_id": 0},
     )  # fmt: skip
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config).eval()

@@ -86,9 +86,8 @@ def e5_file(encoder: TextEncoder, pieces: list[tuple[str, float]]) -> bytes:
     table = sum(2 + len(name) + 1 + 4 + 8 + 8 for name, *_ in stored)
     place = len(head) + 4 + table
     body, entries = b"", struct.pack("<i", len(stored))
-    for name, packed, numbers, data in stored:
-        entries += (
-            struct.pack("<H", len(name)) + name + struct.pack("<BIQQ", packed, numbers, place + len(body), len(data))
-        )
+    for own_name, is_packed, numbers, data in stored:
+        start = struct.pack("<H", len(own_name)) + own_name
+        entries += start + struct.pack("<BIQQ", is_packed, numbers, place + len(body), len(data))
         body += data
     return head + entries + body

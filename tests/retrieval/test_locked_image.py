@@ -58,6 +58,7 @@ def test_texts_learn_to_find_pictures_that_stay(workspace, tmp_path):
     assert contrast[-1] < 0.9 * contrast[0], contrast
     assert any("test/test/text_recall@10/zh" in line for line in log)
     before, after = load_towers(workspace / "towers"), load_towers(folder)
+    assert isinstance(after, PretrainedTowers)
     assert after.config.text.bits == 4
     pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     # the new towers are stored in blocks of 8 bits, the old ones were not
