@@ -134,9 +134,10 @@ def write_t5(folder: Path) -> Any:
     """A tiny text encoder as transformers saves it, with a tokenizer whose pieces are bytes; returns the model."""
     from transformers import T5Config, T5ForConditionalGeneration
 
+    untied: Any = {"tie_word_embeddings": False, "decoder_start_token_id": 0}
     config = T5Config(
         vocab_size=320, d_model=CAPTION_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=3,
-        feed_forward_proj="gated-gelu", **{"tie_word_embeddings": False, "decoder_start_token_id": 0},
+        feed_forward_proj="gated-gelu", **untied,
     )  # fmt: skip
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config).eval()
