@@ -122,12 +122,10 @@ def generate_codes(
     `given_codes` [n, h, w] are kept wherever they are not -1. A code is drawn in sight of what comes before it in
     raster order, and so not of the given codes behind it, unless the model was trained to fill holes
     (`TransformerConfig.fills`): then of all given codes, only the others take steps, and they must be the same in all
-    pictures. `on_token(step, codes)` is called after every step, from 1
-    to `count_steps` (with a window after every pass, which is several steps; one of two blocks drawn at once is two),
-    with the codes [n, h, w] so far, -1 where
+    pictures. `on_token(step, codes)` is called after every step, from 1 to `count_steps` (with a window after every
+    pass, which is several steps; one of two blocks drawn at once is two), with the codes [n, h, w] so far, -1 where
     none is known yet; the tensor is the one being filled, so copy what you keep, and raise an exception to stop. The
-    `engine` says how a step is run; a window is always drawn by the modules. Raises `ValueError` for arguments that do
-    not fit together.
+    `engine` says how a step is run; a window is always drawn by the modules. Raises `ValueError` for what does not fit.
     """
     options, engine = options or SamplingOptions(), engine or Engine()
     kind = engine.resolved(model)
@@ -152,15 +150,15 @@ def generate_codes(
 
     def report(known: int) -> None:
         if on_token is not None:
-            step = done + together * (picture_rows.codes_before(known) - given_before)
-            on_token(step, picture_rows.pictures(codes))
+            on_token(done + together * (picture_rows.codes_before(known) - given_before), picture_rows.pictures(codes))
 
     # in the weights' own type, whatever the training around computes in: packed weights have one type
     with evaluation(model), torch.autocast(codes.device.type, enabled=False):
         first = 0
         while first < len(prompts):
             rows, together = full, 1
-            if not engine.images and first + 2 * size <= len(prompts):
+            # a picture alone in a block has the padding that its own prompt needs, which another would change
+            if not (engine.images or job.alone) and first + 2 * size <= len(prompts):
                 together = blocks_together(model, grid, options.window, kind)
             last = min(first + together * size, len(prompts))
             if not engine.images and together == 1:
