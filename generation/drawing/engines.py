@@ -53,7 +53,7 @@ class Engine:
             return "fused" if can_fuse(model) else "modules"
         if self.kind == "fused" and not can_fuse(model):
             raise ValueError(
-                "the fused engine supports only models of the modern structure, without experts, on a CPU: "
+                "the fused engine supports only models of the modern structure on a CPU, without experts: "
                 "use modules or auto"
             )
         device = model.embed.weight.device.type

@@ -90,8 +90,9 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
     if config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.loop.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)  # rows differ in length from batch to batch
+        for layer, block in enumerate(model.blocks):
+            if not model_config.experts.at(layer):  # what each expert is given differs from step to step
+                block.compile(dynamic=True)  # rows differ in length from batch to batch
     maker = RowMaker(text, model_config, config, features)
     batches = RowBatches(pairs, maker)
     held_out = _held_out_splits(pairs, tests, maker)

@@ -16,11 +16,9 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from data.config import ConfigError
-from generation.transformer.experts import Experts
+from generation.transformer.experts import STACKS, Experts
 from generation.transformer.model import Transformer
 from vqvae.training.sharding import Cut
-
-STACKS = ("expand", "project", "expand_bias", "project_bias")
 
 
 def split_experts(model: Transformer, mesh: DeviceMesh, prefix: str = "") -> dict[str, Cut]:

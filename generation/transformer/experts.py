@@ -17,8 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.options import DEPTH, WIDTH, check_options, option
+from generation.transformer.grouped import grouped_product
 from vqvae.training.process import distributed, world_size
 
 GateKind = Literal["switch", "gshard", "bias"]
@@ -162,6 +162,32 @@ def keep_first(chosen: Tensor, count: int, capacity: int) -> Tensor:
     return chosen.masked_fill(place > capacity, -1)
 
 
+class ExpertWeights(NamedTuple):
+    """The weights of one expert."""
+
+    expand: Tensor
+    project: Tensor
+    expand_bias: Tensor | None = None
+    project_bias: Tensor | None = None
+
+
+class ExpertSource(Protocol):
+    """Where the weights of a layer's experts come from, for a model that draws."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of experts in memory at most, of all layers."""
+
+    def begin(self, experts: list[int]) -> None:
+        """These will be asked for, in this order."""
+
+    def get(self, expert: int) -> ExpertWeights:
+        """The weights of one, valid until the next call."""
+
+
+STACKS = ExpertWeights._fields  # the parameters of `Experts` that hold them for all experts
+
+
 class Experts(nn.Module):
     """The layer: [B, T, D] to [B, T, D].
 
@@ -181,6 +207,7 @@ class Experts(nn.Module):
         self.expand_bias = nn.Parameter(torch.zeros(count, self.expand.shape[1])) if bias else None
         self.project_bias = nn.Parameter(torch.zeros(count, width)) if bias else None
         self.shared = shared
+        self.memory: ExpertSource | None = None  # where the experts are, if they are not here
         if options.gate == "bias":
             self.register_buffer("bias", torch.zeros(count))
             self.register_buffer("load", torch.zeros(count), persistent=False)  # since the last step
@@ -212,26 +239,29 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
+            assert self.memory is None, "experts that stay in a file only draw"
             tokens = x.flatten(0, -2)
             routing = self.routed = self._route(tokens)
             y = self._grouped(tokens, routing).view_as(x)
         elif x.device.type == "cpu":
-            y = torch.stack([self._expert_by_expert(row, self._route(row)) for row in x])
+            y = self._row_by_row(x)
         else:
             y = self._grouped(x.flatten(0, -2), self._route(x.flatten(0, -2))).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
     def _route(self, x: Tensor) -> Routing:
         """The routing of tokens [N, D], always in float32: choices that rounding turns change the whole token."""
-        options, training = self.options, self.training
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())
-            capacity = options.capacity if training else None
-            if options.gate == "switch":
-                return switch_gate(logits, capacity, options.noise if training else 0.0)
-            if options.gate == "gshard":
-                return gshard_gate(logits, options.chosen, capacity, options.random_second and training)
-            return bias_gate(logits, options.chosen, self.bias, capacity)
+            return self._gate(F.linear(x.float(), self.router.weight.float()))
+
+    def _gate(self, logits: Tensor) -> Routing:
+        options, training = self.options, self.training
+        capacity = options.capacity if training else None
+        if options.gate == "switch":
+            return switch_gate(logits, capacity, options.noise if training else 0.0)
+        if options.gate == "gshard":
+            return gshard_gate(logits, options.chosen, capacity, options.random_second and training)
+        return bias_gate(logits, options.chosen, self.bias, capacity)
 
     def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
         """The mixed outputs [N, D] of tokens `x` [N, D], all rows of an expert at once."""
@@ -254,24 +284,42 @@ class Experts(nn.Module):
         y = grouped_product(self._activation(hidden), self.project, counts)
         return y if self.project_bias is None else y + _repeated(self.project_bias, counts, len(x)).to(y.dtype)
 
-    def _expert_by_expert(self, x: Tensor, routing: Routing) -> Tensor:
-        """The mixed outputs [T, D] of one row `x` [T, D], with the weights of those experts alone that it needs."""
-        k = routing.chosen.shape[1]
-        places: dict[int, list[int]] = {}
+    def _row_by_row(self, x: Tensor) -> Tensor:
+        """The mixed outputs [B, T, D] of rows `x` [B, T, D], each computed by itself; an expert is asked for once."""
+        k, (rows, length, _) = self.options.chosen, x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            logits = torch.cat([F.linear(row.float(), self.router.weight.float()) for row in x])
+        routing = self._gate(logits)
+        places: dict[int, dict[int, list[int]]] = {}  # of each expert, in each row, the tokens and choices
         for place, expert in enumerate(routing.chosen.flatten().tolist()):
-            places.setdefault(expert, []).append(place)
+            places.setdefault(expert, {}).setdefault(place // (length * k), []).append(place % (length * k))
+        needed = sorted(places)
+        if self.memory is not None:
+            self.memory.begin(needed)
         outputs: list[Tensor] = []
-        for expert, some in sorted(places.items()):
-            outputs.append(self._one(x if len(x) == 1 else x[[place // k for place in some]], expert))
-        order = torch.tensor([place for _, some in sorted(places.items()) for place in some])
+        order: list[int] = []
+        for expert in needed:
+            weights = self._weights(expert)
+            for row, some in places[expert].items():
+                outputs.append(self._one(x[row] if length == 1 else x[row, [place // k for place in some]], weights))
+                order += [row * length * k + place for place in some]
         joined = torch.cat(outputs)
-        y = torch.zeros_like(joined).index_copy(0, order, joined)
-        return (y.view(-1, k, y.shape[1]) * routing.weights.to(y.dtype).unsqueeze(-1)).sum(dim=1)
+        y = torch.zeros_like(joined).index_copy(0, torch.tensor(order), joined).view(rows, length, k, -1)
+        shares = routing.weights.to(y.dtype).view(rows, length, k, 1)
+        mixed = y[:, :, 0] * shares[:, :, 0]
+        for choice in range(1, k):
+            mixed = mixed + y[:, :, choice] * shares[:, :, choice]
+        return mixed
 
-    def _one(self, x: Tensor, expert: int) -> Tensor:
+    def _weights(self, expert: int) -> ExpertWeights:
+        if self.memory is not None:
+            return self.memory.get(expert)
         biases = [None if bias is None else bias[expert] for bias in (self.expand_bias, self.project_bias)]
-        hidden = self._activation(F.linear(x, self.expand[expert], biases[0]))
-        return F.linear(hidden, self.project[expert], biases[1])
+        return ExpertWeights(self.expand[expert], self.project[expert], *biases)
+
+    def _one(self, x: Tensor, weights: ExpertWeights) -> Tensor:
+        hidden = self._activation(F.linear(x, weights.expand, weights.expand_bias))
+        return F.linear(hidden, weights.project, weights.project_bias)
 
     def _activation(self, hidden: Tensor) -> Tensor:
         if self.gated:
@@ -317,32 +365,6 @@ def balance(layers: list[Experts]) -> dict[str, Tensor]:
         "load": (load.amax(dim=1) / load.mean(dim=1).clamp_min(1e-9)).max(),
         "dropped": 1 - load.sum() / (choices * len(layers)),
     }
-
-
-def grouped_product(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """[n, O] of rows `x` [n, I] sorted by group, `counts` [G] of each, and a matrix a group, `weights` [G, O, I]."""
-    weights = weights.to(x.dtype)
-    # strides that are no multiple of 16 bytes are refused
-    aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
-    if aligned and grouped_works(x.device.type, x.dtype):
-        return F.grouped_mm(x, weights.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
-    parts = zip(x.split(counts.tolist()), weights.unbind(0), strict=True)
-    return torch.cat([F.linear(part, weight) for part, weight in parts])
-
-
-@cache
-def grouped_works(device: str, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch multiplies groups in one operation on a device, forward and backward; a trial tells."""
-    shapes = ((16, 16), (2, 16, 16))
-    x, weights = (torch.ones(*shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
-    try:
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
-            offsets = torch.tensor([4, 16], dtype=torch.int32, device=device)
-            y = F.grouped_mm(x, weights.transpose(-2, -1), offs=offsets)
-            torch.autograd.grad(y, (x, weights), torch.ones_like(y))
-    except (RuntimeError, AttributeError, ValueError):
-        return False
-    return True
 
 
 def _counts(chosen: Tensor, count: int) -> Tensor:

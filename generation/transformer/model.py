@@ -202,7 +202,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             assert isinstance(block, Block)
             deviation = 0.02 / math.sqrt(2 * self.config.depth)
             nn.init.normal_(block.attention.project.weight, std=deviation)
-            mlp = block.mlp
+            mlp: nn.Module | None = block.mlp
             if isinstance(mlp, Experts):
                 mlp.initialise(deviation)
                 mlp = mlp.shared
@@ -215,6 +215,12 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
     def expert_layers(self) -> list[Experts]:
         """The layers with experts, from the first block to the last."""
         return [block.mlp for block in self.blocks if isinstance(block, Block) and isinstance(block.mlp, Experts)]
+
+    @property
+    def expert_bytes(self) -> int | None:
+        """Bytes of experts in memory at most, where the others stay in a file; None where all are here."""
+        found = [layer.memory.bytes for layer in self.expert_layers if layer.memory is not None]
+        return found[0] if found else None
 
     def adjust_experts(self) -> None:
         """After a step of training: what the gates learn without gradients."""
