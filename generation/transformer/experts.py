@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from data.options import DEPTH, WIDTH, check_options, option
 from generation.transformer.grouped import grouped_product
-from vqvae.training.process import distributed, world_size
 
 GateKind = Literal["switch", "gshard", "bias"]
 
@@ -347,11 +346,11 @@ def balance(layers: list[Experts]) -> dict[str, Tensor]:
     assert len(routings) == len(layers), "a pass in training comes first"
     found = torch.stack([torch.cat([one.firsts, one.load, one.tokens[None]]) for one in routings]).detach()
     choices = torch.full_like(found[0, 0], routings[0].chosen.numel())
-    if distributed():
+    if _processes() > 1:
         dist.all_reduce(found)
         dist.all_reduce(choices)
     firsts, load, tokens = found[:, :count], found[:, count : 2 * count], found[:, -1:].clamp_min(1)
-    sums = torch.stack([one.probabilities for one in routings]) * world_size()
+    sums = torch.stack([one.probabilities for one in routings]) * _processes()
     losses = count * (firsts / tokens * sums / tokens).sum(dim=1)
     if options.gate == "bias":
         for layer, tokens_of in zip(layers, load, strict=True):
@@ -365,6 +364,11 @@ def balance(layers: list[Experts]) -> dict[str, Tensor]:
         "load": (load.amax(dim=1) / load.mean(dim=1).clamp_min(1e-9)).max(),
         "dropped": 1 - load.sum() / (choices * len(layers)),
     }
+
+
+def _processes() -> int:
+    """How many processes train together. That of `vqvae.training` would be imported by all that draws."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _counts(chosen: Tensor, count: int) -> Tensor:
