@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 # beside PyYAML's own: bytes that are no text, brackets too deep for its parser, a date that is none
 NO_YAML = (RecursionError, ValueError)
+LATER = {"later": True}  # metadata of a field that is not stored where it has its default: older files have none
 
 
 class ConfigError(ValueError):
@@ -70,6 +71,18 @@ def from_dict(cls: type[T], record: dict[str, Any]) -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dictionaries of a dataclass instance, ready for JSON or YAML."""
     return dataclasses.asdict(config)
+
+
+def to_stored(config: Any) -> dict[str, Any]:
+    """`to_dict` without the fields marked `LATER` that have their default, so that files stay what they were."""
+    record = to_dict(config)
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.metadata.get("later") and getattr(config, field.name) == default:
+            del record[field.name]
+    return record
 
 
 def _parse_yaml(text: str) -> Any:

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that "256MB", "1.5 GiB" or "1000000" say. Raises `ValueError` for anything else, and for none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = UNITS.get((match[2] or "B").upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise ValueError(f"{text!r} is no amount of memory: write it as 256MB or 1.5GiB")
+    return int(float(match[1]) * unit)
 
 
 def free_host_bytes() -> int | None:

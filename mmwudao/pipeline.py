@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.host_memory import parse_bytes
 from generation.drawing.decoding import OnToken, count_steps, generate_codes
 from generation.drawing.engines import Engine, Kind
 from generation.drawing.memory import check_memory, plan_drawing
@@ -58,13 +59,15 @@ def load(
     dtype: str = "auto",
     adapter: str | Path | None = None,
     engine: Kind = "auto",
+    expert_memory: str | None = None,
 ) -> Pipeline:
     """Load a model by shipped name, folder, or hub id, with the style in the folder `adapter` if there is one.
 
     `device` is one of `DEVICES`; `dtype` is "auto" or a key of `DTYPES`: what the transformer computes in (the image
     tokenizer is small and stays in float32); "int8" is "auto" with the weights of the blocks rounded to 8 bits.
-    `engine` is how a step of drawing is run (`generation.drawing.engines`). Every part is checked against the hashes in
-    `config.json`.
+    `engine` is how a step of drawing is run (`generation.drawing.engines`). With `expert_memory`, such as "256MB", so
+    much of a generator's experts is in memory, and the others stay in its file; for CPUs. Every part is checked against
+    the hashes in `config.json`.
 
     Raises `ValueError` for an unknown or absent device, dtype or engine and for a model the device has no room for,
     `ModelError` (a `ValueError`) for a model that is missing, incomplete or not what its config.json says, and for an
@@ -72,12 +75,15 @@ def load(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype("auto" if dtype == "int8" else dtype, chosen_device)
-    parts = load_parts(model)
+    expert_bytes = None if expert_memory is None else parse_bytes(expert_memory)
+    if expert_bytes is not None and chosen_device.type != "cpu":
+        raise ValueError("--expert-memory is for CPUs: add --device cpu, or leave it out")
+    parts = load_parts(model, expert_bytes, chosen_dtype)
     config, tokenizer, generator = parts.config, parts.tokenizer, parts.generator
     # check now: the parts are still mapped files, which take no memory that others need
     planned = partial(
         plan_drawing, generator.config, tokenizer.config, device=chosen_device.type, options=config.default_sampling,
-        encoder=parts.encoder_bytes,
+        encoder=parts.encoder_bytes, expert_memory=expert_bytes,
     )  # fmt: skip
     eight_bits = dtype == "int8" and not adapter
 

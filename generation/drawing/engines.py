@@ -53,9 +53,12 @@ class Engine:
             return "fused" if can_fuse(model) else "modules"
         if self.kind == "fused" and not can_fuse(model):
             raise ValueError(
-                "the fused engine supports only models of the modern structure on a CPU: use modules or auto"
+                "the fused engine supports only models of the modern structure on a CPU, without experts: "
+                "use modules or auto"
             )
         device = model.embed.weight.device.type
+        if self.kind in ("graph", "compile") and model.config.experts.used:
+            raise ValueError(f"the {self.kind} engine cannot record which experts a token needs: use modules or auto")
         if self.kind == "graph" and device != "cuda":
             raise ValueError("the graph engine needs a CUDA device: use auto")
         if self.kind == "compile" and device not in ("cuda", "cpu"):

@@ -24,7 +24,7 @@ from generation.drawing.products import Product, eight_bit_product, make_product
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import full_weight, is_quantised, stored_eight_bits
-from generation.transformer.model import Block, CodeHead, Transformer
+from generation.transformer.model import MLP, Block, CodeHead, Transformer
 
 MOST_NUMBERS = 2**27  # 512 MiB
 
@@ -47,7 +47,7 @@ def fused_numbers(config: TransformerConfig, eight_bits: bool = False) -> int:
         and config.mlp == "swiglu"
         and config.position in ("rotary_2d", "rotary_1d", "rotary_codes")
         and config.key_heads == config.heads
-        and not (config.sandwich or config.bias or config.pb_relax)
+        and not (config.sandwich or config.bias or config.pb_relax or config.experts.used)
     )
     block = config.width * (4 * config.width + 3 * config.hidden_width)
     if eight_bits and multiplies_eight_bits(config.width, config.hidden_width):
@@ -120,6 +120,7 @@ class _Layer:
 
     def __init__(self, block: Block, config: TransformerConfig, keys: Tensor, values: Tensor) -> None:
         attention, mlp, head_width = block.attention, block.mlp, config.head_width
+        assert isinstance(mlp, MLP)
         self.qkv = _product(attention.qkv.weight, block.attention_norm.weight)
         self.attention_project = _product(attention.project.weight)
         self.expand = _product(mlp.expand.weight, block.mlp_norm.weight)

@@ -20,6 +20,7 @@ from generation.drawing.noise import KEPT
 from generation.drawing.sampling import SamplingOptions
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.config import TransformerConfig
+from generation.transformer.expert_memory import all_expert_bytes
 from generation.transformer.model import Transformer
 from vqvae.storage.parts import without_weights
 from vqvae.tokenizers import TokenizerConfig, decoding_bytes, make_tokenizer
@@ -65,11 +66,13 @@ def plan_drawing(
     options: SamplingOptions | None = None,
     eight_bits: bool = False,
     encoder: int = 0,
+    expert_memory: int | None = None,
 ) -> DrawingMemory:
     """The memory of drawing pictures of `grid` codes, `given` of them known, on a device type such as "cuda".
 
     `eight_bits`: the matrices of the blocks have 8 bits (`generation.transformer.int8`). `encoder` is what an encoder
-    of prompts takes.
+    of prompts takes. `expert_memory`: bytes of experts that are in memory, where the others stay in the file
+    (`generation.transformer.expert_memory`).
     """
     grid, options = grid or config.grid, options or SamplingOptions()
     steps, window = config.places(grid), min(options.window, config.places(grid))
@@ -88,8 +91,9 @@ def plan_drawing(
     if device == "cpu":
         trial = _trial_bytes(config, rows, 1 if alone else prompt + window)
         needs += [trial + _layer_bytes(config, 1 if alone else rows, prompt, prompt, size), 2 * trial]
+    left_out = 0 if expert_memory is None else max(0, all_expert_bytes(config, dtype) - expert_memory)
     return DrawingMemory(
-        transformer=_weight_bytes(lambda: Transformer(config), size) - (size - 1) * eight,
+        transformer=_weight_bytes(lambda: Transformer(config), size) - (size - 1) * eight - left_out,
         tokenizer=_weight_bytes(lambda: make_tokenizer(tokenizer), 4),
         rows=rows,
         cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does

@@ -53,6 +53,7 @@ class GeneratorTrainConfig:
     # row kind -> weight, see `generation.rows.mixture`: how often a step learns rows of that kind
     mix: dict[str, float] = field(default_factory=lambda: {"draw": 1.0})
     start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
+    upcycle: str = ""  # folder of one without experts, whose MLPs all experts start as; empty = no
     text_weight: float = option(
         0.2, "Weigh the loss of a text token in rows that draw by this, where an image token weighs 1.",
         least=0, most=1e6,
@@ -85,3 +86,11 @@ class GeneratorTrainConfig:
         Mixture(self.mix)
         if (self.from_picture > 0) != (self.model.prompt_features.kind == "both"):
             raise ValueError("from_picture above 0 and model.prompt_features.kind=both go together")
+        if self.upcycle and self.start_from:
+            raise ValueError("start_from and upcycle both say what to start from: leave one out")
+        if self.upcycle and not self.model.experts.used:
+            raise ValueError("upcycle makes experts of the MLPs of a generator: set model.experts.count")
+        if self.upcycle and (self.model.experts.shared or self.model.experts.width):
+            raise ValueError(
+                "upcycle makes experts as wide as the MLP, and no shared one: leave out model.experts.width and shared"
+            )

@@ -7,7 +7,7 @@ token on held-out splits and sheets of sample pictures. Under torchrun, every pr
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from data.codes import tokenizer_hash
-from data.config import ConfigError
+from data.config import ConfigError, to_stored
 from data.reading import open_shards
 from data.styles import without_style
 from data.text import TextTokenizer
@@ -31,7 +31,9 @@ from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
 from generation.training.features import FeatureEncoder, StoredFeatures, caption_names, picture_key, prepare_features
 from generation.training.pairs import CodedPairs, unigram_bits
 from generation.transformer.config import TransformerConfig
-from generation.transformer.model import Transformer
+from generation.transformer.expert_parallel import split_experts
+from generation.transformer.experts import Experts
+from generation.transformer.model import MLP, Block, Transformer
 from generation.transformer.tensor_parallel import split_blocks
 from vqvae.model import VQVAE
 from vqvae.storage.parts import content_hash, load_part, save_part
@@ -84,12 +86,13 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
     if features is not None:
         found = {"width": features.width, "towers_hash": features.towers_hash}
         model_config.prompt_features = replace(model_config.prompt_features, **found)
-    model = _start(config.start_from, model_config)
+    model = _upcycled(config.upcycle, model_config) if config.upcycle else _start(config.start_from, model_config)
     if config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.loop.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)  # rows differ in length from batch to batch
+        for layer, block in enumerate(model.blocks):
+            if not model_config.experts.at(layer):  # what each expert is given differs from step to step
+                block.compile(dynamic=True)  # rows differ in length from batch to batch
     maker = RowMaker(text, model_config, config, features)
     batches = RowBatches(pairs, maker)
     held_out = _held_out_splits(pairs, tests, maker)
@@ -121,21 +124,31 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
         assert isinstance(averaged, LossModule)
         save_part(averaged.model, folder)
 
+    return Task(
+        LossModule(model), batches, loss_of, evaluate, "generator", save, origin=_origin(model_config),
+        plans={"tensor": _tensor_plan, "expert": _expert_plan},
+        after_step=model.adjust_experts if model_config.experts.used else None,
+    )  # fmt: skip
+
+
+def _origin(config: TransformerConfig) -> dict[str, str]:
     # of the configuration, what a run cannot change halfway although all shapes stay
-    fixed = {name: value for name, value in asdict(model_config).items() if name not in CHANGEABLE}
-    origin = {
-        "image tokenizer (data.codes)": model_config.tokenizer_hash,
-        "text model (data.text_model)": model_config.text_hash,
+    fixed = {name: value for name, value in to_stored(config).items() if name not in CHANGEABLE}
+    return {
+        "image tokenizer (data.codes)": config.tokenizer_hash,
+        "text model (data.text_model)": config.text_hash,
         "configuration (model)": json.dumps(fixed, sort_keys=True),
     }
-    return Task(
-        LossModule(model), batches, loss_of, evaluate, "generator", save, origin=origin, tensor_plan=_tensor_plan
-    )
 
 
 def _tensor_plan(module: nn.Module, mesh: DeviceMesh) -> dict[str, Cut]:
     assert isinstance(module, LossModule)
     return split_blocks(module.model, mesh, "model.")
+
+
+def _expert_plan(module: nn.Module, mesh: DeviceMesh) -> dict[str, Cut]:
+    assert isinstance(module, LossModule)
+    return split_experts(module.model, mesh, "model.")
 
 
 @dataclass(frozen=True)
@@ -239,6 +252,23 @@ def _start(folder: str, config: TransformerConfig) -> Transformer:
         if replace(trained.config, fills=config.fills) != config:
             raise ConfigError(f"start_from={folder} is a generator of another configuration or of other parts")
         model.load_state_dict(trained.state_dict())
+    return model
+
+
+def _upcycled(folder: str, config: TransformerConfig) -> Transformer:
+    """A model with experts, each the MLP of the generator in `folder`, and the rest of it; routers start random."""
+    model, dense = Transformer(config), load_part(Transformer, folder)
+    if replace(dense.config, fills=config.fills, experts=config.experts) != config or dense.config.experts.used:
+        raise ConfigError(f"upcycle={folder} is a generator of another configuration or of other parts, or has experts")
+    own = model.state_dict()
+    own |= {name: weight for name, weight in dense.state_dict().items() if name in own}
+    model.load_state_dict(own)
+    for block, source in zip(model.blocks, dense.blocks, strict=True):
+        assert isinstance(block, Block)
+        assert isinstance(source, Block)
+        if isinstance(block.mlp, Experts):
+            assert isinstance(source.mlp, MLP)
+            block.mlp.copy_dense(source.mlp.expand, source.mlp.project)
     return model
 
 

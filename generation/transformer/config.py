@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data.config import LATER
 from data.options import DEPTH, WIDTH, check_options, option
 from generation.rows.frame import PromptFrame
 from generation.rows.row import COMMANDS_IN_ROW, PositionKind
 from generation.rows.vocabulary import Vocabulary
+from generation.transformer.experts import ExpertOptions
 from generation.transformer.prompt_features import PromptFeatures
 
 
@@ -77,6 +79,7 @@ class TransformerConfig:
         16, "Rows that are drawn side by side at most; a guided picture takes two.", least=2, most=16
     )
     fills: bool = False  # was trained on rows with holes, so that any codes may be given
+    experts: ExpertOptions = field(default_factory=ExpertOptions, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -86,6 +89,8 @@ class TransformerConfig:
             self.prompt_features = PromptFeatures(**self.prompt_features)
         if isinstance(self.frame, dict):
             self.frame = PromptFrame(**self.frame)
+        if isinstance(self.experts, dict):
+            self.experts = ExpertOptions(**self.experts)
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         if self.position in ("rotary_2d", "rotary_codes") and self.head_width % 4:
@@ -104,6 +109,8 @@ class TransformerConfig:
             raise ValueError(f"noise must be table or counter, not {self.noise!r}")
         if self.frame.own and self.frame.highest >= self.num_text_pieces:
             raise ValueError(f"the marks of the frame must be text pieces, below {self.num_text_pieces}")
+        if self.experts.used and self.experts.every > self.depth:
+            raise ValueError(f"experts.every={self.experts.every}: with depth={self.depth} no block would have experts")
 
     @classmethod
     def cogview(cls, **overrides: Any) -> TransformerConfig:

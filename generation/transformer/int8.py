@@ -13,10 +13,12 @@ from generation.transformer.model import Block, Transformer
 
 
 def quantise(model: Transformer, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
-    """Round the matrices of the blocks to 8 bits, in place. Raises `ValueError` where torchao is missing.
+    """Round the matrices of the blocks to 8 bits, in place. Raises `ValueError` for experts, and without torchao.
 
     The model moves to `device` and `dtype` block by block, so that no more than one block is there in full.
     """
+    if model.config.experts.used:
+        raise ValueError("weights of 8 bits are not made for experts: leave this generator in bfloat16 or float32")
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

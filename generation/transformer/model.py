@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D width, H heads, d = D / H, V vocabulary (padded), N 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.config import to_stored
 from generation.rows.row import RowBatch
 from generation.transformer.attention import DenseAttention, Rotation, rotate
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
+from generation.transformer.experts import Experts, balance
 from generation.transformer.prompt_features import FeatureMap, PrefixMap
 from generation.transformer.views import Inputs, View, choose_view
 
@@ -94,10 +97,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers with GELU (tanh approximation), or SwiGLU (Shazeer 2020, arXiv:2002.05202): [B, T, D] to [B, T, D]."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, hidden: int) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        hidden = config.hidden_width
         self.expand = nn.Linear(config.width, 2 * hidden if self.gated else hidden, bias=config.bias)
         self.project = nn.Linear(hidden, config.width, bias=config.bias)
 
@@ -109,16 +111,27 @@ class MLP(nn.Module):
         return self.project(F.gelu(x, approximate="tanh"))
 
 
+def make_mlp(config: TransformerConfig, layer: int) -> MLP | Experts:
+    """The MLP of a block, or its experts."""
+    options = config.experts
+    if not options.at(layer):
+        return MLP(config, config.hidden_width)
+    hidden = options.width or config.hidden_width
+    shared = MLP(config, options.shared * hidden) if options.shared else None
+    gated = config.mlp == "swiglu"
+    return Experts(options, config.width, hidden, gated=gated, bias=config.bias, shared=shared)
+
+
 class Block(nn.Module):
     """Attention, then the MLP, each normalised before (and with `sandwich` after) and added to the stream."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, config.width)
         self.attention = Attention(config)
         self.attention_out_norm = make_norm(config, config.width) if config.sandwich else nn.Identity()
         self.mlp_norm = make_norm(config, config.width)
-        self.mlp = MLP(config)
+        self.mlp = make_mlp(config, layer)
         self.mlp_out_norm = make_norm(config, config.width) if config.sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
@@ -154,7 +167,7 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         self.embed_positions = nn.ModuleList(nn.Embedding(config.num_positions, config.width) for _ in range(axes))
         self.dropout = nn.Dropout(config.dropout)
         self.dense = DenseAttention(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = make_norm(config, config.width)
         if config.image_head == "mlp":
             self.code_head = CodeHead(config)
@@ -187,10 +200,37 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
             assert isinstance(block, Block)
-            for branch in (block.attention, block.mlp):
-                nn.init.normal_(branch.project.weight, std=0.02 / math.sqrt(2 * self.config.depth))
+            deviation = 0.02 / math.sqrt(2 * self.config.depth)
+            nn.init.normal_(block.attention.project.weight, std=deviation)
+            mlp: nn.Module | None = block.mlp
+            if isinstance(mlp, Experts):
+                mlp.initialise(deviation)
+                mlp = mlp.shared
+            if isinstance(mlp, MLP):
+                nn.init.normal_(mlp.project.weight, std=deviation)
         if self.config.prompt_features.used or self.config.prefix_width:
             self.feature_map.initialise()
+
+    @property
+    def expert_layers(self) -> list[Experts]:
+        """The layers with experts, from the first block to the last."""
+        return [block.mlp for block in self.blocks if isinstance(block, Block) and isinstance(block.mlp, Experts)]
+
+    @property
+    def expert_bytes(self) -> int | None:
+        """Bytes of experts in memory at most, where the others stay in a file; None where all are here."""
+        found = [layer.memory.bytes for layer in self.expert_layers if layer.memory is not None]
+        return found[0] if found else None
+
+    def adjust_experts(self) -> None:
+        """After a step of training: what the gates learn without gradients."""
+        for layer in self.expert_layers:
+            layer.adjust()
+
+    def save_pretrained(self, save_directory: Any, **settings: Any) -> str | None:
+        """As of the mixin; config.json leaves out what older models do not have (`data.config.to_stored`)."""
+        settings.setdefault("config", to_stored(self._hub_mixin_config))
+        return super().save_pretrained(save_directory, **settings)
 
     def checkpoint_gradients(self) -> None:
         """In training, keep the inputs of the blocks alone and compute the rest again in the backward pass."""
@@ -251,6 +291,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
 
         `total_weight` replaces the batch's own sum of weights as the divisor, so that the losses (and gradients) of
         several batches can be added up to exactly those of one large one. Bits of a kind with no tokens are NaN.
+        In training, `loss` of a model with experts has the loss that evens their load in it, and the figures of
+        `experts.balance` are there.
         """
         hidden = self(
             batch.tokens,
@@ -267,11 +309,16 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
         text, text_weights = self._cross_entropy(hidden, batch, text_mask, False)
         weighted = (image * image_weights).sum() + (text * text_weights).sum()
         divisor = batch.weights.sum() if total_weight is None else total_weight
-        return {
+        losses = {
             "loss": weighted / divisor,
             "image_bits": image.detach().mean() / math.log(2),
             "text_bits": text.detach().mean() / math.log(2),
         }
+        if self.training and self.config.experts.used:
+            figures = balance(self.expert_layers)
+            losses["loss"] = losses["loss"] + figures.pop("balance_loss")
+            losses |= figures
+        return losses
 
     def _cross_entropy(self, hidden: Tensor, batch: RowBatch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
         """Float32 cross entropy [n] at the n places of `mask` [B, T], and the weights there."""

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from data.config import ConfigError
-from generation.transformer.model import Block, RMSNorm, Transformer
+from generation.transformer.model import MLP, Block, RMSNorm, Transformer
 from vqvae.training.sharding import Cut
 
 
@@ -29,6 +29,8 @@ def split_blocks(model: Transformer, mesh: DeviceMesh, prefix: str = "") -> dict
         raise ConfigError(
             f"parallel.tensor={count} takes no kv_heads={config.kv_heads}: use parallel.shard, or kv_heads=0"
         )
+    if config.experts.used:
+        raise ConfigError(f"parallel.tensor={count} takes no experts: use parallel.expert or parallel.shard")
     for name, size in (("heads", config.heads), ("hidden_width", config.hidden_width)):
         if size % count:
             raise ConfigError(f"parallel.tensor={count} does not divide the generator's {name}={size}: change one")
@@ -37,11 +39,12 @@ def split_blocks(model: Transformer, mesh: DeviceMesh, prefix: str = "") -> dict
     for number, block in enumerate(model.blocks):
         block = cast(Block, block)
         name = f"{prefix}blocks.{number}"
+        mlp = cast(MLP, block.mlp)
         for part, layer, cut in (
             ("attention.qkv", block.attention.qkv, Cut(0, 3)),
-            ("mlp.expand", block.mlp.expand, Cut(0, gates)),
+            ("mlp.expand", mlp.expand, Cut(0, gates)),
             ("attention.project", block.attention.project, Cut(1)),
-            ("mlp.project", block.mlp.project, Cut(1)),
+            ("mlp.project", mlp.project, Cut(1)),
         ):
             if type(layer) is not nn.Linear:
                 raise ConfigError("parallel.tensor shares out plain matrices alone: a style trains with parallel.shard")

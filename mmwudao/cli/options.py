@@ -28,6 +28,7 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help=help_of(RunOptions, "device"))]
 Dtype = Annotated[str, typer.Option(help=help_of(RunOptions, "dtype"))]
 Engine = Annotated[EngineName, typer.Option(help=help_of(RunOptions, "engine"))]
+ExpertMemory = Annotated[str | None, typer.Option(help=help_of(RunOptions, "expert_memory"))]
 Adapter = Annotated[Path | None, typer.Option(help=help_of(RunOptions, "adapter"))]
 Style = Annotated[
     str | None, typer.Option(help="Draw in the style of this picture family; `mmwudao info` lists those of a model.")
@@ -68,6 +69,7 @@ class DrawingModelOptions(ModelOptions):
 
     adapter: Adapter = None
     engine: Engine = "auto"
+    expert_memory: ExpertMemory = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from generation.drawing.memory import DrawingMemory, plan_drawing
 from generation.llamagen.encoders import VectorEncoder, encoder_bytes, load_prompt_encoder
 from generation.rows.prompt import Prompt
 from generation.transformer.adapters import AdapterConfig
+from generation.transformer.expert_memory import open_generator
 from generation.transformer.int8 import is_quantised
 from generation.transformer.model import Transformer
 from mmwudao.loading.model_dir import (
@@ -57,16 +58,27 @@ class ModelParts:
         return encoder_bytes(self.folder / part.path) if part else 0
 
 
-def load_parts(model: str | Path) -> ModelParts:
-    """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`."""
+def load_parts(
+    model: str | Path, expert_memory: int | None = None, dtype: torch.dtype = torch.float32
+) -> ModelParts:
+    """The parts as they are stored, checked against config.json and against each other. Raises `ModelError`.
+
+    With `expert_memory` (bytes) the generator is in `dtype`, and its experts stay in their file
+    (`generation.transformer.expert_memory.open_generator`).
+    """
     folder = find_model(model)
     config = read_model_config(folder)
     tokenizer = load_image_tokenizer(folder / config.parts["tokenizer"].path)
-    generator = load_part(Transformer, folder / config.parts["generator"].path)
+    place = folder / config.parts["generator"].path
+    if expert_memory is None:
+        generator = load_part(Transformer, place)
+        generator_hash = content_hash(generator)
+    else:
+        generator, generator_hash = open_generator(place, expert_memory, dtype)
     text = load_model_text(folder / config.parts["text"].path)
     hashes = {
         "tokenizer": content_hash(tokenizer),
-        "generator": content_hash(generator),
+        "generator": generator_hash,
         "text": text.content_hash,
     }
     for part, found in hashes.items():
@@ -113,6 +125,7 @@ class LoadedModel:
         return plan_drawing(
             self.generator.config, self.tokenizer.config, dtype, self.device.type, self.grid, options=options,
             eight_bits=is_quantised(self.generator), encoder=self.encoder_bytes,
+            expert_memory=self.generator.expert_bytes,
         )  # fmt: skip
 
     @cached_property

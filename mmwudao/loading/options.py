@@ -25,6 +25,9 @@ class RunOptions:
         "A step of drawing is run this way; on a GPU graph is faster than auto, and compile is faster still but takes "
         "a minute first.",
     )
+    expert_memory: str | None = option(
+        None, "Keep so much of a generator's experts in memory, such as 256MB, and leave the others in its file."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,9 @@ def find_sources(settings: ServeSettings) -> ModelSources:
 
 def load_generator(settings: ServeSettings) -> Pipeline:
     """The model that draws. Raises `ValueError` as `mmwudao.pipeline.load` does."""
-    return load(settings.model, settings.device, settings.dtype, settings.adapter, settings.engine)
+    return load(
+        settings.model, settings.device, settings.dtype, settings.adapter, settings.engine, settings.expert_memory
+    )
 
 
 def open_served(settings: ServeSettings, remote: Generator | None = None) -> Served:

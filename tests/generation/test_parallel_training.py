@@ -92,7 +92,7 @@ def test_two_processes_learn_what_one_learns(workspace: Path) -> None:
     )
     assert found(workspace, "short-more")["refused"] == (
         "parallel.data=2 x shard=1 x tensor=2 is not the number of processes, 2: "
-        "start `torchrun --nproc-per-node 4 -m mmwudao train ...`, or change one of the three"
+        "start `torchrun --nproc-per-node 4 -m mmwudao train ...`, or change one of them"
     )
 
 

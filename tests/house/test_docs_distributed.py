@@ -31,6 +31,7 @@ def page_commands(section: str) -> list[list[str]]:
 def test_the_page_shows_commands() -> None:
     assert len(page_commands("One machine")) == 5
     assert len(page_commands("Stopping and going on")) == 2
+    assert len(page_commands("Experts")) == 4
 
 
 @pytest.mark.slow
@@ -57,3 +58,25 @@ def test_the_commands_run(tmp_path: Path) -> None:
     for other in losses[1:5]:
         assert other == pytest.approx(losses[0], rel=1e-5)
     assert [len(one) for one in losses[5:]] == [10, 12]
+
+
+@pytest.mark.slow
+def test_the_commands_of_experts_run(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    write_workspace(workspace)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(make_config(workspace, tmp_path / "run"))))))
+    dense = tmp_path / "dense"
+    lines = [["mmwudao", "train", "generator", "CONFIG"], *page_commands("Experts")]
+    for number, words in enumerate(lines):
+        out = tmp_path / str(number) if number else dense
+        line = [str(path) if word == "CONFIG" else word.replace("DENSE", str(dense / "generator")) for word in words]
+        line = [*TORCHRUN, *line[1:]] if line[0] == "torchrun" else [sys.executable, "-m", *line]
+        done = subprocess.run(
+            [*line, f"loop.out={out}", "loop.steps=2", "loop.eval_every=2"], cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (words, done.stderr[-3000:])
+        stored = json.loads((out / "generator" / "config.json").read_text())
+        assert ("experts" in stored) == (number > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -22,6 +23,7 @@ from vqvae.storage.blocks import bits_of, packed_tensors, unpacked_tensors
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
 
+LARGE = 2**20  # numbers
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names; float32 else
 
 
@@ -71,15 +73,7 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
         except Exception as error:  # the hub client raises many unrelated kinds; all mean the same to the user
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ModelError(f"{source} is neither a folder nor a model that can be fetched ({reason})") from error
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} is not complete: {name} is missing")
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} is damaged: it is not an object")
+    config = _read_config(folder)
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             # get_slice reads the header alone
@@ -92,7 +86,7 @@ def load_part(cls: type[T], source: str | os.PathLike[str]) -> T:
         if any(bits_of(name) for name in tensors):
             shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
             tensors = unpacked_tensors(tensors, shapes)
-        _check_names(module, tensors, folder)
+        check_names(module, tensors, folder)
         module.load_state_dict(tensors, assign=True)
     except ModelError:
         raise
@@ -166,15 +160,46 @@ def without_weights() -> Iterator[None]:
 
 
 class _NoFilling(TorchFunctionMode):
-    """Leaves out the functions of `nn.init`, and the methods under them, on tensors without storage."""
+    """Leaves out the functions of `nn.init`, and the methods under them, on tensors without storage.
+
+    What is large and left empty is a parameter to be, and gets no storage even until then: where memory is limited,
+    all experts of a layer may be more than there is.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            shape = args[0] if args and not isinstance(args[0], int) else args
+            if math.prod(shape) >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
         tensor = args[0] if args else kwargs.get("tensor")
         if isinstance(tensor, Tensor) and tensor.is_meta:
             if getattr(nn.init, func.__name__, None) is func or func.__name__ in ("normal_", "uniform_"):
                 return tensor
         return func(*args, **kwargs)
+
+
+def read_empty_part(cls: type[T], folder: Path) -> T:
+    """The part in a folder without its weights. Raises `ModelError`."""
+    config = _read_config(folder)
+    try:
+        module: T = _empty_part(cls, config)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder} does not hold a {cls.__name__}: {' '.join(str(error).split())[:300]}") from error
+    return module
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is not complete: {name} is missing")
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} is damaged: it is not an object")
+    return config
 
 
 def _empty_part(cls: Any, record: dict[str, Any]) -> Any:
@@ -185,7 +210,8 @@ def _empty_part(cls: Any, record: dict[str, Any]) -> Any:
         return cls(config)
 
 
-def _check_names(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def check_names(module: nn.Module, tensors: Mapping[str, object], folder: Path) -> None:
+    """Raises `ModelError` unless `tensors`, of the part in a folder, are those that `module` has."""
     stored, expected = set(tensors), set(module.state_dict())
     if stored != expected:
         missing, unexpected = sorted(expected - stored), sorted(stored - expected)

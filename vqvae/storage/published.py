@@ -11,7 +11,7 @@ import math
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.atomic import new_folder
+from data.config import to_stored
 from vqvae.storage.archive import Archive
 from vqvae.storage.parts import ModelError
 from vqvae.storage.unpickling import Damaged, ForbiddenName, Unpickler, Unusable, check_program
@@ -258,7 +259,7 @@ def stream_part(folder: Path, config: Any, tensors: Mapping[str, Tensor | Made])
                 stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 digest.update(stored)
                 file.write(stored)
-        text = json.dumps(asdict(config), indent=2, sort_keys=True)
+        text = json.dumps(to_stored(config), indent=2, sort_keys=True)
         (building / "config.json").write_text(text, encoding="utf-8")
     return digest.hexdigest()
 

@@ -30,6 +30,10 @@ class ParallelConfig:
     tensor: int = option(
         1, "Processes that share out each matrix of a generator's blocks and see the same batch.", least=1, most=1024
     )
+    expert: int = option(
+        1, "Processes that share out the experts of a generator, and the batch too; goes with data alone.",
+        least=1, most=4096,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)

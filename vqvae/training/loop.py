@@ -168,7 +168,7 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor * group.get("rate", 1.0)
         losses, ids = self._gradients(step)
-        self.layout.average_gradients(self.trained.values())
+        self.layout.average_gradients(self.trained)
         norm = self.layout.clip(self.trained, config.clip or math.inf)
         figures = torch.stack([*(value.float() for value in losses.values()), norm.float()])
         if distributed():
@@ -185,6 +185,8 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
         if self.opponent is not None and "opponent" in losses:
             self.opponent.step(factor)
+        if self.task.after_step is not None:
+            self.task.after_step()
         if self.average is not None:
             self._update_average(step)
         return values
@@ -288,13 +290,19 @@ def _average_by(decay: float) -> Callable[[Any, Any, Any], None]:
 
 def _layout(task: Task) -> Layout:
     """How the mesh shares out the model of a task. Raises `ConfigError` where it cannot."""
-    found = Layout(mesh(), task.tensor_plan)
+    found = Layout(mesh(), task.plans)
     if found.mesh is None:
         return found
     sizes = {axis: found.mesh[axis].size() for axis in AXES}
-    if sizes["tensor"] > 1 and task.tensor_plan is None:
+    if sizes["tensor"] > 1 and "tensor" not in task.plans:
         raise ConfigError(
             f"parallel.tensor={sizes['tensor']}: only a generator's matrices can be shared out; use parallel.shard"
+        )
+    if sizes["expert"] > 1 and "expert" not in task.plans:
+        raise ConfigError(f"parallel.expert={sizes['expert']}: only a generator has experts; use parallel.shard")
+    if sizes["expert"] > 1 and sizes["shard"] * sizes["tensor"] > 1:
+        raise ConfigError(
+            f"parallel.expert={sizes['expert']} goes with parallel.data alone: leave shard and tensor at 1"
         )
     if sizes["shard"] > 1 and task.unshardable:
         raise ConfigError(f"parallel.shard={sizes['shard']}: {task.unshardable}")

@@ -60,21 +60,28 @@ class ShardedMuon(Float32Muon):
     """Muon for matrices that processes share out: each process orthogonalises the whole, and steps what it has of it.
 
     Newton-Schulz needs the whole matrix, so its cost is not shared out; the momentum is. A process has one matrix whole
-    at a time.
+    at a time. Of a parameter [n, rows, columns], as experts have, each of the n matrices is orthogonalised by itself.
     """
 
     def __init__(self, named: list[tuple[str, Tensor]], layout: Layout, dtype: torch.dtype, **settings: Any) -> None:
-        super().__init__(named, **settings)
+        flat = [(name, parameter) for name, parameter in named if parameter.ndim == 2]
+        super().__init__(flat or [("", torch.zeros(1, 1))], **settings)
+        # PyTorch's refuses any other parameter than a matrix
+        self.param_groups[0]["params"] = [parameter for _, parameter in named]
+        self.param_groups[0]["param_names"] = [name for name, _ in named]
         self.layout, self.dtype = layout, dtype
         self.names = {id(parameter): name for name, parameter in named}
 
     def _orthogonal(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> tuple[Tensor, torch.Size]:
         name = self.names[id(parameter)]
         whole = self.layout.gather(name, update).to(self.dtype)
-        whole = orthogonalise(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        matrices = [
+            orthogonalise(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            for matrix in (whole.unbind(0) if whole.ndim > 2 else [whole])
+        ]
         own = torch.zeros_like(parameter)
-        self.layout.fill(name, own, whole)
-        return own, whole.shape
+        self.layout.fill(name, own, torch.stack(matrices) if whole.ndim > 2 else matrices[0])
+        return own, matrices[0].shape
 
 
 def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, least: float) -> Tensor:
@@ -104,7 +111,7 @@ def build_muon(
             slow = slow.to(device)
             dist.broadcast(slow, src=0)
         dtype = "float32" if bool(slow) else "bfloat16"
-    if layout.sharded:
+    if layout.sharded or any(parameter.ndim > 2 for _, parameter in named):
         return ShardedMuon(named, layout, torch.float32 if dtype == "float32" else torch.bfloat16, **settings)
     kind = Float32Muon if dtype == "float32" else torch.optim.Muon
     return kind(named, **settings)

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vqvae.training.config import LoopConfig
@@ -18,6 +18,7 @@ from vqvae.training.sharding import Layout
 # of AdamW and Muon; the others choose an implementation, which the moments are stored for
 STEP_SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "momentum", "nesterov", "ns_steps", "adjust_lr_fn",
                  "rate")  # fmt: skip
+STACKED = 3  # axes of several matrices in one parameter
 
 
 def build_optimizers(
@@ -27,7 +28,8 @@ def build_optimizers(
 
     Biases and norm weights are not decayed, as usual. Muon is momentum orthogonalised by a Newton-Schulz iteration
     (Jordan et al. 2024); its step is scaled to the size of AdamW's ("match_rms_adamw", Liu et al. 2025,
-    arXiv:2502.16982, section 2.2), so that one learning rate serves both.
+    arXiv:2502.16982, section 2.2), so that one learning rate serves both. A parameter of three axes is a stack of
+    matrices.
     `rates`: names or patterns (shell wildcards) of parameters of AdamW -> a factor of their learning rate, kept as
     "rate" in its groups; the last one that matches counts. `layout`: how the weights lie in the processes.
     Raises `ValueError` for a pattern that matches nothing.
@@ -37,14 +39,15 @@ def build_optimizers(
     for pattern in rates:
         if not any(fnmatch(name, pattern) for name in trained):
             raise ValueError(f"rates: no parameter that is trained matches {pattern!r}")
-    muon = [name for name in trained if config.optimizer == "muon" and "blocks." in name and trained[name].ndim == 2]
+    matrices = [name for name in trained if trained[name].ndim in (2, STACKED) and not name.endswith("bias")]
+    muon = [name for name in matrices if config.optimizer == "muon" and "blocks." in name]
     groups = []
     for factor in sorted({*rates.values(), 1.0}):
         named = [(name, p) for name, p in trained.items() if name not in muon and _rate(name, rates) == factor]
         for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
             # one kernel steps a group, and takes no mixture of sharded tensors and others
             for sharded in (False, True):
-                some = [(n, p) for n, p in named if (p.ndim > 1, isinstance(p, DTensor)) == (is_matrix, sharded)]
+                some = [(n, p) for n, p in named if (_decays(n, p), isinstance(p, DTensor)) == (is_matrix, sharded)]
                 groups.append({"params": some, "weight_decay": decay, "rate": factor})
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -63,6 +66,11 @@ def build_optimizers(
         adjust_lr_fn="match_rms_adamw",
     )
     return [adamw, matrix_optimizer]
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix or more; the biases of experts are one to an expert."""
+    return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def _rate(name: str, rates: Mapping[str, float]) -> float:

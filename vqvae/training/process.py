@@ -1,7 +1,7 @@
 """The process that trains: its device, its place among the processes of torchrun, its seeds.
 
-Processes form a mesh of three axes, data x shard x tensor, in which the rank counts up along `tensor` first. Those that
-differ along `tensor` alone see the same share of the batch.
+Processes form a mesh of four axes, data x shard x expert x tensor, in which the rank counts up along `tensor` first.
+Those that differ along `tensor` alone see the same share of the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from data.config import ConfigError
 from vqvae.training.config import LoopConfig, ParallelConfig, TrainingError
 
-AXES = ("data", "shard", "tensor")
+AXES = ("data", "shard", "expert", "tensor")
 _mesh: DeviceMesh | None = None  # of the training that this process is in
 
 
@@ -107,17 +107,19 @@ class TrainingProcess:
         self._joined = False
 
 
-def mesh_sizes(parallel: ParallelConfig, processes: int) -> tuple[int, int, int]:
+def mesh_sizes(parallel: ParallelConfig, processes: int) -> tuple[int, int, int, int]:
     """The sizes of `AXES`, `data` filled in. Raises `ConfigError` where their product cannot be `processes`."""
-    inner = parallel.shard * parallel.tensor
+    inner = parallel.shard * parallel.expert * parallel.tensor
     data = parallel.data or max(1, processes // inner)
     if data * inner != processes:
         wanted = f"parallel.data={parallel.data or 'any number'} x shard={parallel.shard} x tensor={parallel.tensor}"
+        if parallel.expert > 1:
+            wanted += f" x expert={parallel.expert}"
         raise ConfigError(
             f"{wanted} is not the number of processes, {processes}: "
-            f"start `torchrun --nproc-per-node {data * inner} -m mmwudao train ...`, or change one of the three"
+            f"start `torchrun --nproc-per-node {data * inner} -m mmwudao train ...`, or change one of them"
         )
-    return data, parallel.shard, parallel.tensor
+    return data, parallel.shard, parallel.expert, parallel.tensor
 
 
 def check_batch_size(config: LoopConfig) -> None:

@@ -1,14 +1,15 @@
 """How the weights of a model lie in the processes of a mesh, and how they are brought together.
 
-Along `tensor` a matrix may be cut (`Cut`) by the plan of a task; along `data` and `shard` PyTorch's FSDP2 keeps what is
-left. Whatever the mesh, `Layout.pieces` says where the numbers of this process stand in the whole tensor, which is all
-that a checkpoint needs to be read by any other mesh.
+Along `tensor` a matrix, and along `expert` a stack of matrices, may be cut (`Cut`) by the plan of a task; along `data`
+and `shard` PyTorch's FSDP2 keeps what is left. Whatever the mesh, `Layout.pieces` says where the numbers of this
+process stand in the whole tensor, which is all that a checkpoint needs to be read by any other mesh.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, cast
@@ -25,10 +26,14 @@ Piece = tuple[int, int, int]  # along one axis: the first place here, the first 
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor is `parts` equal tensors behind one another along `axis`; a process has an equal share of each."""
+    """A tensor is `parts` equal tensors behind one another along `axis`; a process has an equal share of each.
+
+    `along` names the axis of the mesh whose processes have the shares.
+    """
 
     axis: int
     parts: int = 1
+    along: str = "tensor"
 
     def of(self, whole: Tensor, mesh: DeviceMesh) -> Tensor:
         """This process's share of `whole`."""
@@ -57,7 +62,7 @@ class Cut:
 
 
 # cuts what a model has of matrices, in place, and names how; raises `ConfigError` where that is not possible
-TensorPlan = Callable[[nn.Module, DeviceMesh], dict[str, Cut]]
+CutPlan = Callable[[nn.Module, DeviceMesh], dict[str, Cut]]
 
 
 @dataclass
@@ -65,23 +70,24 @@ class Layout:
     """Which tensors are cut and which are not FSDP's, in a mesh; without a mesh, everything is whole."""
 
     mesh: DeviceMesh | None = None
-    plan: TensorPlan | None = None
+    plans: dict[str, CutPlan] = field(default_factory=dict)  # by the axis of the mesh
     cuts: dict[str, Cut] = field(default_factory=dict)
 
     @property
     def sharded(self) -> bool:
         """Whether this process has less than the whole model; else DDP keeps the processes alike."""
-        return self.mesh is not None and (self.mesh["shard"].size() > 1 or self.mesh["tensor"].size() > 1)
+        return self.mesh is not None and any(self.mesh[axis].size() > 1 for axis in ("shard", "expert", "tensor"))
 
     def apply(self, model: nn.Module, device: torch.device) -> None:
         """Leave in `model`, in place, what this process has of it, on `device`."""
         if self.mesh is None or not self.sharded:
             model.to(device)
             return
-        if self.mesh["tensor"].size() > 1 and self.plan is not None:
-            self.cuts = self.plan(model, self.mesh["tensor"])
+        for axis, plan in self.plans.items():
+            if self.mesh[axis].size() > 1:
+                self.cuts |= plan(model, self.mesh[axis])
         replicas = self.mesh["data", "shard"]
-        if replicas.size() > 1:
+        if replicas.size() > 1 and self.mesh["expert"].size() == 1:
             ignored = set(_left_alone(model))
             for parameter in model.parameters():
                 parameter.data = parameter.data.contiguous()  # FSDP takes no channels_last
@@ -108,7 +114,7 @@ class Layout:
         axes = [[(0, first[axis], count)] for axis, count in enumerate(local.shape)]
         if cut is not None:
             assert self.mesh is not None
-            mesh = self.mesh["tensor"]
+            mesh = self.mesh[cut.along]
             axes[cut.axis] = cut.pieces(first[cut.axis], local.shape[cut.axis], sizes[cut.axis], mesh)
             sizes[cut.axis] *= mesh.size()
         described = local.view_as(local)
@@ -130,44 +136,57 @@ class Layout:
         cut = self.cuts.get(name)
         if cut is None or self.mesh is None:
             return whole
-        shares = [
-            torch.empty_like(whole, memory_format=torch.contiguous_format) for _ in range(self.mesh["tensor"].size())
-        ]
-        dist.all_gather(shares, whole.contiguous(), group=self.mesh["tensor"].get_group())
+        mesh = self.mesh[cut.along]
+        shares = [torch.empty_like(whole, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+        dist.all_gather(shares, whole.contiguous(), group=mesh.get_group())
         return cut.join(shares)
 
     def fill(self, name: str, tensor: Tensor, whole: Tensor) -> None:
         """Copy from `whole` what this process has of it into `tensor`."""
         fill_pieces(self.pieces(name, tensor), whole)
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average over replicas the gradients that FSDP leaves alone; every process must call this."""
-        if self.mesh is None or not self.sharded or self.mesh["data", "shard"].size() == 1:
+    def average_gradients(self, named: dict[str, nn.Parameter]) -> None:
+        """Average over shares of the batch the gradients that FSDP leaves alone; every process must call this.
+
+        Those of experts were added up over the processes along `expert` when tokens came back.
+        """
+        if self.mesh is None or not self.sharded:
             return
-        for parameter in parameters:
+        sizes = {axis: self.mesh[axis].size() for axis in ("data", "shard", "expert")}
+        shares = math.prod(sizes.values())
+        if shares == 1:
+            return
+        for name, parameter in named.items():
             if parameter.grad is not None and not isinstance(parameter, DTensor):
-                for axis in ("data", "shard"):
-                    dist.all_reduce(parameter.grad, group=self.mesh[axis].get_group())
-                parameter.grad /= self.mesh["data", "shard"].size()
+                cut = self.cuts.get(name)
+                for axis, size in sizes.items():
+                    if size > 1 and (cut is None or cut.along != axis):
+                        dist.all_reduce(parameter.grad, group=self.mesh[axis].get_group())
+                parameter.grad /= shares
 
     def clip(self, named: dict[str, nn.Parameter], largest: float) -> Tensor:
         """Scale the gradients of parameters by name so that their norm is `largest` at most; returns what it was."""
         parameters = [parameter for parameter in named.values() if parameter.grad is not None]
         if not self.sharded:
             return nn.utils.clip_grad_norm_(parameters, largest)
-        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        kinds: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in named.items():
             if parameter.grad is not None:
-                kinds.setdefault((name in self.cuts, isinstance(parameter, DTensor)), []).append(parameter)
-        squares = [torch.zeros((), device=parameters[0].device) for _ in range(2)]
-        for (cut, _), group in kinds.items():
+                along = self.cuts[name].along if name in self.cuts else ""
+                kinds.setdefault((along, isinstance(parameter, DTensor)), []).append(parameter)
+        # every process adds up over the same axes in the same order, whatever gradients it has
+        squares = {
+            along: torch.zeros((), device=parameters[0].device)
+            for along in ("", *sorted({cut.along for cut in self.cuts.values()}))
+        }
+        for (along, _), group in kinds.items():
             norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in group])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            squares[cut] = squares[cut] + norm.square()
-        if self.cuts:
-            assert self.mesh is not None
-            dist.all_reduce(squares[True], group=self.mesh["tensor"].get_group())
-        total = (squares[0] + squares[1]).sqrt()
+            squares[along] = squares[along] + norm.square()
+        for along, square in squares.items():
+            if along and self.mesh is not None:
+                dist.all_reduce(square, group=self.mesh[along].get_group())
+        total = torch.stack([*squares.values()]).sum().sqrt()
         for group in kinds.values():
             nn.utils.clip_grads_with_norm_(group, largest, total)
         return total

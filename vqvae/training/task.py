@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vqvae.training.sharding import TensorPlan
+from vqvae.training.sharding import CutPlan
 
 
 class Batches(Protocol):
@@ -41,8 +41,9 @@ class Task:
     `save(averaged model, folder)` writes the trained part to the folder `part` of the run. An `opponent` is kept in
     checkpoints, but not in the part. `rates`: see `build_optimizers`.
     `origin` names what weights depend on and cannot be trained on without: the hashes of the tokenizers that made the
-    data, say. A run goes on only with the same. `tensor_plan` cuts the model for parallel.tensor, which is refused
-    without one. `unshardable` says, in a line, why parallel.shard cannot train it.
+    data, say. A run goes on only with the same. `plans` cut the model for an axis of the mesh, tensor or expert, which
+    is refused without one. `unshardable` says, in a line, why parallel.shard cannot train it.
+    `after_step()` is called when the optimizers have made a step, for what learns without gradients.
     """
 
     model: nn.Module
@@ -54,5 +55,6 @@ class Task:
     opponent: Opponent | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
-    tensor_plan: TensorPlan | None = None
+    plans: dict[str, CutPlan] = field(default_factory=dict)
     unshardable: str = ""
+    after_step: Callable[[], None] | None = None
