@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.host_memory import parse_bytes
 from generation.drawing.decoding import OnToken, count_steps, generate_codes
 from generation.drawing.engines import Engine, Kind
 from generation.drawing.memory import check_memory, plan_drawing
@@ -27,7 +26,7 @@ from generation.transformer.int8 import quantise
 from mmwudao import planning, tasks, upscaling
 from mmwudao.asking import Answer, Asking, ask_picture
 from mmwudao.canvas import Canvas, CanvasFormat, extended_canvas, masked_canvas
-from mmwudao.loading.devices import choose_device, choose_dtype
+from mmwudao.loading.devices import choose_device, choose_dtype, choose_expert_memory
 from mmwudao.loading.loaded import LoadedModel, ModelParts, load_parts
 from mmwudao.loading.model_dir import copy_model
 from mmwudao.planning import MAX_PICTURES, MAX_PROMPT, Drawing, Sampling, check_prompt
@@ -75,9 +74,7 @@ def load(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype("auto" if dtype == "int8" else dtype, chosen_device)
-    expert_bytes = None if expert_memory is None else parse_bytes(expert_memory)
-    if expert_bytes is not None and chosen_device.type != "cpu":
-        raise ValueError("--expert-memory is for CPUs: add --device cpu, or leave it out")
+    expert_bytes = choose_expert_memory(expert_memory, chosen_device)
     parts = load_parts(model, expert_bytes, chosen_dtype)
     config, tokenizer, generator = parts.config, parts.tokenizer, parts.generator
     # check now: the parts are still mapped files, which take no memory that others need
@@ -93,14 +90,11 @@ def load(
 
     check_memory(planned(chosen_dtype, eight_bits=eight_bits).total, chosen_device, chosen_dtype, others)
     tokenizer.to(device=chosen_device, dtype=torch.float32)
-    style = None
-    if adapter:
+    if adapter or dtype != "int8":
         generator.to(device=chosen_device, dtype=chosen_dtype)
-        style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash)
+    style = apply_adapter(generator, Path(adapter), config.parts["generator"].hash) if adapter else None
     if dtype == "int8":
         quantise(generator, chosen_device, chosen_dtype)
-    else:
-        generator.to(device=chosen_device, dtype=chosen_dtype)
     pipeline = Pipeline(str(model), parts, style, Engine(engine))
     if generator.config.prompt_features.used:
         pipeline.features  # noqa: B018  the towers draw, so they are checked now as the other parts are

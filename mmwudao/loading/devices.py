@@ -7,6 +7,7 @@ import os
 import torch
 
 from data.batches import cores
+from data.host_memory import parse_bytes
 
 MAX_THREADS = 16  # the matrices of one picture are small: more threads only wait for each other
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -51,3 +52,15 @@ def choose_threads() -> None:
     """Give PyTorch as many threads as this process may use cores, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cores(), MAX_THREADS))
+
+
+def choose_expert_memory(given: str | None, device: torch.device) -> int | None:
+    """The bytes that a text such as "256MB" gives to a generator's experts; None without it: all are in memory.
+
+    Raises `ValueError` for another text, and for a device that is no CPU.
+    """
+    if given is None:
+        return None
+    if device.type != "cpu":
+        raise ValueError("--expert-memory is for CPUs: add --device cpu, or leave it out")
+    return parse_bytes(given)

@@ -33,7 +33,7 @@ from retrieval.training.pairs import (
     draw_captions,
     mirror,
 )
-from retrieval.training.split_recall import picture_vectors, quiet, recall_of_vectors
+from retrieval.training.split_recall import quiet, recall_of_vectors, vectors_of_pixels
 from vqvae.storage.parts import content_hash
 from vqvae.training.process import replica, replicas
 
@@ -97,7 +97,7 @@ class PictureBank:
             split: Pictures(config.data, split, towers.image_size, config.data.test_pictures)
             for split in config.data.test
         }
-        self.test_vectors = {split: picture_vectors(towers, part.pixels) for split, part in self.tests.items()}
+        self.test_vectors = {split: vectors_of_pixels(towers, part.pixels) for split, part in self.tests.items()}
 
     def texts(self) -> list[str]:
         """The names and single keywords of the pictures."""
@@ -135,7 +135,7 @@ class PictureBank:
         stored = read_cache(file, key)
         if stored is None:
             log.info("computing the vectors of %d pictures, %d of each", len(pictures.samples), config.views)
-            parts = [picture_vectors(towers, pictures.pixels).half()]
+            parts = [vectors_of_pixels(towers, pictures.pixels).half()]
             for view in range(1, config.views):
                 rng, generator = random.Random(view), torch.Generator().manual_seed(view)
                 copies = mirror(pictures.pixels, pictures.samples, config.augment.mirror, rng)
@@ -143,7 +143,7 @@ class PictureBank:
                     (augment(part.float() / 255, config.augment, generator) * 255).round().byte()
                     for part in copies.split(256)
                 ]
-                parts.append(picture_vectors(towers, torch.cat(moved)).half())
+                parts.append(vectors_of_pixels(towers, torch.cat(moved)).half())
             stored = {"vectors": torch.stack(parts)}
             write_cache(file, key, stored)
         return stored["vectors"]

@@ -16,11 +16,11 @@ from retrieval.training.pairs import Pictures, queries_by_language
 
 def measure_split_recall(towers: Towers, pictures: Pictures, batch_size: int = 64) -> dict[str, float]:
     """The figures of `recall_of_vectors` for these towers and pictures."""
-    return recall_of_vectors(towers.encode_text, picture_vectors(towers, pictures.pixels, batch_size), pictures)
+    return recall_of_vectors(towers.encode_text, vectors_of_pixels(towers, pictures.pixels, batch_size), pictures)
 
 
 @torch.no_grad()
-def picture_vectors(towers: Towers, pixels: Tensor, batch_size: int = 64) -> Tensor:
+def vectors_of_pixels(towers: Towers, pixels: Tensor, batch_size: int = 64) -> Tensor:
     """The unit vectors [N, D] of pictures, uint8 [N, 3, S, S]."""
     return torch.cat([towers.encode_image(towers.normalise(part.float() / 255)) for part in pixels.split(batch_size)])
 

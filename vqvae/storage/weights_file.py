@@ -23,7 +23,7 @@ PIECE = 2**20  # bytes that are hashed at a time
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """Where a tensor lies: its `start` in the file, in bytes."""
 
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class WeightsFile:
         if any(bits_of(name) for name in self.entries):
             raise ModelError(f"{path} is stored in blocks of 8 bits, which are not read in parts: assemble it without")
 
-    def _read_header(self) -> dict[str, Entry]:
+    def _read_header(self) -> dict[str, StoredTensor]:
         (length,) = struct.unpack("<Q", self._file.read(8))
         if length > MOST_HEADER:
             raise ValueError("its header is too long")
@@ -63,7 +63,7 @@ class WeightsFile:
         entries = {}
         for name, found in record.items():
             first, last = found["data_offsets"]
-            entry = Entry(DTYPES[found["dtype"]], tuple(int(n) for n in found["shape"]), 8 + length + int(first))
+            entry = StoredTensor(DTYPES[found["dtype"]], tuple(int(n) for n in found["shape"]), 8 + length + int(first))
             if min((0, *entry.shape)) < 0 or entry.size != last - first or entry.start + entry.size > end or first < 0:
                 raise ValueError(f"{name} does not lie in the file")
             entries[name] = entry
