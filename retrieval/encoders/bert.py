@@ -156,12 +156,13 @@ class _Attention(nn.Module):
         width = config.hidden_size
         self.self = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
         self.output = _Output(width, config)
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.heads = config.num_attention_heads
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # a module: others turn it off as one
 
     def forward(self, hidden: Tensor, attended: Tensor | None) -> Tensor:
         parts = (self.self[name](hidden) for name in ("query", "key", "value"))
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        dropped = self.dropout if self.training else 0.0
+        dropped = self.dropout.p if self.training else 0.0
         if torch.is_grad_enabled() and query.device.type == "cpu" and query.shape[2] <= SHORT:
             mixed = attend_short(query, key, value, attended, dropped)
         else:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from data.config import ConfigError
 from mmwudao.cli.app import run
-from retrieval.encoders.bert import attend_short
+from retrieval.encoders.bert import MODEL_TYPES, attend_short, bert_of
 from retrieval.encoders.e5_file import e5_text_encoder, read_e5_file
 from retrieval.encoders.importing import import_text_encoder
 from retrieval.encoders.pruning import prune_text_encoder
@@ -78,6 +78,48 @@ def test_vectors_are_those_of_transformers(tmp_path, model_type, pooling):
             torch.testing.assert_close(row, hidden[0] if pooling == "first" else hidden.mean(0), atol=1e-5, rtol=1e-5)
     lengths = encoder.encode(texts, batch_size=4).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(9))
+
+
+@pytest.mark.parametrize(("attention", "training"), [("sdpa", False), ("eager", True)])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_network_is_that_of_transformers_to_the_bit(model_type, attention, training):
+    """In training too, where short rows are attended otherwise, once nothing is dropped out."""
+    torch.manual_seed(2)
+    sizes = {**BERT, "model_type": model_type, "vocab_size": 50, "pad_token_id": 1}
+    original = AutoModel.from_config(
+        AutoConfig.for_model(**sizes), add_pooling_layer=False, attn_implementation=attention
+    ).train()
+    own = bert_of(sizes).train()
+    assert float(own.embeddings.word_embeddings.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    own.load_state_dict(original.state_dict())
+    for module in [*own.modules(), *original.modules()]:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = torch.randint(2, 50, (4, 11))
+    ids[1, 7:] = ids[2, 3:] = 1
+    with torch.set_grad_enabled(training):
+        for some in (ids, ids[:1]):  # with padding and without
+            expected = original(input_ids=some, attention_mask=(some != 1).long()).last_hidden_state
+            found = own(some, some != 1)
+            assert torch.equal(found, expected)
+            if training:
+                found.square().sum().backward()
+                expected.square().sum().backward()
+    for name, parameter in original.named_parameters():
+        torch.testing.assert_close(own.get_parameter(name).grad, parameter.grad, msg=name)
+
+
+def test_settings_that_the_network_lacks_are_named():
+    for changes, problem in (
+        ({"hidden_act": "swish"}, "hidden_act is one of gelu"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is absolute"),
+        ({"num_attention_heads": 5}, "not a multiple of num_attention_heads=5"),
+        ({"pad_token_id": 404}, "pad_token_id=404 is none of 50 pieces"),
+        ({"model_type": "gpt2"}, "model_type is one of"),
+        ({"is_decoder": True}, "is_decoder: no setting of a text encoder"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            bert_of({**BERT, "vocab_size": 50, **changes})
 
 
 def test_e5_file_is_read_as_it_was_written(tmp_path):
