@@ -157,7 +157,7 @@ class _Attention(nn.Module):
         self.self = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
         self.output = _Output(width, config)
         self.heads = config.num_attention_heads
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # a module, to be found by who turns it off
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # a module: others turn it off as one
 
     def forward(self, hidden: Tensor, attended: Tensor | None) -> Tensor:
         parts = (self.self[name](hidden) for name in ("query", "key", "value"))
