@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.options import DEPTH, WIDTH, check_options, option
+
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 SHORT = 64  # tokens
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # the approximation of GELU
@@ -23,22 +25,23 @@ class BertConfig:
     """The sizes, by transformers' names and with its defaults. Raises `ValueError` for what this cannot be."""
 
     model_type: str = "bert"
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    vocab_size: int = option(30522, "Rows of the pieces.", least=1, most=2**24)
+    hidden_size: int = option(768, "Width.", least=1, most=WIDTH)
+    num_hidden_layers: int = option(12, "Layers.", least=0, most=DEPTH)
+    num_attention_heads: int = option(12, "Heads of a layer.", least=1, most=WIDTH)
+    intermediate_size: int = option(3072, "Width inside the MLP of a layer.", least=1, most=8 * WIDTH)
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    hidden_dropout_prob: float = option(0.1, "Dropout of hidden vectors.", least=0, most=1)
+    attention_probs_dropout_prob: float = option(0.1, "Dropout of attention.", least=0, most=1)
+    max_position_embeddings: int = option(512, "Rows of the positions.", least=1, most=2**20)
+    type_vocab_size: int = option(2, "Rows of the kinds of text, of which the first is used.", least=1, most=2**16)
+    initializer_range: float = option(0.02, "Standard deviation of weights at the start.", least=0, most=100)
+    layer_norm_eps: float = option(1e-12, "Added to variances.", least=0, most=1)
+    pad_token_id: int = option(0, "The piece that pads.", least=0, most=2**24)
     position_embedding_type: str = "absolute"
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.model_type not in MODEL_TYPES:
             raise ValueError(f"model_type is one of {', '.join(MODEL_TYPES)}, not {self.model_type!r}")
         if self.hidden_act not in ACTIVATIONS:

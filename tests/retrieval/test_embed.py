@@ -107,7 +107,7 @@ def test_pictures_are_decoded_while_the_towers_work(tmp_path):
             assert met.wait(120)
             return super().encode_pixels(pixels)
 
-    embed_shards(Waiting(), shards, tmp_path / "out", EmbedSettings(texts=False, batch_size=4, workers=1))
+    embed_shards(Waiting(), shards, tmp_path / "out", EmbedSettings(texts=False, batch_size=4, workers=2))
     assert len(decoded) == 32
 
 

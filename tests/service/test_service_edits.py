@@ -144,7 +144,7 @@ GOOD = {"image": encoded(PICTURE), "mask": encoded(mask())}
         ({"image": b"text"}, {}, "image", "not a picture"),
         ({"image": None}, {}, "image", "no picture: upload one as the file 'image'"),
         ({"photo": png()}, {}, "photo", "files are sent as image and mask"),
-        ({}, {"prompt": ""}, None, "empty prompt"),
+        ({}, {"prompt": ""}, "prompt", "empty prompt"),
         ({}, {"prompt": None}, "prompt", "prompt"),
         ({}, {"n": "0"}, "n", "n must be at least 1"),
         ({}, {"n": "x"}, "n", "n must be a whole number"),
