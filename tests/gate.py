@@ -7,8 +7,8 @@
 It imports nothing of the project and relies only on what a user sees: `python -m mmwudao ...` (found as Python finds
 it from the current folder and PYTHONPATH), YAML configurations, the files that commands write, and the routes of
 `mmwudao serve`. All is computed in float32, on the CPU, with one thread and fixed seeds, with the shipped model and
-the sample shards; the same machine and the same PyTorch give the same figures to the last bit. Times, and what else
-differs from run to run, are left out. A run takes five minutes on a core of its own. pytest does not collect this file.
+the sample shards; the same machine and the same PyTorch give the same figures to the last bit. What differs from run
+to run is left out. A run takes five minutes on a core of its own. pytest does not collect this file.
 """
 
 from __future__ import annotations
