@@ -392,9 +392,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="sections or entries; default: all")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative, for numbers; default: equal")
     arguments = parser.parse_args()
-    if arguments.what == "record":
-        return record(arguments.path)
-    return compare(arguments.path, arguments.only, arguments.tolerance)
+    path = arguments.path
+    return record(path) if arguments.what == "record" else compare(path, arguments.only, arguments.tolerance)
 
 
 if __name__ == "__main__":
