@@ -248,8 +248,9 @@ def _start(folder: str, config: TransformerConfig) -> Transformer:
     model = Transformer(config)
     if folder:
         trained = load_part(Transformer, folder)
-        # it may go on with other kinds of rows
-        if replace(trained.config, fills=config.fills) != config:
+        # it may go on with other kinds of rows, and with the vectors of other towers
+        vectors = replace(trained.config.prompt_features, towers_hash=config.prompt_features.towers_hash)
+        if replace(trained.config, fills=config.fills, prompt_features=vectors) != config:
             raise ConfigError(f"start_from={folder} is a generator of another configuration or of other parts")
         model.load_state_dict(trained.state_dict())
     return model

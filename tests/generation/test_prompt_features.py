@@ -28,7 +28,7 @@ from generation.training.batches import RowBatches, RowMaker
 from generation.training.config import GeneratorTrainConfig
 from generation.training.features import StoredFeatures, caption_names, prepare_features
 from generation.training.pairs import CodedPairs
-from generation.training.train_generator import train
+from generation.training.train_generator import _start, train
 from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import quantise
 from generation.transformer.model import Transformer
@@ -356,3 +356,17 @@ def test_rows_with_the_vector_of_the_picture(workspace, tmp_path):
     assert torch.equal(nothing, no_text & ~of_picture)
     with pytest.raises(ValueError, match="from_picture above 0 and model.prompt_features.kind=both go together"):
         replace(config, from_picture=0.0)
+
+
+def test_a_generator_goes_on_with_the_vectors_of_other_towers(tmp_path):
+    config = TransformerConfig.modern(**SIZES, prompt_features=FEATURES)
+    trained = make_model(config)
+    save_part(trained, tmp_path / "generator")
+    others = replace(config, prompt_features=replace(FEATURES, towers_hash="f" * 64))
+    going_on = _start(str(tmp_path / "generator"), others)
+    assert going_on.config.prompt_features.towers_hash == "f" * 64
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(going_on.state_dict()[name], weight.bfloat16().float()), name
+    wider = replace(config, prompt_features=replace(FEATURES, width=FEATURES.width * 2))
+    with pytest.raises(ConfigError, match="another configuration or of other parts"):
+        _start(str(tmp_path / "generator"), wider)
