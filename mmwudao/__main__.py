@@ -8,6 +8,7 @@ import os
 import sys
 
 from mmwudao.cli.app import run
+from mmwudao.loading.allocator import keep_freed_memory
 from mmwudao.loading.threads import wait_passively
 
 
@@ -15,6 +16,7 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     open_closed_streams()
     wait_passively()
+    keep_freed_memory()
     leave(run())
 
 
