@@ -9,7 +9,8 @@ The matrices are float32 whatever dtype the model is stored in: a product of few
 call, and without AMX the float32 call is faster. Weights of 8 bits are the exception: they are multiplied as they are
 stored, with activations rounded to bfloat16.
 
-Shapes: R rows, D width, H heads, d = D / H, T slots of the cache filled so far, S codes of a picture, N image codes.
+Shapes: R rows, D width, H heads of queries, K of keys, d = D / H, T slots of the cache filled so far, S codes of a
+picture, N image codes.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def fused_numbers(config: TransformerConfig, eight_bits: bool = False) -> int:
         config.norm == "rmsnorm"
         and config.mlp == "swiglu"
         and config.position in ("rotary_2d", "rotary_1d", "rotary_codes")
-        and config.key_heads == config.heads
         and not (config.sandwich or config.bias or config.pb_relax or config.experts.used)
     )
-    block = config.width * (4 * config.width + 3 * config.hidden_width)
+    heads = 2 * config.heads + 2 * config.key_heads
+    block = config.width * (heads * config.head_width + 3 * config.hidden_width)
     if eight_bits and multiplies_eight_bits(config.width, config.hidden_width):
         block = 0
     hidden = config.width if config.image_head == "mlp" else 0
@@ -65,13 +66,14 @@ class FusedStep:
         config = model.config
         assert can_fuse(model)
         assert cache.keys.dtype == torch.float32
-        self._cache, self._heads, self._head_width = cache, config.heads, config.head_width
+        self._cache, self._heads, self._keys = cache, config.heads, config.key_heads
+        self._head_width = config.head_width
         self._embed = model.embed.weight
         # rotate(x) = x * [cos, cos] + [second half, first half] * [-sin, sin]
         tables = (model.angles_cos, model.angles_sin)
         cos, sin = (table[positions].flatten(2).float() for table in tables)  # [R, S, d/2]
-        self._cos = torch.cat([cos, cos], dim=-1)[:, :, None, None]  # [R, S, 1, 1, d]
-        self._sin = torch.cat([-sin, sin], dim=-1)[:, :, None, None]
+        self._cos = torch.cat([cos, cos], dim=-1)[:, :, None]  # [R, S, 1, d]
+        self._sin = torch.cat([-sin, sin], dim=-1)[:, :, None]
         self._norms_qk = config.qk_norm
         self._layers = [
             _Layer(block, config, keys, values)
@@ -89,18 +91,19 @@ class FusedStep:
 
     def __call__(self, codes: Tensor, place: int) -> Tensor:
         """Logits [R, N] of the code after `codes` [R], each number `place` of its picture; the cache grows by them."""
-        cache, rows, heads, width = self._cache, len(codes), self._heads, self._head_width
+        cache, rows, heads, keys, width = self._cache, len(codes), self._heads, self._keys, self._head_width
         slot, end = cache.used, cache.used + 1
         cos, sin = self._cos[:, place], self._sin[:, place]
-        bias = cache.bias(1)[:, 0].expand(rows, heads, end).reshape(rows * heads, 1, end)
+        bias = cache.bias(1)[:, 0].expand(rows, keys, end).reshape(rows * keys, 1, end)
         x = self._embed[codes].float()
         for layer in self._layers:
-            qkv = layer.qkv(self._normed(x)).view(rows, 3, heads, width)
-            qk = self._normed(qkv[:, :2]) if self._norms_qk else qkv[:, :2]
+            qkv = layer.qkv(self._normed(x)).view(rows, heads + 2 * keys, width)
+            qk = self._normed(qkv[:, :-keys]) if self._norms_qk else qkv[:, :-keys]
             qk = torch.addcmul(qk * (layer.qk_norm * cos), qk.roll(width // 2, -1), layer.qk_norm_turned * sin)
-            layer.keys[:, :, slot] = qk[:, 1]
-            layer.values[:, :, slot] = qkv[:, 2]
-            q = qk[:, 0].reshape(rows * heads, 1, width)
+            layer.keys[:, :, slot] = qk[:, heads:]
+            layer.values[:, :, slot] = qkv[:, -keys:]
+            # those that share a head of keys are its queries
+            q = qk[:, :heads].reshape(rows * keys, heads // keys, width)
             scores = torch.baddbmm(bias, q, layer.flat_keys[:, :, :end])
             attended = torch.bmm(scores.softmax(-1), layer.flat_values[:, :end])
             x = x + layer.attention_project(attended.view(rows, heads * width))
@@ -129,9 +132,10 @@ class _Layer:
         ones = torch.ones(head_width)
         norms = [_float(norm.weight) if config.qk_norm else ones for norm in (attention.q_norm, attention.k_norm)]
         norms[0] = norms[0] / math.sqrt(head_width)
-        self.qk_norm = torch.stack(norms)[:, None]  # [2, 1, d]
+        q_norm, k_norm = norms
+        self.qk_norm = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.key_heads, -1)])  # [H + K, d]
         self.qk_norm_turned = self.qk_norm.roll(head_width // 2, -1)
-        self.keys, self.values = keys, values  # [R, H, T, d]
+        self.keys, self.values = keys, values  # [R, K, T, d]
         self.flat_keys, self.flat_values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
 
 

@@ -70,8 +70,8 @@ def test_logits(reference: Any, pipeline: Pipeline) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 5])
-def test_greedy_guided_codes(reference: Any, pipeline: Pipeline, window: int) -> None:
+@pytest.mark.parametrize(("window", "kind"), [(1, "fused"), (1, "modules"), (5, "auto")])
+def test_greedy_guided_codes(reference: Any, pipeline: Pipeline, window: int, kind: Any) -> None:
     """Several prompts of other lengths than what is guided away from, alone and side by side."""
     prompts = ["a", PROMPT]
     wanted = [expected_codes(reference, pipeline, prompt) for prompt in prompts]
@@ -86,7 +86,7 @@ def test_greedy_guided_codes(reference: Any, pipeline: Pipeline, window: int) ->
             into.append(step)
 
         found = generate_codes(
-            pipeline.generator, read, [0, 1], options, grid=pipeline.grid, engine=Engine("auto", images=images),
+            pipeline.generator, read, [0, 1], options, grid=pipeline.grid, engine=Engine(kind, images=images),
             on_token=note,
         )  # fmt: skip
         assert found.flatten(1).tolist() == wanted

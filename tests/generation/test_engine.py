@@ -55,10 +55,23 @@ def test_only_what_it_knows_is_fused(modern):
     assert not can_fuse(make_model(PRESETS["cogview"]))
     with pytest.raises(ValueError, match="modern structure on a CPU"):
         Engine("fused").resolved(make_model(PRESETS["cogview"]))
-    for change in ({"kv_heads": 1}, {"norm": "layernorm"}, {"mlp": "gelu"}, {"sandwich": True}, {"bias": True}):
+    for change in ({"norm": "layernorm"}, {"mlp": "gelu"}, {"sandwich": True}, {"bias": True}):
         sizes = {"width": 32, "depth": 1, "heads": 2, "grid": GRID, "max_text": 4}
         config = TransformerConfig.modern(**sizes, **change)
         assert Engine().resolved(Transformer(config)) == "modules"
+
+
+@pytest.mark.parametrize("changes", [{"heads": 6, "kv_heads": 3}, {"heads": 6, "kv_heads": 1, "qk_norm": False}])
+@pytest.mark.parametrize("position", ["rotary_2d", "rotary_1d"])
+def test_heads_that_share_keys_are_fused(changes, position):
+    sizes = {"width": 96, "depth": 2, "num_image_codes": 32, "num_text_pieces": 50, "grid": GRID, "max_text": 6}
+    model = make_model(TransformerConfig.modern(**sizes, **changes, position=position))
+    assert Engine().resolved(model) == "fused"
+    torch.testing.assert_close(run(model, "fused"), run(model, "modules"), atol=2e-5, rtol=1e-5)
+    codes = [generate_codes(model, PROMPTS[:5], SEEDS[:5], SAMPLED, grid=GRID, engine=Engine(kind))
+             for kind in ("fused", "modules")]  # fmt: skip
+    assert torch.equal(*codes)
+    assert torch.equal(generate_codes(model, PROMPTS[3:4], SEEDS[3:4], SAMPLED, grid=GRID)[0], codes[0][3])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
