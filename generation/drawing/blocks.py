@@ -21,7 +21,7 @@ from generation.drawing.engines import Kind, make_cache, make_step
 from generation.drawing.products import MOST_ROWS, cancelling, make_product
 from generation.drawing.prompts import pad_prompts, prefill
 from generation.drawing.sampling import SamplingOptions
-from generation.drawing.window_cache import WindowCache
+from generation.drawing.window_cache import WindowCache, branches_of
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import is_quantised
@@ -118,9 +118,12 @@ def _trial(model: Transformer, rows: int, grid: tuple[int, int], window: int, ki
     codes = torch.zeros(rows, window, dtype=torch.int64)
     places = sorted({0, (last - slots) // 2, last - slots} & set(range(last - slots + 1)))  # a single code: no step
     if window > 1:
-        windows = WindowCache(config, prompts.hidden, dtype=torch.float32, device="cpu")
+        branches = branches_of(window)
+        windows = WindowCache(config, prompts.hidden, dtype=torch.float32, device="cpu", branches=branches)
         read = model(prompts.tokens, prompts.positions[:, :slots], windows)
         results.append(model.logits(read[:, -1], image_only=True).float())
+        if branches:
+            windows.branch_at(torch.arange(branches).expand(rows, -1))
         for place in places:
             windows.starts = torch.full((rows,), slots + place)
             here = prompts.positions[:, slots + place : slots + place + window]

@@ -22,12 +22,12 @@ from torch import Tensor
 from generation.drawing.blocks import BLOCK_ROWS, block_rows, blocks_together, full_block, images_in_block
 from generation.drawing.engines import Engine, Kind, cache_dtype, make_cache, make_step
 from generation.drawing.jacobi import Windows, draw_by_windows
-from generation.drawing.logits import guide, sample
+from generation.drawing.logits import choice_scores, guide, sample
 from generation.drawing.noise import Noise, make_noise
 from generation.drawing.prompts import PaddedPrompts, pad_prompts, prefill, prefill_around_holes
 from generation.drawing.row_ends import PictureRows
 from generation.drawing.sampling import SamplingOptions
-from generation.drawing.window_cache import WindowCache
+from generation.drawing.window_cache import WindowCache, branches_of
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer, evaluation
 
@@ -188,16 +188,17 @@ def _draw_block(model: Transformer, block: DrawJob, kind: Kind, report: Report) 
 def _draw_by_windows(model: Transformer, block: DrawJob, prompts: PaddedPrompts, noise: Noise, report: Report) -> None:
     codes, given, options = block.codes, block.given, block.options
 
-    def choose(logits: Tensor, places: Tensor) -> Tensor:
+    def score(logits: Tensor, places: Tensor) -> Tensor:
         logits = guide(logits, options.guidance) if block.guided else logits
-        return sample(logits, noise.among(block.rows.code_numbers(places)), options)
+        return choice_scores(logits, noise.among(block.rows.code_numbers(places)), options)
 
     def on_pass(known: int) -> None:
         codes.copy_(given[: len(codes)])
         report(known)
 
-    cache = WindowCache(model.config, prompts.hidden, dtype=cache_dtype(model), device=codes.device)
-    draw_by_windows(model, cache, prompts, given, Windows(options.window, block.rows.stride, choose, on_pass))
+    branches = branches_of(min(options.window, block.steps))
+    cache = WindowCache(model.config, prompts.hidden, dtype=cache_dtype(model), device=codes.device, branches=branches)
+    draw_by_windows(model, cache, prompts, given, Windows(options.window, block.rows.stride, score, on_pass))
 
 
 def _draw_by_steps(

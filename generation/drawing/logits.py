@@ -42,9 +42,12 @@ def sample(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
     With the same noise, slightly different logits mostly give the same code, on which `generation.drawing.jacobi`
     relies.
     """
-    if options.temperature == 0:
-        return logits.argmax(-1)
-    return (filter_logits(logits, options) + noise).argmax(-1)
+    return choice_scores(logits, noise, options).argmax(-1)
+
+
+def choice_scores(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
+    """[..., N], what the codes that `sample` draws are the argmax of."""
+    return logits if options.temperature == 0 else filter_logits(logits, options) + noise
 
 
 def draw_noise(seed: int, places: int, num_codes: int) -> Tensor:

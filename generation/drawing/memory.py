@@ -6,7 +6,6 @@ memory does not grow with the number of pictures.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from generation.drawing.blocks import cache_shape, full_block
 from generation.drawing.fused_step import fused_numbers
 from generation.drawing.noise import KEPT
 from generation.drawing.sampling import SamplingOptions
+from generation.drawing.window_cache import branches_of
 from generation.rows.row import COMMANDS_IN_ROW
 from generation.transformer.config import TransformerConfig
 from generation.transformer.expert_memory import all_expert_bytes
@@ -91,12 +91,13 @@ def plan_drawing(
     if device == "cpu":
         trial = _trial_bytes(config, rows, 1 if alone else prompt + window)
         needs += [trial + _layer_bytes(config, 1 if alone else rows, prompt, prompt, size), 2 * trial]
+    depth, _, slots, width = cache_shape(config, rows, grid)
     left_out = 0 if expert_memory is None else max(0, all_expert_bytes(config, dtype) - expert_memory)
     return DrawingMemory(
         transformer=_weight_bytes(lambda: Transformer(config), size) - (size - 1) * eight - left_out,
         tokenizer=_weight_bytes(lambda: make_tokenizer(tokenizer), 4),
         rows=rows,
-        cache=2 * math.prod(cache_shape(config, rows, grid)) * (4 if device == "cpu" else size),  # as decoding does
+        cache=2 * depth * rows * (slots + branches_of(window)) * width * (4 if device == "cpu" else size),  # as drawing
         matrices=4 * fused_numbers(config, eight_bits) if alone else 0,
         noise=rows // (1 if options.guidance == 1 else 2) * _noise_bytes(config, grid, window),
         activations=max(needs),
