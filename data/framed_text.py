@@ -107,24 +107,30 @@ def load_model_text(path: Path | str) -> ModelText:
     return NamedPrompts(path) if named else FramedTokenizer(path)
 
 
-def framed_text_file(tokenizer: Path, template: str, pieces: int, *, web_captions: bool = False) -> bytes:
-    """What `FramedTokenizer` reads: a tokenizer.json, the template, and how many pieces the model has.
+def framed_text_file(
+    tokenizer: Path | dict[str, Any], template: str, pieces: int, *, web_captions: bool = False
+) -> bytes:
+    """What `FramedTokenizer` reads: a tokenizer.json or its content, the template, and how many pieces the model has.
 
     `web_captions`: prompts are cleaned as `data.web_captions` does. Raises `TextError` for a tokenizer.json that is
     missing or damaged.
     """
     assert template.count(PROMPT) == 1
-    try:
-        record = json.loads(tokenizer.read_bytes())
-    except OSError as error:
-        raise TextError(f"no text tokenizer at {tokenizer}: it comes with the weights") from error
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"{tokenizer} is damaged: it is not JSON") from error
-    _tokenizer(record, str(tokenizer))
+    record = _read(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    _tokenizer(record, str(tokenizer) if isinstance(tokenizer, Path) else "the text tokenizer")
     whole = {"format": FORMAT, "template": template, "pieces": pieces, "tokenizer": record}
     if web_captions:
         whole["web_captions"] = True
     return json.dumps(whole, ensure_ascii=False).encode()
+
+
+def _read(tokenizer: Path) -> object:
+    try:
+        return json.loads(tokenizer.read_bytes())
+    except OSError as error:
+        raise TextError(f"no text tokenizer at {tokenizer}: it comes with the weights") from error
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{tokenizer} is damaged: it is not JSON") from error
 
 
 def _tokenizer(record: object, name: str) -> Any:

@@ -1,4 +1,6 @@
-"""A published folder of Emu3 (Wang et al. 2024, arXiv:2409.18869) in transformers' layout: what its config.json says.
+"""A published folder of Emu3 (Wang et al. 2024, arXiv:2409.18869): what its config.json says.
+
+It is in transformers' layout, or in the first one, whose picture tokenizer is another folder.
 
 The language model is LLaMA (`generation.llama`), whose vocabulary holds the codes of pictures too. A picture's row is
 `BOS prompt BOI "90*90" IMG`, then each row of codes with an end-of-line piece behind it, which is never sampled.
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.framed_text import PROMPT, FramedTokenizer
+from generation.emu3.first_layout import MARKS, first_picture_fields, first_vocabulary
 from generation.emu3.settings import Emu3Import
 from generation.llama import LLAMA, llama_config, read_language
 from generation.rows.frame import PromptFrame
@@ -37,12 +40,16 @@ TOKENIZER: dict[str, Any] = {  # `Emu3VQVAEConfig`
 
 @dataclass(frozen=True)
 class Emu3Files:
-    """A folder, its language model's fields, the sizes of its picture tokenizer, and the id of each code."""
+    """A folder, its language model's fields, the sizes of its picture tokenizer, and the id of each code.
+
+    `pictures` is the folder of the picture tokenizer, in the first layout.
+    """
 
     folder: Path
     language: dict[str, Any]
     tokenizer: MoVQConfig
     code_ids: tuple[int, ...]
+    pictures: Path | None = None
 
     @property
     def pieces(self) -> int:
@@ -52,19 +59,33 @@ class Emu3Files:
         return first if behind_one_another and first + len(self.code_ids) == size else size
 
 
-def read_emu3_folder(folder: Path) -> Emu3Files:
-    """What config.json says. Raises `ModelError` for another kind of model, and for what is not computed here."""
+def read_emu3_folder(folder: Path, pictures: Path | None = None) -> Emu3Files:
+    """What config.json says; `pictures` is the folder of the picture tokenizer, which the first layout has.
+
+    Raises `ModelError` for another kind of model, and for what is not computed here.
+    """
     path = folder / "config.json"
     record = read_object(path)
     kind = record.get("model_type")
     if kind == "Emu3":
-        raise ModelError(f"{folder} has Emu3's first layout, without its picture tokenizer: the one of transformers is "
-                         "read, as in Emu3-Gen-hf")  # fmt: skip
+        return _read_first_layout(folder, record, pictures)
     if kind != "emu3":
         raise ModelError(f"{path} describes no Emu3: its model_type is {kind!r}, not emu3")
+    if pictures is not None:
+        raise ModelError(f"{folder} has a picture tokenizer, as transformers stores Emu3: leave --tokenizer out")
     text, vq, named = (_object(record, name, path) for name in ("text_config", "vq_config", "vocabulary_map"))
     language, tokenizer = read_language(text, path, EMU3), _tokenizer(vq, path)
     return Emu3Files(folder, language, tokenizer, _code_ids(named, tokenizer, language["vocab_size"], path))
+
+
+def _read_first_layout(folder: Path, record: Mapping[str, Any], pictures: Path | None) -> Emu3Files:
+    if pictures is None:
+        raise ModelError(f"{folder} has Emu3's first layout, without its picture tokenizer: give the folder of that, "
+                         "Emu3-VisionTokenizer (--tokenizer)")  # fmt: skip
+    language = read_language(record, folder / "config.json", EMU3)
+    tokenizer = _tokenizer(first_picture_fields(pictures), pictures / "config.json")
+    ids = _code_ids(first_vocabulary(folder), tokenizer, language["vocab_size"], folder / MARKS)
+    return Emu3Files(folder, language, tokenizer, ids, pictures)
 
 
 def _object(record: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -101,13 +122,13 @@ def _tokenizer(vq: Mapping[str, Any], path: Path) -> MoVQConfig:
 
 
 def _code_ids(named: Mapping[str, Any], tokenizer: MoVQConfig, size: int, path: Path) -> tuple[int, ...]:
-    """The id of each code. Raises `ModelError` unless every code has one of its own in the vocabulary."""
+    """The id of each code, `named` at `path`. Raises `ModelError` unless each has one of its own in the vocabulary."""
     found = {int(match[1]): number for name, number in named.items() if (match := CODE.fullmatch(str(name)))}
     ids = tuple(found.get(code, -1) for code in range(tokenizer.codebook_size))
     wrong = not all(isinstance(one, int) and 0 <= one < size for one in ids)
     if wrong or len(found) != len(ids) or len(set(ids)) != len(ids):
         raise ModelError(
-            f"{path} does not fit: its vocabulary_map names {len(found)} codes of pictures, and the tokenizer has "
+            f"{path} does not fit: it names {len(found)} codes of pictures, and the tokenizer has "
             f"{len(ids)}, each with an id of its own below {size}"
         )
     return ids

@@ -83,17 +83,24 @@ def janus(
 @app.command("emu3")
 @option_groups
 def emu3(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder in transformers' layout: Emu3-Gen-hf.")],
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="The published folder: Emu3-Gen-hf or Emu3-Gen.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Write this new model directory.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Read the picture tokenizer of Emu3-Gen, which is a folder: Emu3-VisionTokenizer."),
+    ] = None,
     towers: Annotated[Path | None, typer.Option(help="Put this folder of towers beside it, to judge pictures.")] = None,
     *,
     settings: Emu3Import,
 ) -> None:
     """Convert Emu3-Gen, which draws 720 px from English and Chinese prompts."""
-    _look_first({source / "config.json": "no model of Emu3: {} is missing", towers: "no towers at {}"})
+    _look_first({
+        source / "config.json": "no model of Emu3: {} is missing", tokenizer: "no picture tokenizer at {}",
+        towers: "no towers at {}",
+    })  # fmt: skip
     from mmwudao.loading.importing import import_emu3
 
-    print(import_emu3(source, out, settings, towers))
+    print(import_emu3(source, out, settings, towers, tokenizer))
 
 
 @app.command("llamagen")

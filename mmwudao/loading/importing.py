@@ -19,6 +19,7 @@ from generation.emu3.configuration import (
     read_emu3_folder,
     unwanted_frame,
 )
+from generation.emu3.first_layout import RANKS, first_text
 from generation.emu3.importing import check_emu3, read_emu3_weights, write_emu3_generator, write_emu3_tokenizer
 from generation.emu3.settings import Emu3Import
 from generation.janus.configuration import choose_template, janus_config, prompt_frame, read_janus_folder
@@ -148,16 +149,21 @@ from "{unwanted}". What the import leaves behind: the head of the text. BAAI pub
 """
 
 
-def import_emu3(source: Path, out: Path, settings: Emu3Import, towers: Path | None = None) -> Path:
-    """Convert a folder of Emu3 in transformers' layout to the new model directory `out`.
+def import_emu3(
+    source: Path, out: Path, settings: Emu3Import, towers: Path | None = None, tokenizer: Path | None = None
+) -> Path:
+    """Convert a folder of Emu3 to the new model directory `out`.
 
-    `towers` is a folder of towers to put beside it. Never more than one copy of the weights is in memory. Raises
+    In its first layout the picture tokenizer has a folder of its own, `tokenizer`. `towers` is a folder of towers to
+    put beside it. Never more than one copy of the weights is in memory. Raises
     `ModelError` (or `TextError`) that says what is missing, damaged, unsafe or does not fit; `out` is then not made.
     """
-    files, text_path = read_emu3_folder(source), source / "tokenizer.json"
+    files = read_emu3_folder(source, tokenizer)
     side = codes_of_a_side(files, settings.image_size)
     template = prompt_template(side, settings.praise)
-    text_file = framed_text_file(text_path, template, int(files.language["vocab_size"]))
+    text_path = source / ("tokenizer.json" if tokenizer is None else RANKS)
+    pieces = text_path if tokenizer is None else first_text(source)
+    text_file = framed_text_file(pieces, template, int(files.language["vocab_size"]))
     hashes = {} if towers is None else {"towers": stored_hash(towers)}
     name = settings.name or source.resolve().name
     with new_folder(out) as building:
