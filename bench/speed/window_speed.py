@@ -1,10 +1,15 @@
 """Passes of the model and seconds for a picture, by the window of codes tried at once (`generation/drawing/jacobi.py`).
 
     python bench/speed/window_speed.py [--model emoji] [--windows 1 8 16 32 64] [--batches 1 8]
+    python bench/speed/window_speed.py --janus 256 4 [--sharpness 12]
 
 For each window the same pictures, at temperature 1 with the model's top-k and guidance; `same` is the share of codes
 that equal those of window 1, as rounding may turn a near tie. Last the passes that the rule of Teng et al. (2024) takes
 for the first prompt, with fresh noise for what it rejects. The last line is JSON; seconds are medians.
+
+`--janus WIDTH LAYERS` draws with random weights in the row of Janus-1B instead: 576 codes of 16384, guidance 5, one
+prompt of 30 pieces. What an untrained model draws says nothing of a trained one; `--sharpness` multiplies what the
+codes' logits are made by, as flat ones would let the noise alone choose.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from dataclasses import replace
 
 import torch
 
+from bench.speed.janus_speed import GUIDANCE, PROMPT, SIDE, shape
 from generation.drawing.decoding import generate_codes
 from generation.drawing.logits import filter_logits, guide
 from generation.drawing.sampling import SamplingOptions
@@ -36,11 +42,18 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--janus", type=int, nargs=2, metavar=("WIDTH", "LAYERS"))
+    parser.add_argument("--sharpness", type=float, default=12.0)
     arguments = parser.parse_args()
-    pipe = load(arguments.model, arguments.device, arguments.dtype)
-    texts = [pipe.encode_prompt(prompt) for prompt in PROMPTS]
-    options = replace(pipe.config.default_sampling, temperature=1.0, window=1)
-    counter = CountPasses(pipe.generator)
+    if arguments.janus:
+        model, options, grid = random_janus(*arguments.janus, arguments.sharpness), JANUS, (SIDE, SIDE)
+        texts: Sequence[Sequence[int]] = [[7 + k] * PROMPT for k in range(len(PROMPTS))]
+    else:
+        pipe = load(arguments.model, arguments.device, arguments.dtype)
+        model, grid = pipe.generator, pipe.grid
+        texts = [pipe.encode_prompt(prompt) for prompt in PROMPTS]
+        options = replace(pipe.config.default_sampling, temperature=1.0, window=1)
+    counter = CountPasses(model)
     rows: list[dict[str, float]] = []
     plain: dict[int, tuple[float, torch.Tensor]] = {}
     print(f"{'batch':>5} {'window':>6} {'passes':>7} {'seconds':>8} {'gain':>6} {'same':>6}")
@@ -51,12 +64,12 @@ def main() -> None:
                 chosen = [(run + k) % len(texts) for k in range(batch)]
                 counter.passes, started = 0, time.perf_counter()
                 found = generate_codes(
-                    pipe.generator, [texts[k] for k in chosen], [run * 100 + k for k in range(batch)],
-                    replace(options, window=window), grid=pipe.grid,
+                    model, [texts[k] for k in chosen], [run * 100 + k for k in range(batch)],
+                    replace(options, window=window), grid=grid,
                 )  # fmt: skip
                 if run:
                     # one after the other, a step need not be a call of the model (`generation.drawing.engines`)
-                    passes.append(counter.passes if window > 1 else pipe.grid[0] * pipe.grid[1])
+                    passes.append(counter.passes if window > 1 else grid[0] * grid[1])
                     seconds.append(time.perf_counter() - started)
                     codes.append(found.cpu())
             median, drawn = statistics.median(seconds), torch.stack(codes)
@@ -66,12 +79,30 @@ def main() -> None:
                    "gain": round(first_median / median, 2), "same": round(same, 4)}  # fmt: skip
             rows.append(row)
             print(f"{batch:5} {window:6} {row['passes']:7.1f} {median:8.3f} {row['gain']:6.2f} {same:6.3f}", flush=True)
-    where = {"model": arguments.model, "device": str(pipe.device), "dtype": pipe.dtype}
+    weight = model.embed.weight
+    where = {**vars(arguments), "device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
     record: dict[str, object] = {**where, "rows": rows}
-    for window in (16, 32):
-        record[f"speculative_{window}"] = speculative_passes(pipe.generator, texts[0], options, pipe.grid, window)
+    for window in () if arguments.janus else (16, 32):
+        record[f"speculative_{window}"] = speculative_passes(model, texts[0], options, grid, window)
         print(f"speculative rule, window {window}: {record[f'speculative_{window}']} passes")
     print(json.dumps(record))
+
+
+JANUS = SamplingOptions(temperature=1.0, guidance=GUIDANCE)
+
+
+@torch.no_grad()
+def random_janus(width: int, layers: int, sharpness: float) -> Transformer:
+    """Janus-1B's row, vocabulary of codes and head width, of another width and depth."""
+    config = replace(shape("1b", layers), width=width, heads=max(1, width // 128), mlp_width=width * 11 // 4)
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    for block in model.blocks:
+        for name, weight in block.named_parameters():
+            if name.endswith("weight") and weight.ndim == 2:
+                weight.mul_(3.0)  # or every place would look the same
+    model.code_head.project.weight.mul_(sharpness)
+    return model
 
 
 class CountPasses:
