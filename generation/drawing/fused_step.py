@@ -6,8 +6,8 @@ with the same bits for any number of rows (`products`); keys and values stored b
 multiplied with what follows beforehand. It gives the numbers of `Transformer.forward` up to float32 rounding.
 
 The matrices are float32 whatever dtype the model is stored in: a product of few rows costs a read of the weights and a
-call, and without AMX the float32 call is faster. Weights of 8 bits are the exception: they are multiplied as they are
-stored, with activations rounded to bfloat16.
+call, and without AMX the float32 call is faster. Weights of 8 bits are the exception: they are multiplied in whole
+numbers (`generation.transformer.whole_numbers`), or as they are stored, with activations rounded to bfloat16.
 
 Shapes: R rows, D width, H heads of queries, K of keys, d = D / H, T slots of the cache filled so far, S codes of a
 picture, N image codes.
@@ -26,6 +26,7 @@ from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
 from generation.transformer.int8 import full_weight, is_quantised, stored_eight_bits
 from generation.transformer.model import MLP, Block, CodeHead, Transformer
+from generation.transformer.whole_numbers import WholeNumberLinear
 
 MOST_NUMBERS = 2**27  # 512 MiB
 
@@ -124,10 +125,10 @@ class _Layer:
     def __init__(self, block: Block, config: TransformerConfig, keys: Tensor, values: Tensor) -> None:
         attention, mlp, head_width = block.attention, block.mlp, config.head_width
         assert isinstance(mlp, MLP)
-        self.qkv = _product(attention.qkv.weight, block.attention_norm.weight)
-        self.attention_project = _product(attention.project.weight)
-        self.expand = _product(mlp.expand.weight, block.mlp_norm.weight)
-        self.mlp_project = _product(mlp.project.weight)
+        self.qkv = _layer_product(attention.qkv, block.attention_norm.weight)
+        self.attention_project = _layer_product(attention.project)
+        self.expand = _layer_product(mlp.expand, block.mlp_norm.weight)
+        self.mlp_project = _layer_product(mlp.project)
         # that of q with the softmax's 1 / sqrt(d)
         ones = torch.ones(head_width)
         norms = [_float(norm.weight) if config.qk_norm else ones for norm in (attention.q_norm, attention.k_norm)]
@@ -137,6 +138,17 @@ class _Layer:
         self.qk_norm_turned = self.qk_norm.roll(head_width // 2, -1)
         self.keys, self.values = keys, values  # [R, K, T, d]
         self.flat_keys, self.flat_values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
+
+
+def _layer_product(layer: nn.Module, norm: object = None) -> Product:
+    """As `_product`, of a layer without a bias."""
+    if not isinstance(layer, WholeNumberLinear):
+        return _product(layer.weight, norm)
+    multiply = layer.multiply
+    if norm is None:
+        return multiply
+    scale = _float(norm)
+    return lambda x: multiply(x * scale)
 
 
 def _product(weight: object, norm: object = None) -> Product:

@@ -7,9 +7,10 @@ much (with the engine "compile", which multiplies them as they are). On a CPU `f
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from generation.transformer.model import Block, Transformer
+from generation.transformer.whole_numbers import WholeNumberLinear, multiplies_whole_numbers
 
 
 def quantise(model: Transformer, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
@@ -25,14 +26,27 @@ def quantise(model: Transformer, device: torch.device | None = None, dtype: torc
         raise ValueError("weights of 8 bits need torchao: pip install 'mmwudao[int8]'") from error
     for block in model.blocks:
         quantize_(block.to(device=device, dtype=dtype), Int8WeightOnlyConfig())
+        _multiply_whole_numbers(block)
     return model.to(device=device, dtype=dtype)
+
+
+def _multiply_whole_numbers(block: nn.Module) -> None:
+    """On a CPU that can, replace the block's layers by such that take whole numbers."""
+    for module in list(block.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
+                continue
+            stored = stored_eight_bits(layer.weight)
+            if stored is not None and multiplies_whole_numbers():
+                setattr(module, name, WholeNumberLinear(*stored, layer.bias))
 
 
 def is_quantised(model: Transformer) -> bool:
     """Whether the matrices of the blocks are 8-bit, as `quantise` makes them."""
     block = model.blocks[0]
     assert isinstance(block, Block)
-    return type(block.attention.qkv.weight.data) is not Tensor
+    layer: nn.Module = block.attention.qkv
+    return isinstance(layer, WholeNumberLinear) or type(block.attention.qkv.weight.data) is not Tensor
 
 
 def full_weight(weight: Tensor) -> Tensor:
