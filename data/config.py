@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data.characters import decode_text
+from data.records import parse_yaml
 
 T = TypeVar("T")
 
-# beside PyYAML's own: bytes that are no text, brackets too deep for its parser, a date that is none
-NO_YAML = (RecursionError, ValueError)
 LATER = {"later": True}  # metadata of a field that is not stored where it has its default: older files have none
 
 
@@ -27,17 +25,15 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
 
     Raises `ConfigError` for a missing file, broken YAML, an unknown key or a value of the wrong type.
     """
-    import yaml
-
     record: dict[str, Any] = {}
     if path is not None:
         path = Path(path)
         if not path.is_file():
             raise ConfigError(f"no configuration file at {path}")
         try:
-            record = _parse_yaml(decode_text(path.read_bytes())) or {}
-        except (*NO_YAML, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+            record = parse_yaml(decode_text(path.read_bytes())) or {}
+        except ValueError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{path} must hold `key: value` pairs")
     for override in overrides:
@@ -45,9 +41,10 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: typing.
         if not equals or not key:
             raise ConfigError(f"an override reads key=value, not {override!r}")
         try:
-            _set(record, key.split("."), _parse_yaml(value), key)
-        except (*NO_YAML, yaml.YAMLError) as error:
+            parsed = parse_yaml(value)
+        except ValueError as error:
             raise ConfigError(f"{key}: {value[:100]!r} is not YAML") from error
+        _set(record, key.split("."), parsed, key)
     return from_dict(cls, record)
 
 
@@ -59,7 +56,11 @@ def from_dict(cls: type[T], record: dict[str, Any]) -> T:
     try:
         # strict: lax mode reads "3" and 3.0 as 3, and True as 1; through JSON, where strict mode still takes a list for
         # a tuple
-        return TypeAdapter(cls).validate_json(json.dumps(record, default=str), strict=True)
+        written = json.dumps(record, default=str)
+    except TypeError as error:  # a key that is a date, say
+        raise ConfigError(f"the configuration: {error}") from error
+    try:
+        return TypeAdapter(cls).validate_json(written, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the configuration"
@@ -83,30 +84,6 @@ def to_stored(config: Any) -> dict[str, Any]:
         if field.metadata.get("later") and getattr(config, field.name) == default:
             del record[field.name]
     return record
-
-
-def _parse_yaml(text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            # PyYAML takes the last of two equal keys, and so drops a whole section that was written twice
-            given: set[str] = set()
-            for key, _ in node.value:
-                own = node.start_mark.index <= key.start_mark.index < node.end_mark.index  # not merged from elsewhere
-                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and own:
-                    if key.value in given:
-                        raise yaml.constructor.ConstructorError(
-                            None, None, f"{key.value!r} is given twice", key.start_mark
-                        )
-                    given.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1, which PyYAML reads, takes 1e-3 for a string; YAML 1.2 and everybody else for a number
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-    return yaml.load(text, Loader)
 
 
 def _set(record: dict[str, Any], path: list[str], value: Any, key: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.characters import whole_characters
 from data.named_prompts import NAMES_FORMAT, NamedPrompts
+from data.records import parse_json
 from data.text import TextError, TextTokenizer
 from data.web_captions import clean_web_caption
 
@@ -36,11 +37,11 @@ class FramedTokenizer:
 
     def _load(self, content: bytes, name: str) -> None:
         try:
-            record = json.loads(content)
+            record = parse_json(content)
             template, self.vocab_size = record["template"], int(record["pieces"])
             fits = record["format"] == FORMAT and isinstance(template, str) and template.count(PROMPT) == 1
             self._cleans = bool(record.get("web_captions", False))
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             fits = False
         if not fits:
             raise TextError(f"the text tokenizer {name} is damaged: it is no {FORMAT} with a template")
@@ -101,8 +102,8 @@ def load_model_text(path: Path | str) -> ModelText:
         # byte pieces are not required: CogView's text model has none, and the hash shows that this is the right model
         return TextTokenizer(path, needs_bytes=False)
     try:
-        named = json.loads(path.read_bytes())["format"] == NAMES_FORMAT
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        named = parse_json(path.read_bytes())["format"] == NAMES_FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
         named = False  # the tokenizer says what is wrong
     return NamedPrompts(path) if named else FramedTokenizer(path)
 
@@ -126,10 +127,10 @@ def framed_text_file(
 
 def _read(tokenizer: Path) -> object:
     try:
-        return json.loads(tokenizer.read_bytes())
+        return parse_json(tokenizer.read_bytes())
     except OSError as error:
         raise TextError(f"no text tokenizer at {tokenizer}: it comes with the weights") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TextError(f"{tokenizer} is damaged: it is not JSON") from error
 
 

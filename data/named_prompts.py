@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data.records import parse_json
 from data.text import TextError
 
 NAMES_FORMAT = "mmwudao-names/1"
@@ -29,10 +30,10 @@ class NamedPrompts:
 
     def _load(self, content: bytes, name: str) -> None:
         try:
-            record = json.loads(content)
+            record = parse_json(content)
             fits = record["format"] == NAMES_FORMAT and isinstance(record["what"], str)
             self.what, self.names = record["what"], [[str(one) for one in names] for names in record["names"]]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             fits = False
         if not fits or not self.names:
             raise TextError(f"the names {name} are damaged: this is no {NAMES_FORMAT}")

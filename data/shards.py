@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from data.atomic import write_file
+from data.records import parse_json
 from data.sample import DataError, Sample
 
 MANIFEST_FORMAT = "mmwudao-shards/1"
@@ -123,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_NAME}; build it with `mmwudao data build` or `mmwudao data pack`")
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != MANIFEST_FORMAT:

@@ -5,10 +5,10 @@ A folder of a tokenizer says in its config.json which one it is; without a word 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from data.records import parse_json
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.movq import MoVQ, MoVQConfig
 from vqvae.storage.parts import load_part
@@ -28,7 +28,7 @@ def make_tokenizer(config: TokenizerConfig) -> ImageTokenizer:
 def load_image_tokenizer(source: str | os.PathLike[str]) -> ImageTokenizer:
     """The tokenizer in a folder, or of a hub id, in eval mode. Raises `ModelError` as `load_part` does."""
     try:
-        record = json.loads((Path(source) / "config.json").read_bytes())
+        record = parse_json((Path(source) / "config.json").read_bytes())
     except (OSError, ValueError):
         record = None  # `load_part` says what is wrong, or fetches it
     named = record.get("architecture") if isinstance(record, dict) else None

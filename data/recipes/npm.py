@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import new_file
+from data.records import parse_json
 from data.sample import DataError
 
 
@@ -72,7 +72,7 @@ def fetch_package(package: Package, cache: Path) -> Path:
 
 def read_json(tarball: Path, members: Iterable[str]) -> dict[str, Any]:
     """The named JSON members of a package (paths below its `package/` folder), in one pass over the tarball."""
-    return {name: json.loads(content) for name, content in read_members(tarball, members).items()}
+    return {name: parse_json(content) for name, content in read_members(tarball, members).items()}
 
 
 def read_members(tarball: Path, members: Iterable[str]) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from data.atomic import write_files
 from data.config import ConfigError, from_dict, to_dict
 from data.options import WIDTH, check_options, option
+from data.records import parse_json
 from generation.rows.vocabulary import Vocabulary
 from generation.transformer.config import TransformerConfig
 from generation.transformer.model import Transformer
@@ -194,7 +195,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         if not (folder / file).is_file():
             raise ModelError(f"{folder} is no adapter: {file} is missing")
     try:
-        record = json.loads((folder / CONFIG).read_bytes())
+        record = parse_json((folder / CONFIG).read_bytes())
     except ValueError as error:
         raise ModelError(f"{folder / CONFIG} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

@@ -23,6 +23,7 @@ from data.atomic import new_folder
 from data.config import ConfigError, from_dict, to_dict
 from data.framed_text import load_model_text
 from data.options import SIDE, check_options, option
+from data.records import parse_json
 from generation.drawing.sampling import SamplingOptions
 from generation.llamagen.encoders import read_encoder_config
 from generation.transformer.model import Transformer
@@ -119,7 +120,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelError(f"{folder} is not a model directory: it has no config.json")
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

@@ -6,7 +6,6 @@ LanceDB's asynchronous interface is used, since the other one reads the schema t
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import threading
 from collections import OrderedDict
@@ -19,6 +18,7 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data.records import parse_json
 from retrieval.collections.base import Hit
 from retrieval.collections.lance_rows import metadata_types, row_metadata
 from retrieval.collections.where import parse_where, to_sql
@@ -84,7 +84,7 @@ def choose_way(items: int, allowed: int, k: int, dim: int, searches: int) -> Way
 
 def probes_for(schema: pa.Schema, candidates: int) -> int:
     """How many partitions hold that many of the nearest items, by what was measured when the index was built."""
-    measured = json.loads((schema.field("vector").metadata or {}).get(PROBES, b"{}"))
+    measured = parse_json((schema.field("vector").metadata or {}).get(PROBES, b"{}"))
     sizes = sorted(map(int, measured))
     if not sizes:
         return UNKNOWN_PROBES

@@ -18,6 +18,7 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data.records import parse_json
 from retrieval.collections.base import FORMAT, MAX_ID, Collection, CollectionError, Hit, Item, Value, check_identity
 from retrieval.collections.items import (
     PYTHON_TYPES,
@@ -187,7 +188,7 @@ class MilvusCollection(Collection):
         return {key.removeprefix(PROPERTY): value for key, value in stored.items() if key.startswith(PROPERTY)}
 
     def _columns(self) -> dict[str, type]:
-        return {name: TYPES[kind] for name, kind in json.loads(self._properties()["columns"]).items()}
+        return {name: TYPES[kind] for name, kind in parse_json(self._properties()["columns"]).items()}
 
     def _condition(self, where: str | None, columns: dict[str, type]) -> str:
         return to_milvus(parse_where(where, {"id": str, **columns})) if where is not None else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
 from data.atomic import check_unused
+from data.records import parse_json
 from retrieval.encoders.bert import MODEL_TYPES
 from retrieval.encoders.e5_file import MAGIC, e5_text_encoder
 from retrieval.encoders.settings import TextImport
@@ -132,7 +132,7 @@ def _weights(source: Path, encoder: TextEncoder) -> dict[str, Tensor]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is missing or no JSON ({error})") from error
     if not isinstance(record, dict):

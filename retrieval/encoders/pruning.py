@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from data.config import ConfigError
+from data.records import parse_json
 from retrieval.encoders.text_encoder import TextEncoder
 
 # scripts of which every piece of one character is kept: letters, kana, Hangul, and the common Chinese characters
@@ -31,7 +32,7 @@ def prune_text_encoder(
     if not layers or min(layers) < 0 or max(layers) >= depth:
         raise ConfigError(f"layers are numbers from 0 to {depth - 1}, not {list(layers)}")
     kept = choose_pieces(encoder.tokenizer, pieces, texts)
-    tokenizer = _pruned_tokenizer(json.loads(encoder.tokenizer.to_str()), kept)
+    tokenizer = _pruned_tokenizer(parse_json(encoder.tokenizer.to_str()), kept)
     architecture = {
         **config.architecture,
         "vocab_size": len(kept),
@@ -57,7 +58,7 @@ def prune_text_encoder(
 
 def choose_pieces(tokenizer: Tokenizer, count: int, texts: Iterable[str]) -> list[int]:
     """Ids of `count` pieces, ascending: special ones, single characters of our scripts, and the most frequent."""
-    record = json.loads(tokenizer.to_str())
+    record = parse_json(tokenizer.to_str())
     if record["model"]["type"] != "Unigram":
         raise ConfigError(f"only Unigram tokenizers can be pruned, not {record['model']['type']}")
     special = {token["id"] for token in record["added_tokens"]} | {record["model"]["unk_id"]}

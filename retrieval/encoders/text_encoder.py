@@ -23,6 +23,7 @@ from data.atomic import new_folder
 from data.characters import whole_characters
 from data.config import ConfigError, from_dict, to_dict
 from data.options import check_options, option
+from data.records import parse_json
 from retrieval.encoders.bert import MODEL_TYPES, bert_of
 from vqvae.storage.blocks import packed_tensors, unpacked_tensors
 from vqvae.storage.parts import ModelError, disk_errors
@@ -145,7 +146,7 @@ def load_text_encoder(folder: Path) -> TextEncoder:
                 f"{folder} holds no text encoder: {name} is missing (mmwudao import text-encoder makes one)"
             )
     try:
-        record = json.loads((folder / "config.json").read_bytes())
+        record = parse_json((folder / "config.json").read_bytes())
         if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
             raise ModelError(f'{folder / "config.json"} describes no text encoder: its "format" must be {FORMAT!r}')
         encoder = TextEncoder(from_dict(TextEncoderConfig, record), (folder / TOKENIZER).read_bytes())

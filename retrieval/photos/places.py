@@ -17,6 +17,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from data.atomic import write_file
 from data.config import ConfigError, from_dict
 from data.photos.files import PhotoSettings
+from data.records import parse_json
 from retrieval.collections.base import MAX_ID, CollectionError, Hit
 from retrieval.collections.where import sql_text
 
@@ -75,7 +76,7 @@ def read_place(collection: Path | str) -> PhotoPlace | None:
     """The record in a collection, or None if it is no collection of a folder's pictures. Raises `CollectionError`."""
     path = Path(collection) / OWN_FOLDER / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from data.atomic import new_folder
 from data.images import to_rgb, to_squares
+from data.records import parse_json
 from vqvae.storage.parts import ModelError, disk_errors
 
 FORMAT = "mmwudao-towers/1"
@@ -212,7 +213,7 @@ def load_towers(source: Path | str, device: str | torch.device = "cpu", dtype: s
         if not (folder / name).is_file():
             raise ModelError(f"{folder} holds no towers: {name} is missing")
     try:
-        record = json.loads((folder / "config.json").read_bytes())
+        record = parse_json((folder / "config.json").read_bytes())
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

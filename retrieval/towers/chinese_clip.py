@@ -6,7 +6,6 @@ quirks of the original that are kept.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import BertConfig, BertModel
 
 from data.config import from_dict, to_dict
 from data.images import to_tensor
+from data.records import parse_json
 from retrieval.towers.base import Tokens, Towers, unit
 from retrieval.towers.chinese_clip_config import ChineseClipConfig
 from retrieval.towers.foreign import read_json_object
@@ -38,7 +38,7 @@ def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
             {
                 "embed_dim": records["embed_dim"],
                 "image_size": records["image_resolution"],
-                "vision_layers": json.loads(layers) if isinstance(layers, str) else layers,
+                "vision_layers": parse_json(layers) if isinstance(layers, str) else layers,
                 "vision_width": records["vision_width"],
                 "vision_head_width": records.get("vision_head_width", 64),
                 "patch_size": records["vision_patch_size"],
@@ -52,7 +52,7 @@ def read_published_config(vision: Path, text: Path) -> ChineseClipConfig:
         )
     except KeyError as error:
         raise ModelError(f"neither {vision} nor {text} says {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{vision} and {text} do not describe towers: {error}") from error
 
 

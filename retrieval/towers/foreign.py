@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import timm
 
 from data.characters import decode_text
+from data.records import parse_json
 from vqvae.storage.parts import ModelError
 
 MOST_BYTES = 1 << 20  # of a file of settings
@@ -54,15 +54,13 @@ TRUNK_REFUSED = (
 
 def read_record(path: Path, parse: Callable[[str], Any], kind: str, most: int = MOST_BYTES) -> dict[str, Any]:
     """The dictionary in a file of settings. Raises `ModelError`; `kind` says what should be there."""
-    import yaml
-
     try:
         if path.stat().st_size > most:
             raise ModelError(f"{path} is refused: such a file has at most {most} bytes")
         record = parse(decode_text(path.read_bytes()))
     except ModelError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is missing or not {kind} ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(record, dict):
         raise ModelError(f"{path} is missing or not {kind} (it holds a {type(record).__name__})")
@@ -71,7 +69,7 @@ def read_record(path: Path, parse: Callable[[str], Any], kind: str, most: int = 
 
 def read_json_object(path: Path, kind: str = "a JSON object") -> dict[str, Any]:
     """A JSON object, its numbers checked (`check_numbers`). Raises `ModelError`."""
-    record = read_record(path, json.loads, kind)
+    record = read_record(path, parse_json, kind)
     check_numbers(record, path)
     return record
 
@@ -85,7 +83,7 @@ def check_text_files(folder: Path) -> None:
         # the numbers of a tokenizer are no sizes: 10^30 stands for "of any length"
         tokenizer = name == "tokenizer_config.json"
         record = (
-            read_record(path, json.loads, "a JSON object", 64 * MOST_BYTES) if tokenizer else read_json_object(path)
+            read_record(path, parse_json, "a JSON object", 64 * MOST_BYTES) if tokenizer else read_json_object(path)
         )
         if "auto_map" in record:
             raise ModelError(f"{path} names a program (auto_map), and none is run: import towers without one")

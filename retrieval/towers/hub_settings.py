@@ -5,13 +5,13 @@ Nothing is taken from the files but what is named here, so that none of them can
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.options import check_options, option
+from data.records import parse_json
 from retrieval.towers.foreign import check_numbers, read_json_object, read_record
 from vqvae.storage.parts import ModelError
 
@@ -134,7 +134,7 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     # that of a tokenizer lists all added tokens, and its largest length may be 10^30
-    record = read_record(path, json.loads, "a JSON object", 1 << 26)
+    record = read_record(path, parse_json, "a JSON object", 1 << 26)
     if path.name in PICTURE_FILES:
         check_numbers(record, path)
     return record

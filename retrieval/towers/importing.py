@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 import open_clip
 import torch
-import yaml
 from torch import Tensor
 
 from data.atomic import check_unused
 from data.config import from_dict
 from data.options import SIDE, check_options, option
+from data.records import parse_yaml
 from retrieval.towers.base import Towers, save_towers
 from retrieval.towers.brivl import BertSizes, BrivlConfig, BrivlTowers
 from retrieval.towers.chinese_clip import ChineseClipTowers, halved_names, read_published_config, resize_positions
@@ -243,7 +243,7 @@ def _brivl_config(path: Path | None, bert: Path) -> BrivlConfig:
         record = read_json_object(bert)
         sizes["bert"] = {size.name: record[size.name] for size in fields(BertSizes) if size.name in record}
     if path is not None:
-        model = read_record(path, yaml.safe_load, "YAML with a section MODEL").get("MODEL")
+        model = read_record(path, parse_yaml, "YAML with a section MODEL").get("MODEL")
         if not isinstance(model, dict):
             raise ModelError(f"{path} is missing or not YAML with a section MODEL (it has no such section)")
         sizes |= {ours: model[theirs] for ours, theirs in BRIVL_SIZES.items() if theirs in model}
@@ -252,7 +252,7 @@ def _brivl_config(path: Path | None, bert: Path) -> BrivlConfig:
         sizes["cnn"] = str(sizes["cnn"]).removesuffix("_ns")
     try:
         return from_dict(BrivlConfig, sizes)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{path or bert} does not describe BriVL: {error}") from error
 
 

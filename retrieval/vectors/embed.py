@@ -17,6 +17,7 @@ from torch import Tensor
 from data.atomic import new_file, write_file
 from data.batches import Batch, encode_shards
 from data.reading import ShardSpec, Skip, SkipLog, expand_shards, read_entries, shard_stem, split_name
+from data.records import parse_json
 from data.sample import DataError, Sample
 from retrieval.towers.base import Towers
 from retrieval.vectors.settings import EmbedSettings
@@ -169,7 +170,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
     try:
-        stored = json.loads(path.read_bytes())
+        stored = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON; choose another folder") from error
     if not isinstance(stored, dict):
@@ -248,7 +249,7 @@ def report_parts(out: Path, parts: Sequence[Path], found: int) -> EmbedReport:
         images = pc.sum(pc.equal(table["kind"], "image")).as_py() or 0
         report.images += images
         report.texts += len(table) - images
-        for entry in json.loads(table.schema.metadata[b"skipped"]):
+        for entry in parse_json(table.schema.metadata[b"skipped"]):
             report.skipped[entry[0]] = report.skipped.get(entry[0], 0) + 1
             lines.append("\t".join(" ".join(field.split()) for field in entry) + "\n")
     if not report.images + report.texts:

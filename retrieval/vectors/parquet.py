@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from data.characters import whole_characters
 from data.reading import shard_stem
+from data.records import parse_json
 from data.sample import DataError
 from retrieval.vectors.embed import FORMAT, SETTINGS
 
@@ -42,7 +42,7 @@ def is_vectors(folder: Path) -> bool:
 def open_vectors(folder: Path, shards: dict[str, Path] | None = None) -> Vectors:
     """Open a folder that `embed` has finished. Raises `DataError` for any other folder, or if parts are missing."""
     try:
-        settings = json.loads((folder / SETTINGS).read_bytes())
+        settings = parse_json((folder / SETTINGS).read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / SETTINGS} is missing or not JSON: give a folder that `embed` wrote") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:

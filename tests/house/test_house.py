@@ -254,3 +254,15 @@ def test_make_names_an_old_python(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert f"error: mmwudao needs Python 3.11 or newer, and {old} is 3.9" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_json_and_yaml_are_parsed_in_one_place():
+    """Elsewhere a file of a hundred thousand brackets would end in the parser's own error."""
+    found = {
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and re.match(r"json\.loads?\((?!json\.dumps)|yaml\.\w*load\w*\(", ast.unparse(node))
+    }
+    assert {place.partition(":")[0] for place in found} == {"data/records.py"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from data.records import parse_json
 from vqvae.storage.parts import ModelError
 from vqvae.storage.published import read_checkpoint, shown
 
@@ -44,10 +44,10 @@ def read_weights_file(path: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ModelError` for one that is missing or holds anything else."""
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} is missing") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(record, dict):
         raise ModelError(f"{path} is damaged: it is not an object")

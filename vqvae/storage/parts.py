@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from data.atomic import new_file, new_folder
+from data.records import parse_json
 from vqvae.storage.blocks import bits_of, packed_tensors, unpacked_tensors
 
 T = TypeVar("T", bound=PyTorchModelHubMixin)
@@ -194,7 +194,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is not complete: {name} is missing")
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = parse_json((folder / "config.json").read_bytes())
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is damaged: it is not JSON") from error
     if not isinstance(config, dict):

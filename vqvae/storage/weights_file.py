@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.records import parse_json
 from vqvae.storage.blocks import bits_of
 from vqvae.storage.parts import ModelError
 
@@ -57,7 +57,7 @@ class WeightsFile:
         (length,) = struct.unpack("<Q", self._file.read(8))
         if length > MOST_HEADER:
             raise ValueError("its header is too long")
-        record = json.loads(self._file.read(length))
+        record = parse_json(self._file.read(length))
         record.pop("__metadata__", None)
         end = os.fstat(self._file.fileno()).st_size
         entries = {}

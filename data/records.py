@@ -1,0 +1,80 @@
+"""JSON and YAML that somebody else may have written: what is wrong with it is a `ValueError`, whatever it is.
+
+The one place that parses either, so that no file ends a command in the parsers' own errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_DEPTH = 100  # lists and objects in one another; Python's own limit would be reached in the middle of other work
+MAX_YAML_VALUES = 1_000_000  # with each alias counted as what it stands for, which may be itself
+_TOO_DEEP = f"lists and objects are nested more than {MAX_DEPTH} deep"
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value in a JSON text, which as bytes may begin with a byte order mark. Raises `ValueError`."""
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    opening = ("[", "{") if isinstance(content, str) else (b"[", b"{")
+    if sum(content.count(bracket) for bracket in opening) > MAX_DEPTH:  # type: ignore[arg-type]
+        _check_size(value, None)
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """The value in a YAML text. Raises `ValueError`, for a key that is given twice too."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            # PyYAML takes the last of two equal keys, and so drops a whole section that was written twice
+            given: set[str] = set()
+            for key, _ in node.value:
+                own = node.start_mark.index <= key.start_mark.index < node.end_mark.index  # not merged from elsewhere
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and own:
+                    if key.value in given:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"{key.value!r} is given twice", key.start_mark
+                        )
+                    given.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1, which PyYAML reads, takes 1e-3 for a string; YAML 1.2 and everybody else for a number
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    try:
+        value = yaml.load(text, Loader)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, TypeError) as error:  # of PyYAML, for a tag that its value does not fit
+        raise ValueError(f"a tag (!!) does not fit its value ({error})") from error
+    _check_size(value, MAX_YAML_VALUES)
+    return value
+
+
+def _check_size(value: Any, most: int | None) -> None:
+    """Raises `ValueError` for lists and objects that are too deep or hold more than `most` values."""
+    level = [value]
+    held = 0
+    for _ in range(MAX_DEPTH):
+        inner = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+            if most is not None and held + len(inner) > most:
+                raise ValueError(f"it holds more than {most:,} values, with aliases (*) written out")
+        held += len(inner)
+        level = [one for one in inner if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
