@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import re
 import unicodedata
@@ -20,6 +19,7 @@ from typing import Any
 from data.characters import encoding_of
 from data.images import read_header
 from data.reading import MISSING_PICTURE, Skip
+from data.records import parse_json
 from data.sample import UNKNOWN_LANGUAGE, DataError, is_language
 
 PICTURE_SUFFIXES = frozenset(
@@ -126,7 +126,9 @@ def _folder_entries(folder: Path) -> Iterator[Entry | Skip]:
         if isinstance(found, Skip):
             yield found
         elif found.suffix.lower() in TEXT_SUFFIXES:
-            texts[found.with_suffix(""), found.suffix.lower()] = found
+            first = texts.setdefault((found.with_suffix(""), found.suffix.lower()), found)
+            if first is not found:
+                yield _left_out(folder, found, f"{first.name} is read in its place: leave one out")
         elif found.suffix.lower() in UNREAD_SUFFIXES:
             yield _left_out(folder, found, "a picture of a format that is not read: convert it to PNG or JPEG")
         elif found.suffix.lower() in PICTURE_SUFFIXES or _is_picture(found):
@@ -247,8 +249,8 @@ def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text)
+        except ValueError as error:
             yield line, f"not JSON ({error})"
             continue
         yield line, row if isinstance(row, dict) else "not a JSON object"

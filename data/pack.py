@@ -20,8 +20,8 @@ from data.atomic import check_unused, new_folder
 from data.characters import whole_characters
 from data.entries import Entry, list_entries
 from data.images import ImageTooLarge, open_image, read_header, to_square
-from data.reading import CORRUPT_IMAGE, MISSING_CAPTION, MISSING_PICTURE, TOO_LARGE, Skip, SkipLog
-from data.sample import UNKNOWN_LANGUAGE, DataError, Sample, language_code
+from data.reading import CORRUPT_IMAGE, DOUBLED_MEMBER, MISSING_CAPTION, MISSING_PICTURE, TOO_LARGE, Skip, SkipLog
+from data.sample import UNKNOWN_LANGUAGE, DataError, DoubledMember, Sample, language_code
 from data.settings import PackSettings
 from data.shards import Manifest, ShardInfo, ShardWriter, write_manifest
 
@@ -115,7 +115,7 @@ def _sample(entry: Entry, content: bytes, settings: PackSettings) -> Sample:
         if not settings.uncaptioned and not sample.questions:
             sample.require_captions()
     except (DataError, OSError) as error:
-        raise _Skip(MISSING_CAPTION, _reason(error)) from error
+        raise _Skip(DOUBLED_MEMBER if isinstance(error, DoubledMember) else MISSING_CAPTION, _reason(error)) from error
     sample.id = entry.id  # not one that a .json beside the picture names: ids must be unique here
     if UNKNOWN_LANGUAGE in sample.captions:
         sample.captions.setdefault(language_code(settings.language), sample.captions.pop(UNKNOWN_LANGUAGE))

@@ -20,7 +20,7 @@ from webdataset.utils import make_seed, pytorch_worker_info
 
 from data.archives import DAMAGE, PlainSample, archive_problem, plain_samples, read_plain
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
-from data.sample import IMAGE_EXTENSIONS, DataError, Needed, Sample
+from data.sample import IMAGE_EXTENSIONS, DataError, DoubledMember, Needed, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ MISSING_PICTURE = "missing picture"
 MISSING_CAPTION = "missing or broken caption"
 CORRUPT_IMAGE = "corrupt image"
 TOO_LARGE = "picture too large"
+DOUBLED_MEMBER = "two pictures or captions in one sample"
 BROKEN_SHARD = "truncated or broken shard"
 NO_IMAGE_MEMBER = f"no member ends in {', '.join(IMAGE_EXTENSIONS)}"
 
@@ -287,10 +288,15 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
     the samples before the cut and is reported once, even when it ends between two members: `tarfile` sees no cut there.
     """
     problems: list[Exception] = []
+    doubled: dict[str, str] = {}
     causes = MemberCauses(shard)
     plain = plain_samples(shard)
-    for key, content in _any_samples(shard, problems) if plain is None else _plain_samples(shard, plain, problems):
+    found = _any_samples(shard, problems, doubled) if plain is None else _plain_samples(shard, plain, problems)
+    for key, content in found:
         name = f"{shard.name}: sample {key}"
+        if (member := doubled.pop(key, None)) is not None:
+            skip(DOUBLED_MEMBER, name, DoubledMember(f"sample {key}: {member} is twice in the shard: leave one out"))
+            continue
         if not any(extension in content for extension in IMAGE_EXTENSIONS):
             skip(MISSING_PICTURE, name, DataError(causes.of(key, content) or NO_IMAGE_MEMBER))
             continue
@@ -298,6 +304,9 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
             sample = Sample.from_members(key, content)
             if captions is True or (captions and not sample.questions):
                 sample.require_captions()
+        except DoubledMember as error:
+            skip(DOUBLED_MEMBER, name, error)
+            continue
         except DataError as error:
             cause = causes.of(key, content) if not content.keys() & {"txt", "json"} else None
             skip(MISSING_CAPTION, name, DataError(cause) if cause else error)
@@ -317,11 +326,21 @@ def _plain_samples(
         problems.append(error)
 
 
-def _any_samples(shard: Path, problems: list[Exception]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members of the samples that webdataset finds, and what came up."""
+def _any_samples(
+    shard: Path, problems: list[Exception], doubled: dict[str, str]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the samples that webdataset finds, and what came up; `doubled`: key -> a member given twice.
+
+    A key is there before its sample is given out.
+    """
 
     def note(error: Exception) -> bool:
-        problems.append(error)
+        member, twice, _ = str(error.args[0] if error.args else "").partition(": duplicate file name in tar file")
+        key = base_plus_ext(member)[0]
+        if twice and key is not None:
+            doubled[key] = member
+        else:
+            problems.append(error)
         return True  # webdataset then goes on with the next member, if it can
 
     for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note):

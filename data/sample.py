@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from data.characters import BYTE_ORDER_MARK, decode_text, is_blank, is_unicode, whole_characters
+from data.records import parse_json
 
 # jfif, jpe and jif are JPEG; what the bytes hold decides in any case
 IMAGE_EXTENSIONS = ("png", "webp", "jpg", "jpeg", "jfif", "jpe", "jif", "gif", "bmp", "tif", "tiff", "avif")
@@ -22,6 +23,10 @@ LANGUAGE_TAG = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,4}")
 
 class DataError(ValueError):
     """Bad input data; the message is one line that says what was wrong and what to do."""
+
+
+class DoubledMember(DataError):
+    """A sample has two pictures or two captions, of which nobody says which one is meant."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,20 @@ class Sample:
 
         The picture or the captions may be missing; callers that need them call `require_image` or `require_captions`.
         What else a record says of the picture is stored as text, whatever its type. Raises `DataError` when the JSON,
-        a caption or a question is broken.
+        a caption or a question is broken, and `DoubledMember` for two pictures or captions.
         """
-        extension = next((e for e in IMAGE_EXTENSIONS if e in members), "")
+        pictures = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+        if len(pictures) > 1:
+            raise DoubledMember(
+                f"sample {key}: it has two pictures, .{pictures[0]} and .{pictures[1]}: leave one out, or give each a "
+                "name of its own"
+            )
+        extension = pictures[0] if pictures else ""
         record: dict[str, Any] = {}
         if "json" in members:
             try:
-                record = json.loads(members["json"])
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                record = parse_json(members["json"])
+            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 raise DataError(f"sample {key}: its .json is not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise DataError(f"sample {key}: its .json is not an object")
@@ -150,11 +161,15 @@ def _as_text(value: object) -> str | None:
 def _captions(key: str, record: dict[str, Any], text: bytes | None) -> dict[str, Caption]:
     """What the record says by language, else the .txt, else the caption that img2dataset writes into the record."""
     captions = _captions_by_language(key, record.get("captions"))
-    if not captions and text is not None:
+    if text is not None:
         try:
-            captions = _captions_by_language(key, decode_text(text))
+            told = _captions_by_language(key, decode_text(text))
         except UnicodeDecodeError as error:
             raise DataError(f"sample {key}: its .txt is not UTF-8") from error
+        names = {name for caption in captions.values() for name in (caption.name, *caption.others)}
+        if captions and told and told[UNKNOWN_LANGUAGE].name not in names:
+            raise DoubledMember(f"sample {key}: its .json and its .txt hold captions that differ: leave one out")
+        captions = captions or told
     return captions or _captions_by_language(key, record.get("caption"))
 
 

@@ -29,6 +29,7 @@ from data.reading import (
     BROKEN_SHARD,
     CORRUPT_IMAGE,
     DAMAGE,
+    DOUBLED_MEMBER,
     MAX_FAILURES,
     MISSING_CAPTION,
     TOO_LARGE,
@@ -37,7 +38,8 @@ from data.reading import (
     SkipLog,
     shard_stem,
 )
-from data.sample import IMAGE_EXTENSIONS, DataError, Sample
+from data.records import parse_json
+from data.sample import IMAGE_EXTENSIONS, DataError, DoubledMember, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +117,14 @@ class ShuffledShards:
         entry = self.entries(shard)[number]
         name = f"{self.shards[shard].name}: sample {entry.key}"
         try:
+            if len({extension for extension, *_ in entry.members}) < len(entry.members):
+                raise DoubledMember(f"sample {entry.key}: one of its members is twice in the shard: leave one out")
             sample = Sample.from_members(entry.key, self.members(shard, number), self.captions)
             if self.captions:
                 sample.require_captions()
         except DataError as error:
-            self.log.take(Skip(MISSING_CAPTION, name, error))
+            reason = DOUBLED_MEMBER if isinstance(error, DoubledMember) else MISSING_CAPTION
+            self.log.take(Skip(reason, name, error))
             return None
         return None if sample.family in self.exclude_families else sample
 
@@ -139,11 +144,15 @@ class ShuffledShards:
         path = index_path(self.shards[shard])
         if not path.is_file():  # it could not be written
             return scan_shard(self.shards[shard])[0]
-        lines = path.read_text(encoding="utf-8").splitlines()[1:]
-        return [
-            IndexedSample(key, [(name, first, size) for name, first, size in members])
-            for key, members in map(json.loads, lines)
-        ]
+        with suppress(ValueError, TypeError):
+            lines = path.read_text(encoding="utf-8").splitlines()[1:]
+            found = [
+                IndexedSample(key, [(name, first, size) for name, first, size in members])
+                for key, members in map(parse_json, lines)
+            ]
+            if len(found) == self.counts[shard]:
+                return found
+        return scan_shard(self.shards[shard])[0]  # only its first line is as we wrote it
 
     def _epoch_order(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
         """The order of the shards in an epoch, the place at which each begins, and where each window of them ends."""
@@ -178,7 +187,7 @@ def open_index(shard: Path, log: SkipLog) -> int:
     state = {"format": FORMAT, "bytes": shard.stat().st_size, "digest": _digest(shard)}
     path = index_path(shard)
     with suppress(OSError, ValueError, TypeError, KeyError), path.open(encoding="utf-8") as file:
-        head = json.loads(file.readline())
+        head = parse_json(file.readline())
         if {name: head[name] for name in state} == state and type(head["samples"]) is int:
             if head["problem"]:
                 log.add(BROKEN_SHARD, str(shard), head["problem"])
