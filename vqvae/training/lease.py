@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import write_file
+from data.records import parse_json
 from vqvae.training.config import TrainingError
 
 BEAT = 3.0  # seconds between two signs of life
@@ -108,7 +109,7 @@ class Lease:
 
     def _read(self, number: int) -> dict[str, Any]:
         try:
-            found = json.loads(self._path(number).read_bytes())
+            found = parse_json(self._path(number).read_bytes())
         except (OSError, ValueError):  # it is being replaced, or a loss of power emptied it
             return {}
         return found if isinstance(found, dict) else {}

@@ -7,7 +7,6 @@ bf16 autocast over float32 weights, warm-up and cosine, gradient accumulation an
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -117,11 +116,11 @@ class Loop:
         finally:
             self.checkpointer.release()
         if stopped:
-            os.kill(os.getpid(), signal.SIGTERM)  # again, to whoever had it before: the command leaves with 143
+            signal.raise_signal(stopped)  # again, to whoever had it before: the command leaves with 130 or 143
         return self.averaged
 
-    def _train(self, termination: Termination) -> bool:
-        """Steps to the end of the run, or to a checkpoint if a process is asked to stop; whether that happened."""
+    def _train(self, termination: Termination) -> int:
+        """Steps to the end of the run, or to a checkpoint if a process is asked to stop: by which signal, else 0."""
         config = self.config
         started = time.monotonic() - self.progress.seconds
         means, logged = Means(), self.progress
@@ -131,10 +130,10 @@ class Loop:
                 self._advance(time.monotonic() - started)
                 self.checkpointer.check()
                 step, end = self.progress.step, self._done()
-                if self._agree(termination.asked):
+                if asked := self._agree(termination.asked):
                     self._save()
                     self.checkpointer.check(wait=True)
-                    return True
+                    return asked
                 if step % config.log_every == 0 or end:
                     figures = {f"train/{name}": value for name, value in means.take().items()}
                     figures["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
@@ -150,15 +149,15 @@ class Loop:
                 if step % config.save_every == 0 or end:
                     self._save()
         self.checkpointer.check(wait=True)
-        return False
+        return 0
 
-    def _agree(self, asked: bool) -> bool:
-        """Whether any process was asked to stop: all stop after the same step."""
+    def _agree(self, asked: int) -> int:
+        """The signal by which any process was asked to stop, or 0: all stop after the same step."""
         if not distributed():
             return asked
-        flag = torch.tensor(float(asked), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        highest = torch.tensor(asked, device=self.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step: the means over processes of its losses, and the norm of the gradient before clipping."""

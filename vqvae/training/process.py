@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,28 +132,37 @@ def check_batch_size(config: LoopConfig) -> None:
 
 
 class Termination:
-    """A context in which SIGTERM is noted in `asked` instead of obeyed, so that the training can save first.
+    """A context in which Ctrl-C and SIGTERM are noted in `asked`, not obeyed, so that the training can save first.
 
-    A second SIGTERM ends the process at once. In threads beside the main one signals are left alone.
+    A second one is obeyed at once. In a group of processes it is not, for torchrun sends on to each what a supervisor
+    may have sent it already, and kills what has not left after 30 seconds. Signals that were ignored stay so, as those
+    of a job in the background of a script; in threads beside the main one all are left alone.
     """
 
-    asked = False
+    asked = 0  # the number of the signal
 
     def __enter__(self) -> Termination:
-        self._listens = threading.current_thread() is threading.main_thread()
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: another language's, to be left there
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.asked = self.asked or number
+        if distributed():
+            return
+        for other, handler in self._before.items():
+            signal.signal(other, handler if other == signal.SIGINT else signal.SIG_DFL)
+        if sys.stderr.isatty():  # not by print, which may be what the signal interrupts
+            os.write(sys.stderr.fileno(), b"\nsaves after this step, then leaves; once more: leaves at once\n")
 
 
 def _wants_cuda(choice: str) -> bool:

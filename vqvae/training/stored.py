@@ -5,7 +5,6 @@ A stored state is plain facts and tensors by name; a process reads of each tenso
 
 from __future__ import annotations
 
-import json
 import pickle
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from data.records import parse_json
 from vqvae.training.config import TrainingError
 from vqvae.training.sharding import fill_pieces
 
@@ -57,7 +57,7 @@ class StoredFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.facts = json.loads((folder / FACTS).read_bytes())
+            self.facts = parse_json((folder / FACTS).read_bytes())
             metadata = _Reader(folder).read_metadata()
         except (OSError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, KeyError) as error:
             raise TrainingError(f"{self} is damaged; delete it to go on from an older one, or to start anew") from error
