@@ -7,6 +7,7 @@ name also survives a loss of power. A folder is built and renamed in the same wa
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from data.sample import DataError
+
+_BUILDING = ".part-"  # in the name of a folder that is being built, behind a dot and the name it will get
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -57,14 +60,15 @@ def replace_synced(temporary: Path, path: Path) -> None:
 def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` to build in; at the end of the block it takes the place of `out`.
 
-    If the block raises, what was built is removed and `out` stays as it was. Without `replace`, raises `DataError` at
-    once when `out` is in use (`check_unused`).
+    If the block raises, what was built is removed and `out` stays as it was; what a killed process has left of it is
+    removed by the next one. Without `replace`, raises `DataError` at once when `out` is in use (`check_unused`).
     """
     out = Path(out)
     if not replace:
         check_unused(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    _remove_lost(out)
+    building, lock = _locked_folder(out)
     try:
         yield building
         building.chmod(0o755)  # mkdtemp's folders are private
@@ -83,6 +87,53 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int | None]:
+    """A new folder to build `out` in, and the lock on it, which ends with the process; None where there are none."""
+    while True:
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}{_BUILDING}", dir=out.parent))
+        try:
+            lock = _lock(building)
+        except (BlockingIOError, FileNotFoundError):  # another process took it for one that was left
+            continue
+        if lock is None or building.exists():
+            return building, lock
+        os.close(lock)
+
+
+def _remove_lost(out: Path) -> None:
+    """Remove the folders in which processes that were killed had begun to build `out`."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}{_BUILDING}*"):
+        if path.suffix == ".old" and not out.exists():
+            continue  # what was there before: killed between two renames
+        with contextlib.suppress(OSError):  # somebody builds in it, or has just removed it
+            if (lock := _lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor with the only lock on a folder; None where folders cannot be locked, as on some networks' disks.
+
+    Raises `BlockingIOError` where another process has it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
 
 
 def check_unused(out: Path) -> None:

@@ -7,24 +7,29 @@ named in `skipped.log`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from data.atomic import check_unused, new_folder, write_file
+from data.atomic import new_folder, write_file
 from data.clean.config import CleanConfig, text_filters
 from data.clean.fit import FitScore, worst_fits
-from data.clean.judged import Dropped, filter_captions
+from data.clean.judged import Dropped, TextFilter, filter_captions
 from data.clean.near_texts import near_texts
 from data.clean.privacy import PrivacyFilter
+from data.clean.unfinished import Judged, Key, UnfinishedRun
 from data.fingerprints import Fingerprints, Named, fingerprint, near_pairs, stacked
 from data.images import open_image
 from data.reading import CORRUPT_IMAGE, ShardSpec, SkipLog, expand_shards, read_shard, split_name
 from data.recipes.splits import stable_hash
+from data.records import parse_json
 from data.sample import UNKNOWN_LANGUAGE, Caption, DataError, Sample
 from data.shards import Manifest, ShardWriter, write_manifest
 from data.styles import LANGUAGES
+
+logger = logging.getLogger(__name__)
 
 SKIP_LOG = "skipped.log"
 NO_CAPTION = "no caption left"
@@ -33,8 +38,6 @@ NEAR_TEXT = "near copy of another text"
 BAD_FIT = "caption fits its picture least"
 TEXT_FILES = (".txt", ".jsonl")
 _BATCH = 32
-
-Key = tuple[str, str]  # shard or text file, sample
 
 
 @dataclass
@@ -46,54 +49,69 @@ class CleanReport:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class _Judged:
-    """What the first pass found: samples that go, captions that changed, and what pairs are compared by."""
-
-    gone: set[Key] = field(default_factory=set)
-    captions: dict[Key, dict[str, Caption]] = field(default_factory=dict)
-    keys: list[Key] = field(default_factory=list)
-    ranks: list[tuple[bool, str]] = field(default_factory=list)
-    prints: list[tuple[int, object]] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)
-    scores: list[tuple[Key, str, float]] = field(default_factory=list)
-
-
 def clean_data(
-    source: ShardSpec, out: Path, config: CleanConfig | None = None, score: FitScore | None = None
+    source: ShardSpec,
+    out: Path,
+    config: CleanConfig | None = None,
+    score: FitScore | None = None,
+    judge: str = "",
 ) -> CleanReport:
     """Clean shards, or texts (`.txt` with one a line, `.jsonl` of {"text", "language"}), into the new folder `out`.
 
     Shards keep their splits; texts become files of the same names. `score` judges whether captions fit pictures;
-    without it that filter is off. Raises `DataError` for an existing `out` or nothing to read.
+    without it that filter is off; `judge` names it. A run that is interrupted or killed leaves in `out` what it has
+    judged, and the same run goes on from there. Raises `DataError` for an `out` in use, or nothing to read.
     """
-    config = config or CleanConfig()
-    check_unused(Path(out))
+    config, out = config or CleanConfig(), Path(out)
+    unfinished = UnfinishedRun(out, {**asdict(config), "judge": judge})
     texts = _text_files(source)
     paths = texts or expand_shards(source)
-    with new_folder(Path(out)) as building:
-        log = SkipLog(building / SKIP_LOG)
-        judged = _judge(paths, config, score if config.fit.on else None, log)
-        _leave_out_copies(judged, config, log)
-        _leave_out_misfits(judged, config, log)
-        write = _write_texts if texts else _write_shards
-        report = CleanReport(len(judged.keys), write(building, paths, judged, log))
-        report.skipped = log.counts
-        if not texts:
-            _add_counts(building, log)
+    try:
+        judged = _judge(paths, config, score if config.fit.on else None, unfinished)
+        with new_folder(out, replace=True) as building:
+            log = SkipLog(building / SKIP_LOG)
+            for told in judged.told:
+                log.add(*told)
+            _leave_out_copies(judged, config, log)
+            _leave_out_misfits(judged, config, log)
+            write = _write_texts if texts else _write_shards
+            report = CleanReport(len(judged.keys), write(building, paths, judged, log))
+            report.skipped = log.counts
+            if not texts:
+                _add_counts(building, log)
+    except Exception:  # not when it is interrupted: then it can go on
+        unfinished.remove()
+        raise
     return report
 
 
-def _judge(paths: Sequence[Path], config: CleanConfig, score: FitScore | None, log: SkipLog) -> _Judged:
-    """The first pass: the filters of texts on every sample, and what the other filters compare."""
+def _judge(paths: Sequence[Path], config: CleanConfig, score: FitScore | None, unfinished: UnfinishedRun) -> Judged:
+    """The first pass: what an unfinished run has found of each shard, or else what is found now."""
     filters = text_filters(config)
-    judged = _Judged()
+    whole = Judged()
+    known = 0
+    for path in paths:
+        judged = unfinished.read(path)
+        if judged is None:
+            judged = _judge_shard(path, config, filters, score)
+            unfinished.write(path, judged)
+        else:
+            known += 1
+        whole.add(judged)
+    if known:
+        logger.warning("%d of %d were judged by a run that did not end: went on from there", known, len(paths))
+    return whole
+
+
+def _judge_shard(path: Path, config: CleanConfig, filters: list[TextFilter], score: FitScore | None) -> Judged:
+    """The filters of texts on every sample of a shard or text file, and what the other filters compare."""
+    judged = Judged()
     waiting: list[tuple[Key, Sample]] = []
-    for path, sample in _samples(paths, log):
+    for sample in _samples(path, judged):
         key = (str(path), sample.id)
-        kept = filter_captions(sample, filters, lambda dropped, key=key: _note(log, key, dropped))  # type: ignore[misc]
+        kept = filter_captions(sample, filters, lambda dropped, key=key: _note(judged, key, dropped))  # type: ignore[misc]
         if not kept.captions:
-            log.add(NO_CAPTION, _name(key), "every caption was dropped")
+            judged.told.append((NO_CAPTION, _name(key), "every caption was dropped"))
             judged.gone.add(key)
         elif kept.captions != sample.captions:
             judged.captions[key] = kept.captions
@@ -107,7 +125,7 @@ def _judge(paths: Sequence[Path], config: CleanConfig, score: FitScore | None, l
             try:
                 picture = open_image(sample.image)
             except DataError as error:
-                log.add(CORRUPT_IMAGE, _name(key), str(error))
+                judged.told.append((CORRUPT_IMAGE, _name(key), str(error)))
                 judged.gone.add(key)
                 judged.prints.append((0, None))
                 continue
@@ -121,7 +139,7 @@ def _judge(paths: Sequence[Path], config: CleanConfig, score: FitScore | None, l
     return judged
 
 
-def _score(waiting: list[tuple[Key, Sample]], score: FitScore, judged: _Judged) -> None:
+def _score(waiting: list[tuple[Key, Sample]], score: FitScore, judged: Judged) -> None:
     """Score the captions of the waiting samples, and forget the samples."""
     pairs = [(key, sample, language) for key, sample in waiting for language in sorted(sample.captions)]
     pictures = {key: open_image(sample.require_image()) for key, sample in waiting}
@@ -135,7 +153,7 @@ def _score(waiting: list[tuple[Key, Sample]], score: FitScore, judged: _Judged) 
     waiting.clear()
 
 
-def _leave_out_copies(judged: _Judged, config: CleanConfig, log: SkipLog) -> None:
+def _leave_out_copies(judged: Judged, config: CleanConfig, log: SkipLog) -> None:
     """Of samples that are near copies, keep the first by rank."""
     if config.near_pictures.on and judged.prints:
         names = [Named(key[1], "", "", key[0]) for key in judged.keys]
@@ -147,7 +165,7 @@ def _leave_out_copies(judged: _Judged, config: CleanConfig, log: SkipLog) -> Non
         _keep_first(judged, near_texts(judged.texts, config.near_texts), NEAR_TEXT, log)
 
 
-def _keep_first(judged: _Judged, pairs: Iterable[tuple[int, int]], reason: str, log: SkipLog) -> None:
+def _keep_first(judged: Judged, pairs: Iterable[tuple[int, int]], reason: str, log: SkipLog) -> None:
     near: dict[int, set[int]] = {}
     for one, other in pairs:
         near.setdefault(one, set()).add(other)
@@ -165,7 +183,7 @@ def _keep_first(judged: _Judged, pairs: Iterable[tuple[int, int]], reason: str, 
             judged.gone.add(key)
 
 
-def _leave_out_misfits(judged: _Judged, config: CleanConfig, log: SkipLog) -> None:
+def _leave_out_misfits(judged: Judged, config: CleanConfig, log: SkipLog) -> None:
     """Drop the captions that fit least; a sample without one goes."""
     worst = worst_fits([(language, cosine) for _, language, cosine in judged.scores], config.fit.share)
     dropped: dict[Key, set[str]] = {}
@@ -183,20 +201,21 @@ def _leave_out_misfits(judged: _Judged, config: CleanConfig, log: SkipLog) -> No
     judged.scores = [entry for entry in judged.scores if entry[1] in dropped.get(entry[0], ())]
 
 
-def _kept(paths: Sequence[Path], judged: _Judged) -> Iterator[tuple[Path, Sample]]:
+def _kept(paths: Sequence[Path], judged: Judged) -> Iterator[tuple[Path, Sample]]:
     """The second pass: the samples that stay, with the captions that stay."""
     misfits: dict[Key, set[str]] = {}
     for key, language, _ in judged.scores:
         misfits.setdefault(key, set()).add(language)
-    for path, sample in _samples(paths, SkipLog()):  # what cannot be read was told by the first pass
-        key = (str(path), sample.id)
-        if key not in judged.gone:
-            captions: Mapping[str, Caption] = judged.captions.get(key, sample.captions)
-            kept = {name: caption for name, caption in captions.items() if name not in misfits.get(key, ())}
-            yield path, replace(sample, captions=kept)
+    for path in paths:
+        for sample in _samples(path, Judged()):  # what cannot be read was told by the first pass
+            key = (str(path), sample.id)
+            if key not in judged.gone:
+                captions: Mapping[str, Caption] = judged.captions.get(key, sample.captions)
+                kept = {name: caption for name, caption in captions.items() if name not in misfits.get(key, ())}
+                yield path, replace(sample, captions=kept)
 
 
-def _write_shards(folder: Path, paths: Sequence[Path], judged: _Judged, log: SkipLog) -> int:
+def _write_shards(folder: Path, paths: Sequence[Path], judged: Judged, log: SkipLog) -> int:
     splits = sorted({split_name(path) for path in paths}, key=lambda split: (split != "train", split))
     with ExitStack() as stack:
         writers = {split: stack.enter_context(ShardWriter(folder, split)) for split in splits}
@@ -215,7 +234,7 @@ def _add_counts(folder: Path, log: SkipLog) -> None:
     write_manifest(folder, manifest)
 
 
-def _write_texts(folder: Path, paths: Sequence[Path], judged: _Judged, log: SkipLog) -> int:
+def _write_texts(folder: Path, paths: Sequence[Path], judged: Judged, log: SkipLog) -> int:
     lines: dict[Path, list[str]] = {path: [] for path in paths}
     for path, sample in _kept(paths, judged):
         ((language, caption),) = sample.captions.items()
@@ -240,16 +259,13 @@ def _text_files(source: ShardSpec) -> list[Path]:
     return texts
 
 
-def _samples(paths: Sequence[Path], log: SkipLog) -> Iterator[tuple[Path, Sample]]:
-    for path in paths:
-        if path.suffix in TEXT_FILES:
-            yield from ((path, sample) for sample in _texts(path, log))
-        else:
-            samples = read_shard(path, lambda *skip: log.add(skip[0], skip[1], str(skip[2])))
-            yield from ((path, sample) for sample in samples)
+def _samples(path: Path, judged: Judged) -> Iterator[Sample]:
+    if path.suffix in TEXT_FILES:
+        return _texts(path, judged)
+    return read_shard(path, lambda *skip: judged.told.append((skip[0], skip[1], str(skip[2]))))
 
 
-def _texts(path: Path, log: SkipLog) -> Iterator[Sample]:
+def _texts(path: Path, judged: Judged) -> Iterator[Sample]:
     """The lines of a text file; in a `.txt` they are of the language that its name ends in (`poems-zh.txt`), if any."""
     named = path.stem.rpartition("-")[2]
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -257,10 +273,11 @@ def _texts(path: Path, log: SkipLog) -> Iterator[Sample]:
             text, language = line.strip(), named if named in LANGUAGES else UNKNOWN_LANGUAGE
             if path.suffix == ".jsonl" and text:
                 try:
-                    record = json.loads(text)
+                    record = parse_json(text)
                     text, language = str(record["text"]), str(record.get("language") or UNKNOWN_LANGUAGE)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    log.add("broken line", f"{path.name}:{number}", f"{type(error).__name__}: {error}")
+                    problem = f"{type(error).__name__}: {error}"
+                    judged.told.append(("broken line", f"{path.name}:{number}", problem))
                     continue
             if text:
                 yield Sample(f"line {number}", None, "", {language: Caption(text)})
@@ -270,7 +287,7 @@ def _name(key: Key) -> str:
     return f"{Path(key[0]).name}: {key[1]}"
 
 
-def _note(log: SkipLog, key: Key, dropped: Dropped) -> None:
+def _note(judged: Judged, key: Key, dropped: Dropped) -> None:
     # what is personal must not live on in a log
     what = f"{len(dropped.text)} characters" if dropped.reason == PrivacyFilter.reason else dropped.text
-    log.add(dropped.reason, f"{_name(key)} ({dropped.language})", what)
+    judged.told.append((dropped.reason, f"{_name(key)} ({dropped.language})", what))

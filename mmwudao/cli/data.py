@@ -171,13 +171,13 @@ def clean(
     from data.config import load_config
 
     settings = load_config(CleanConfig, config, setting or ())
-    score = None
+    score, judge = None, ""
     if towers is not None:
-        from mmwudao.loading.towers import load_model_towers
+        from mmwudao.loading.towers import find_towers, load_model_towers
         from mmwudao.tower_scores import fit_score
 
-        score = fit_score(load_model_towers(towers, device))
-    report = clean_data(source, out, settings, score)
+        score, judge = fit_score(load_model_towers(towers, device)), find_towers(towers)[1]
+    report = clean_data(source, out, settings, score, judge)
     if as_json:
         print(json.dumps(asdict(report), ensure_ascii=False))
         return

@@ -31,7 +31,7 @@ COUNT = 1500  # pictures: more than any of these commands takes in the seconds t
 
 
 def _begun(out: Path) -> bool:
-    return out.exists() or any(out.parent.glob(f".{out.name}-*"))
+    return out.exists() or any(out.parent.glob(f".{out.name}.part-*"))
 
 
 def _embedding(out: Path) -> bool:
@@ -46,7 +46,7 @@ LONG: dict[str, tuple[str, Callable[[Path], bool], set[str]]] = {
     "index build FOLDER": ("index build PHOTOS --collection OUT", _begun, set()),
     "tokenize": ("tokenize SHARDS -o OUT --size 128", _begun, set()),
     "eval retrieval": ("eval retrieval emoji SHARDS -o OUT", _begun, set()),
-    "data clean": ("data clean SHARDS -o OUT", _begun, set()),
+    "data clean": ("data clean SHARDS -o OUT", _begun, {"settings.json"}),
     "train tokenizer": (
         "train tokenizer CONFIGS/emoji-tokenizer.yaml data.shards=SAMPLES loop.out=OUT loop.minutes=5", _begun,
         {"config.yaml", "log.jsonl", "lease-000001.json", "latest", "run.json", ".metadata", "__0_0.distcp"},
@@ -104,7 +104,7 @@ def test_a_signal_ends_a_long_command(inputs, tmp_path, name, number, code, said
     with pytest.raises(ProcessLookupError):  # no other process of the command is left
         os.killpg(process.pid, 0)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and "torchinductor" not in str(path)}
-    assert left <= may_stay | {path.name for path in out.rglob("events.*")}
+    assert left <= may_stay | {path.name for kind in ("events.*", "judged-*") for path in out.rglob(kind)}
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 

@@ -55,6 +55,48 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["y"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data.atomic import new_folder
+with new_folder(Path(sys.argv[1]), replace=True) as building:
+    (building / "x").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks")
+def test_what_a_killed_process_has_left_goes(tmp_path: Path) -> None:
+    out = tmp_path / "o[u]t"  # no pattern of its own
+    for kept in (".o[u]t-notes", "o[u]t.part-abcdefgh", ".out.part-abcdefgh"):
+        (tmp_path / kept).mkdir()
+    before = set(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = set(tmp_path.iterdir()) - before
+    assert (left / "x").read_text() == "half"
+    with new_folder(out, replace=True) as building:
+        assert not left.exists()
+        with new_folder(out, replace=True):  # beside one that is still built
+            pass
+        (building / "y").write_text("whole")
+    assert set(tmp_path.iterdir()) == before | {out}
+    assert [path.name for path in out.iterdir()] == ["y"]
+
+
+def test_what_stood_there_is_not_removed_before_its_successor_stands(tmp_path: Path) -> None:
+    old = tmp_path / ".out.part-abcdefgh.old"  # killed between two renames
+    old.mkdir()
+    with pytest.raises(DataError), new_folder(tmp_path / "out"):
+        raise DataError("stopped")
+    assert old.exists()
+    with new_folder(tmp_path / "out") as building:
+        (building / "y").touch()
+    with new_folder(tmp_path / "out", replace=True) as building:
+        (building / "y").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_content_is_synced_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     real_sync, real_replace = os.fsync, os.replace
