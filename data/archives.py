@@ -50,7 +50,17 @@ def _other_format(shard: Path) -> str | None:
             start = file.read(32)
     except OSError:
         return None  # what reading it raised says why
-    return next((f"no tar file but {what}" for magic, what in _OTHER_FORMATS if start.startswith(magic)), None)
+    named = next((f"no tar file but {what}" for magic, what in _OTHER_FORMATS if start.startswith(magic)), None)
+    if named is None and start.isascii() and start.decode().isprintable() and not _begins_as_tar(shard):
+        return f"no tar file but text ({start.decode()!r} ...): give the shards themselves"
+    return named
+
+
+def _begins_as_tar(shard: Path) -> bool:
+    try:
+        return next(_headers(shard), None) is not None
+    except ValueError:
+        return False
 
 
 def _message(error: Exception) -> str:
@@ -88,8 +98,16 @@ def _ends_in_zeros(shard: Path) -> bool:
     return True
 
 
-def plain_samples(shard: Path) -> list[PlainSample] | None:
+def lacks_extension(name: str) -> bool:
+    """Whether a member has neither an extension, which says what it is of its sample, nor a name of hidden files."""
+    last = name.rpartition("/")[2]
+    return last != "" and "." not in last and not _METADATA.match(name)
+
+
+def plain_samples(shard: Path, left_out: list[str]) -> list[PlainSample] | None:
     """The samples of a tar file as webdataset groups them, by the places of their members; None to let it look.
+
+    The names of members that are of no sample are added to `left_out`.
 
     Only a file that is whole, not compressed, and of plain files and folders is read here. What is anything else, or
     a problem, is left to webdataset: links, long names, one name twice, an end without zeros.
@@ -104,6 +122,7 @@ def plain_samples(shard: Path) -> list[PlainSample] | None:
                 return None
             key, extension = base_plus_ext(name)
             if key is None or _METADATA.match(name):
+                left_out += [name] * lacks_extension(name)
                 continue
             if not found or found[-1].key != key:
                 found.append(PlainSample(key, {}))

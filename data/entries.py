@@ -12,9 +12,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from data.characters import encoding_of
 from data.images import read_header
@@ -195,6 +197,10 @@ def _table_entries(table: Path) -> Iterator[Entry | Skip]:
             problem = f"no path (columns read: {', '.join(PATH_COLUMNS)})"
             yield Skip(MISSING_PICTURE, f"{table.name} line {line}", DataError(problem))
             continue
+        if re.match(r"\s*(https?|s3|gs|ftp)://", path):
+            problem = "a URL, and nothing is fetched: download the pictures first, with img2dataset for instance"
+            yield Skip(MISSING_PICTURE, f"{path} (line {line})", DataError(problem))
+            continue
         caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
         language = row.get("language") or UNKNOWN_LANGUAGE
         if not isinstance(language, str) or not is_language(language):
@@ -222,9 +228,17 @@ def _not_utf8(value: object) -> bool:
 
 
 def _picture_path(folder: Path, path: str) -> Path:
-    """The file that a table names, perhaps as Windows spells it."""
-    spelled = folder / path
-    return folder / path.replace("\\", "/") if "\\" in path and not os.path.lexists(spelled) else spelled
+    """The file that a table names: as it stands there if that exists, else as Windows, a shell or a URI spells it."""
+    if os.path.lexists(folder / path):
+        return folder / path
+    spelled = path.strip()
+    if spelled.startswith("file://"):
+        spelled = unquote(urlsplit(spelled).path)
+    if "\\" in spelled and not os.path.lexists(folder / spelled):
+        spelled = spelled.replace("\\", "/")
+    with suppress(RuntimeError):  # ~ of a user whom nobody knows
+        return folder / Path(spelled).expanduser()
+    return folder / spelled
 
 
 def _rows(table: Path) -> Iterator[tuple[int | str, dict[str, Any] | str]]:
@@ -253,15 +267,20 @@ def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
         except ValueError as error:
             yield line, f"not JSON ({error})"
             continue
-        yield line, row if isinstance(row, dict) else "not a JSON object"
+        if isinstance(row, list):
+            yield line, "a JSON list: write one object a line"
+        else:
+            yield line, row if isinstance(row, dict) else "not a JSON object"
 
 
 def _csv_rows(table: Path, file: Any) -> Iterator[tuple[int | str, dict[str, Any] | str]]:
-    header = file.readline()
+    header, end = file.readline(), 1
+    if re.fullmatch(r'"?sep=.?"?\s*', header, re.IGNORECASE):  # Excel's own line, which names the separator
+        header, end = file.readline(), 2
     separator, columns = _columns(table, header)
     # strict: a quotation mark that never closes would take all that follows into one caption
     reader = csv.reader(file, delimiter=separator, strict=True)
-    end = 1
+    first = end
     while True:
         start = end + 1
         try:
@@ -269,7 +288,7 @@ def _csv_rows(table: Path, file: Any) -> Iterator[tuple[int | str, dict[str, Any
         except StopIteration:
             return
         except csv.Error as error:
-            end = reader.line_num + 1
+            end = reader.line_num + first
             if "field limit" in str(error) and start == end:
                 yield start, f"a cell of more than {csv.field_size_limit():,} characters"
                 continue
@@ -277,7 +296,7 @@ def _csv_rows(table: Path, file: Any) -> Iterator[tuple[int | str, dict[str, Any
                 raise DataError(f"{table}: a quotation mark opened in line {start} is never closed") from error
             yield _lines(start, end), f"quotation marks that do not fit together ({error})"
             continue
-        end = reader.line_num + 1
+        end = reader.line_num + first
         if not any(cells):
             continue
         if len(cells) != len(columns):

@@ -18,7 +18,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext, tarfile_samples
 from webdataset.utils import make_seed, pytorch_worker_info
 
-from data.archives import DAMAGE, PlainSample, archive_problem, plain_samples, read_plain
+from data.archives import DAMAGE, PlainSample, archive_problem, lacks_extension, plain_samples, read_plain
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
 from data.sample import IMAGE_EXTENSIONS, DataError, DoubledMember, Needed, Sample
 
@@ -31,6 +31,7 @@ MISSING_CAPTION = "missing or broken caption"
 CORRUPT_IMAGE = "corrupt image"
 TOO_LARGE = "picture too large"
 DOUBLED_MEMBER = "two pictures or captions in one sample"
+NO_EXTENSION = "file without an extension"
 BROKEN_SHARD = "truncated or broken shard"
 NO_IMAGE_MEMBER = f"no member ends in {', '.join(IMAGE_EXTENSIONS)}"
 
@@ -290,8 +291,13 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
     problems: list[Exception] = []
     doubled: dict[str, str] = {}
     causes = MemberCauses(shard)
-    plain = plain_samples(shard)
-    found = _any_samples(shard, problems, doubled) if plain is None else _plain_samples(shard, plain, problems)
+    left_out: list[str] = []
+    plain = plain_samples(shard, left_out)
+    if plain is None:
+        left_out.clear()
+        found = _any_samples(shard, problems, doubled, left_out)
+    else:
+        found = _plain_samples(shard, plain, problems)
     for key, content in found:
         name = f"{shard.name}: sample {key}"
         if (member := doubled.pop(key, None)) is not None:
@@ -312,6 +318,8 @@ def read_shard(shard: Path, skip: Callable[[str, str, Exception], None], caption
             skip(MISSING_CAPTION, name, DataError(cause) if cause else error)
             continue
         yield sample
+    for member in left_out:
+        skip(NO_EXTENSION, f"{shard.name}: {member}", DataError("it is of no sample: its name does not end in .KIND"))
     if (plain is None or problems) and (problem := archive_problem(shard, problems)) is not None:
         skip(BROKEN_SHARD, str(shard), DataError(problem))
 
@@ -327,11 +335,11 @@ def _plain_samples(
 
 
 def _any_samples(
-    shard: Path, problems: list[Exception], doubled: dict[str, str]
+    shard: Path, problems: list[Exception], doubled: dict[str, str], left_out: list[str]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members of the samples that webdataset finds, and what came up; `doubled`: key -> a member given twice.
+    """Key and members of the samples that webdataset finds, and what came up.
 
-    A key is there before its sample is given out.
+    `doubled` gets key -> a member given twice, before the sample is given out; `left_out` members of no sample.
     """
 
     def note(error: Exception) -> bool:
@@ -343,7 +351,11 @@ def _any_samples(
             problems.append(error)
         return True  # webdataset then goes on with the next member, if it can
 
-    for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note):
+    def select(name: str) -> bool:
+        left_out.extend([name] * lacks_extension(name))
+        return True
+
+    for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note, select_files=select):
         yield members["__key__"], {name: value for name, value in members.items() if not name.startswith("__")}
 
 

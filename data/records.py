@@ -5,6 +5,7 @@ The one place that parses either, so that no file ends a command in the parsers'
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -27,10 +28,38 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value in a YAML text. Raises `ValueError`, for a key that is given twice too."""
+    """The value in a YAML text, with numbers as YAML 1.2 has them, and every key as text.
+
+    Raises `ValueError`, for a key that is given twice too.
+    """
+    import yaml
+
+    try:
+        value = yaml.load(text, _loader())
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, TypeError) as error:  # of PyYAML, for a tag that its value does not fit
+        raise ValueError(f"a tag (!!) does not fit its value ({error})") from error
+    _check_size(value, MAX_YAML_VALUES)
+    return value
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, which reads YAML 1.1, without what surprises people who have read 1.2.
+
+    In 1.1 the key `on` is true, 1e-3 is a text, 010 is 8 and 1:30 is 90.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":int", ":float"))]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             # PyYAML takes the last of two equal keys, and so drops a whole section that was written twice
             given: set[str] = set()
@@ -42,22 +71,30 @@ def parse_yaml(text: str) -> Any:
                             None, None, f"{key.value!r} is given twice", key.start_mark
                         )
                     given.add(key.value)
+            self.flatten_mapping(node)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = "tag:yaml.org,2002:str"
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1, which PyYAML reads, takes 1e-3 for a string; YAML 1.2 and everybody else for a number
+        def construct_whole_number(self, node: Any) -> int:
+            text = self.construct_scalar(node).replace("_", "")
+            return int(text, 10 if text.lstrip("+-").isdigit() else 0)
+
+    digits = list("-+.0123456789")
     Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+        "tag:yaml.org,2002:int", re.compile(r"[-+]?(\d[\d_]*|0x[\da-fA-F_]+|0o[0-7_]+|0b[01_]+)$"), digits
     )
-    try:
-        value = yaml.load(text, Loader)
-    except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    except (AttributeError, LookupError, TypeError) as error:  # of PyYAML, for a tag that its value does not fit
-        raise ValueError(f"a tag (!!) does not fit its value ({error})") from error
-    _check_size(value, MAX_YAML_VALUES)
-    return value
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"[-+]?(\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF))$"
+            r"|\.(nan|NaN|NAN)$"
+        ),
+        digits,
+    )
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole_number)
+    return Loader
 
 
 def _check_size(value: Any, most: int | None) -> None:

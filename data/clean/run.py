@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data.atomic import new_folder, write_file
+from data.characters import encoding_of, is_blank, is_unicode
 from data.clean.config import CleanConfig, text_filters
 from data.clean.fit import FitScore, worst_fits
 from data.clean.judged import Dropped, TextFilter, filter_captions
@@ -25,7 +26,7 @@ from data.images import open_image
 from data.reading import CORRUPT_IMAGE, ShardSpec, SkipLog, expand_shards, read_shard, split_name
 from data.recipes.splits import stable_hash
 from data.records import parse_json
-from data.sample import UNKNOWN_LANGUAGE, Caption, DataError, Sample
+from data.sample import UNKNOWN_LANGUAGE, Caption, DataError, Sample, is_language, language_code
 from data.shards import Manifest, ShardWriter, write_manifest
 from data.styles import LANGUAGES
 
@@ -35,8 +36,9 @@ SKIP_LOG = "skipped.log"
 NO_CAPTION = "no caption left"
 NEAR_PICTURE = "near copy of another picture"
 NEAR_TEXT = "near copy of another text"
+BROKEN_LINE = "broken line"
 BAD_FIT = "caption fits its picture least"
-TEXT_FILES = (".txt", ".jsonl")
+TEXT_FILES = (".txt", ".jsonl", ".ndjson")
 _BATCH = 32
 
 
@@ -77,6 +79,9 @@ def clean_data(
             write = _write_texts if texts else _write_shards
             report = CleanReport(len(judged.keys), write(building, paths, judged, log))
             report.skipped = log.counts
+            if not report.written:
+                reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items()) or "no sample"
+                raise DataError(f"nothing is left to write ({reasons})")
             if not texts:
                 _add_counts(building, log)
     except Exception:  # not when it is interrupted: then it can go on
@@ -239,7 +244,7 @@ def _write_texts(folder: Path, paths: Sequence[Path], judged: Judged, log: SkipL
     for path, sample in _kept(paths, judged):
         ((language, caption),) = sample.captions.items()
         record = {"text": caption.name} | ({} if language == UNKNOWN_LANGUAGE else {"language": language})
-        lines[path].append(caption.name if path.suffix == ".txt" else json.dumps(record, ensure_ascii=False))
+        lines[path].append(caption.name if path.suffix.lower() == ".txt" else json.dumps(record, ensure_ascii=False))
     for path, kept in lines.items():
         write_file(folder / path.name, "".join(f"{line}\n" for line in kept).encode())
     return sum(map(len, lines.values()))
@@ -248,7 +253,7 @@ def _write_texts(folder: Path, paths: Sequence[Path], judged: Judged, log: SkipL
 def _text_files(source: ShardSpec) -> list[Path]:
     """The text files of a source, or none when it is of shards. Raises `DataError` for a mixture."""
     parts = [Path(part) for part in ([source] if isinstance(source, str | Path) else source)]
-    texts = [part for part in parts if part.suffix in TEXT_FILES]
+    texts = [part for part in parts if part.suffix.lower() in TEXT_FILES]
     if texts and len(texts) != len(parts):
         raise DataError("give shards or texts, not both")
     missing = next((path for path in texts if not path.is_file()), None)
@@ -260,27 +265,53 @@ def _text_files(source: ShardSpec) -> list[Path]:
 
 
 def _samples(path: Path, judged: Judged) -> Iterator[Sample]:
-    if path.suffix in TEXT_FILES:
+    if path.suffix.lower() in TEXT_FILES:
         return _texts(path, judged)
     return read_shard(path, lambda *skip: judged.told.append((skip[0], skip[1], str(skip[2]))))
 
 
 def _texts(path: Path, judged: Judged) -> Iterator[Sample]:
-    """The lines of a text file; in a `.txt` they are of the language that its name ends in (`poems-zh.txt`), if any."""
+    """The lines of a text file; in a `.txt` they are of the language that its name ends in (`poems-zh.txt`), if any.
+
+    Raises `DataError` for a file that is no text.
+    """
     named = path.stem.rpartition("-")[2]
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            text, language = line.strip(), named if named in LANGUAGES else UNKNOWN_LANGUAGE
-            if path.suffix == ".jsonl" and text:
+    with path.open("rb") as binary:
+        encoding = encoding_of(binary.read(4))
+    try:
+        # bytes that are not UTF-8 become surrogates: the lines that hold them are skipped one by one
+        with path.open(encoding=encoding, errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                text, language = line.strip(), named if named in LANGUAGES else UNKNOWN_LANGUAGE
                 try:
-                    record = parse_json(text)
-                    text, language = str(record["text"]), str(record.get("language") or UNKNOWN_LANGUAGE)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    problem = f"{type(error).__name__}: {error}"
-                    judged.told.append(("broken line", f"{path.name}:{number}", problem))
+                    if path.suffix.lower() != ".txt" and text:
+                        text, language = _fields(parse_json(text))
+                    _check_text(text)
+                except ValueError as error:
+                    judged.told.append((BROKEN_LINE, f"{path.name}:{number}", str(error)))
                     continue
-            if text:
-                yield Sample(f"line {number}", None, "", {language: Caption(text)})
+                if not is_blank(text):
+                    yield Sample(f"line {number}", None, "", {language: Caption(text)})
+    except UnicodeError as error:
+        raise DataError(f"{path} is not UTF-8 text") from error
+
+
+def _fields(record: object) -> tuple[str, str]:
+    """Text and language of a line of JSON. Raises `DataError`."""
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(text, str):
+        raise DataError('not an object with a text in "text"')
+    language = record.get("language") or UNKNOWN_LANGUAGE
+    if not isinstance(language, str) or not is_language(language):
+        raise DataError(f"{str(language)[:40]!r} is no language code such as zh, en or und")
+    return text.strip(), language_code(language)
+
+
+def _check_text(text: str) -> None:
+    if not is_unicode(text):
+        raise DataError("not UTF-8 text, or half of a surrogate pair")
+    if "\0" in text:
+        raise DataError("it holds a NUL character, which no text does")
 
 
 def _name(key: Key) -> str:

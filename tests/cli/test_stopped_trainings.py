@@ -105,7 +105,7 @@ def test_a_training_that_was_stopped_twice_is_the_whole_one(kind, start, tmp_pat
 @pytest.mark.parametrize(("number", "code", "line"), SIGNALS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_that_is_stopped(kind, number, code, line, start, tmp_path):
-    steps = 300
+    steps = 60
     out = tmp_path / "parts"
     process = subprocess.Popen(
         [sys.executable, "-m", "mmwudao", *start(kind, out, steps)], cwd=ROOT, start_new_session=True,

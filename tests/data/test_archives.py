@@ -40,7 +40,7 @@ def by_webdataset(shard: Path) -> list[tuple[str, dict[str, bytes]]]:
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
 def test_plain_files_as_webdataset_groups_them(tmp_path, kind):
     shard = write(tmp_path / "0.tar", MEMBERS | {f"{'f' * 60}/{'g' * 30}.png": b"p"}, kind)
-    plain = plain_samples(shard)
+    plain = plain_samples(shard, [])
     assert plain is not None
     assert list(read_plain(shard, plain)) == by_webdataset(shard)
     assert [key for key, _ in plain] == ["a", "A", "b/ä", "c", "a", f"{'f' * 60}/{'g' * 30}"]
@@ -49,7 +49,7 @@ def test_plain_files_as_webdataset_groups_them(tmp_path, kind):
 def test_a_prefix_is_part_of_the_name(tmp_path):
     name = f"{'folder/' * 20}a.png"
     shard = write(tmp_path / "0.tar", {name: b"p"})
-    plain = plain_samples(shard)
+    plain = plain_samples(shard, [])
     assert plain is not None
     assert list(read_plain(shard, plain)) == by_webdataset(shard) == [(name.removesuffix(".png"), {"png": b"p"})]
 
@@ -66,7 +66,7 @@ def test_a_prefix_is_part_of_the_name(tmp_path):
     ],
 )
 def test_what_is_not_plain_is_left_to_webdataset(tmp_path, members, kind, fields):
-    assert plain_samples(write(tmp_path / "0.tar", members, kind, **fields)) is None
+    assert plain_samples(write(tmp_path / "0.tar", members, kind, **fields), []) is None
 
 
 def test_damage_is_left_to_webdataset(tmp_path):
@@ -81,14 +81,14 @@ def test_damage_is_left_to_webdataset(tmp_path):
         whole.replace(b"ustar", b"usual"),
     ):
         shard.write_bytes(content)
-        assert plain_samples(shard) is None
+        assert plain_samples(shard, []) is None
     shard.write_bytes(bytes(10_240))
-    assert plain_samples(shard) == []
+    assert plain_samples(shard, []) == []
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     shard = write(tmp_path / "0.tar", MEMBERS)
-    plain = plain_samples(shard)
+    plain = plain_samples(shard, [])
     assert plain is not None
     os.truncate(shard, 1600)
     with pytest.raises(OSError, match="unexpected end of data"):

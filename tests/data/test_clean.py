@@ -234,6 +234,36 @@ def test_texts(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_texts_of_other_encodings(encoding: str, tmp_path: Path) -> None:
+    source = tmp_path / "a-zh.TXT"
+    source.write_bytes("an apple\n紅蘋果\n".encode(encoding))
+    assert clean_data(source, tmp_path / "out", only("script")).written == 2
+    assert (tmp_path / "out" / "a-zh.TXT").read_bytes() == "an apple\n红苹果\n".encode()
+
+
+def test_lines_that_are_no_text_are_skipped_by_name(tmp_path: Path) -> None:
+    latin = tmp_path / "a.txt"
+    latin.write_bytes(b"caf\xe9\ntea\nN\0L\n")
+    lines = tmp_path / "b.ndjson"
+    broken = ['{"text": null}', '{"text": 5}', '{"text": ["a"]}', '{"text": "\\ud800"}', "[" * 100_000, "[]", "{}"]
+    broken += ['{"text": "a", "language": 7}', '{"text": "a", "language": "English, please"}', '{"text": "\\u0000"}']
+    lines.write_text("\n".join(["", *broken, '{"text": "\\u200b"}', '{"text": "ok", "language": "EN"}']))
+    report = clean_data([latin, lines], tmp_path / "out", only("script"))
+    assert (report.written, report.skipped) == (2, {"broken line": len(broken) + 2})
+    assert (tmp_path / "out" / "a.txt").read_text() == "tea\n"
+    assert json.loads((tmp_path / "out" / "b.ndjson").read_text()) == {"text": "ok", "language": "en"}
+    assert "a.txt:1\tnot UTF-8 text" in (tmp_path / "out" / "skipped.log").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "call +1 650-253-0000 now\n"])
+def test_nothing_left_is_an_error_and_leaves_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(DataError, match="nothing is left to write"):
+        clean_data(tmp_path / "a.txt", tmp_path / "out", only("privacy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_a_broken_picture_is_left_out(tmp_path: Path) -> None:
     samples = [picture("a", 1), Sample("b", b"corrupt", "png", {"en": Caption("b")})]
     report = clean_data(write(tmp_path / "in", "train", samples), tmp_path / "out", only("near_pictures"))
