@@ -26,6 +26,7 @@ _OTHER_FORMATS = (
     (b"<!DOCTYPE html", "a web page: the download failed"),
     (b"<html", "a web page: the download failed"),
 )
+_PLAIN_TEXT = bytes([*range(32, 127), *b"\t\r\n"])
 # what webdataset skips
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
@@ -51,7 +52,7 @@ def _other_format(shard: Path) -> str | None:
     except OSError:
         return None  # what reading it raised says why
     named = next((f"no tar file but {what}" for magic, what in _OTHER_FORMATS if start.startswith(magic)), None)
-    if named is None and start.isascii() and start.decode().isprintable() and not _begins_as_tar(shard):
+    if named is None and start and not start.translate(None, _PLAIN_TEXT) and not _begins_as_tar(shard):
         return f"no tar file but text ({start.decode()!r} ...): give the shards themselves"
     return named
 
@@ -98,8 +99,13 @@ def _ends_in_zeros(shard: Path) -> bool:
     return True
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a member is a hidden file, as macOS adds one to each (`._a.png`)."""
+    return name.rpartition("/")[2].startswith(".")
+
+
 def lacks_extension(name: str) -> bool:
-    """Whether a member has neither an extension, which says what it is of its sample, nor a name of hidden files."""
+    """Whether a member has no extension, which says what it is of its sample."""
     last = name.rpartition("/")[2]
     return last != "" and "." not in last and not _METADATA.match(name)
 
@@ -121,7 +127,7 @@ def plain_samples(shard: Path, left_out: list[str]) -> list[PlainSample] | None:
             if kind not in (b"0", b"\0") or name.endswith("/"):
                 return None
             key, extension = base_plus_ext(name)
-            if key is None or _METADATA.match(name):
+            if key is None or is_hidden(name) or _METADATA.match(name):
                 left_out += [name] * lacks_extension(name)
                 continue
             if not found or found[-1].key != key:

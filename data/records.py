@@ -21,8 +21,11 @@ def parse_json(content: str | bytes) -> Any:
         value = json.loads(content)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
-    opening = ("[", "{") if isinstance(content, str) else (b"[", b"{")
-    if sum(content.count(bracket) for bracket in opening) > MAX_DEPTH:  # type: ignore[arg-type]
+    if isinstance(content, str):
+        opened = content.count("[") + content.count("{")
+    else:
+        opened = content.count(b"[") + content.count(b"{")
+    if opened > MAX_DEPTH:
         _check_size(value, None)
     return value
 
@@ -78,7 +81,7 @@ def _loader() -> Any:
             return super().construct_mapping(node, deep)
 
         def construct_whole_number(self, node: Any) -> int:
-            text = self.construct_scalar(node).replace("_", "")
+            text = str(self.construct_scalar(node)).replace("_", "")
             return int(text, 10 if text.lstrip("+-").isdigit() else 0)
 
     digits = list("-+.0123456789")

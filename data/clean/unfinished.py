@@ -47,11 +47,12 @@ class Judged:
         """Take what was found in another shard."""
         self.gone |= other.gone
         self.captions |= other.captions
-        for mine, theirs in (
-            (self.keys, other.keys), (self.ranks, other.ranks), (self.prints, other.prints), (self.texts, other.texts),
-            (self.scores, other.scores), (self.told, other.told),
-        ):  # fmt: skip
-            mine.extend(theirs)  # type: ignore[arg-type]
+        self.keys += other.keys
+        self.ranks += other.ranks
+        self.prints += other.prints
+        self.texts += other.texts
+        self.scores += other.scores
+        self.told += other.told
 
 
 class UnfinishedRun:

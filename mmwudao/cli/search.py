@@ -121,6 +121,7 @@ def search_command(
     from mmwudao.loading.towers import load_model_towers
     from retrieval.collections.opening import open_collection
     from retrieval.collections.query import check_towers, embed_query
+    from retrieval.collections.where import all_of
 
     show.check()
     target = _find_target([as_typed(word) for word in words or []], where_to, image)
@@ -136,11 +137,11 @@ def search_command(
             raise ValueError("--update is for the pictures of a folder")
         update_photos(place.folder, str(place.collection), PhotoOptions(), load_towers, called, quiet=True)
     own = {file.resolve() for file in query.files} if place else set()
-    conditions = [f"({part})" for part in (place.condition if place else None, where) if part]
+    conditions = [part for part in (place.condition if place else None, where) if part]
     with open_collection(target.location) as opened:
         towers = load_towers()
         check_towers(opened, target.location, towers)
-        hits = opened.search(embed_query(towers, query), k + len(own), " AND ".join(conditions) or None)
+        hits = opened.search(embed_query(towers, query), k + len(own), all_of(conditions))
     if place:  # a picture that is searched for is not what is looked for
         hits = [hit for hit in hits if "path" not in hit.metadata or place.photo(hit) not in own][:k]
     _show(hits, place, show, shards, title=" ".join(target.words))

@@ -72,7 +72,8 @@ def test_a_table_in_the_place_of_a_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_members_without_an_extension_are_named(suffix: str, tmp_path: Path) -> None:
-    members = [("a/._b.png", b"Mac"), ("a/b.png", png()), ("a/b.txt", b"x"), ("a/picture", png()), ("__meta__", b"")]
+    hidden = [("._a", b"Mac"), ("a/._b.png", b"Mac"), ("__meta__", b"")]
+    members = [*hidden, ("a/b.png", png()), ("a/b.txt", b"x"), ("a/picture", png())]
     with tarfile.open(tmp_path / f"train-00000{suffix}", "w:gz" if suffix.endswith("gz") else "w") as tar:
         for name, content in members:
             entry = tarfile.TarInfo(name)
