@@ -34,7 +34,8 @@ def started(tmp_path: Path, processes: int) -> tuple[subprocess.Popen[str], Path
     arguments = ["-m", "mmwudao", "train", "generator", str(tmp_path / "config.yaml")]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "600"]
     process = subprocess.Popen(
-        [sys.executable, *(launch if processes == 2 else []), *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *(launch if processes == 2 else []), *arguments], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while not (out / "log.jsonl").is_file() or len(logged(out, "train/loss")) < 3:
