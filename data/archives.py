@@ -99,9 +99,10 @@ def _ends_in_zeros(shard: Path) -> bool:
     return True
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a member is a hidden file, as macOS adds one to each (`._a.png`)."""
-    return name.rpartition("/")[2].startswith(".")
+def is_of_macos(name: str) -> bool:
+    """Whether a member is one of the hidden files that macOS adds: `._a.png` beside a.png, and .DS_Store."""
+    last = name.rpartition("/")[2]
+    return last.startswith("._") or last == ".DS_Store"
 
 
 def lacks_extension(name: str) -> bool:
@@ -127,7 +128,7 @@ def plain_samples(shard: Path, left_out: list[str]) -> list[PlainSample] | None:
             if kind not in (b"0", b"\0") or name.endswith("/"):
                 return None
             key, extension = base_plus_ext(name)
-            if key is None or is_hidden(name) or _METADATA.match(name):
+            if key is None or is_of_macos(name) or _METADATA.match(name):
                 left_out += [name] * lacks_extension(name)
                 continue
             if not found or found[-1].key != key:

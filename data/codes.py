@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy
+from numpy.lib import format as array_files
 from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
 
+from data.archives import is_of_macos
 from data.sample import DataError, Sample
 from data.shards import read_manifest
 
@@ -64,20 +68,26 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 def _read_shard(tar: tarfile.TarFile) -> Iterator[CodedSample]:
-    for key, entries in groupby(tar, lambda entry: entry.name.partition(".")[0]):
+    files = (entry for entry in tar if entry.isreg() and not is_of_macos(entry.name))
+    for key, entries in groupby(files, lambda entry: base_plus_ext(entry.name)[0]):
+        if key is None:  # no extension: of no sample
+            continue
         members: dict[str, bytes] = {}
         for entry in entries:
             file = tar.extractfile(entry)
             assert file is not None, entry.name
-            members[entry.name.partition(".")[2]] = file.read()
-        if members.keys() >= {"json", "npy"}:  # ours are written together
-            sample = Sample.from_members(key, {"json": members["json"]})
-            yield CodedSample(sample, *(_array(key, members[name]) for name in ("npy", "views.npy") if name in members))
+            members[base_plus_ext(entry.name)[1]] = file.read()
+        if lacking := {"json", "npy"} - members.keys():  # ours are written together
+            raise DataError(f"sample {key} has no .{min(lacking)}: make the codes again with `mmwudao tokenize`")
+        sample = Sample.from_members(key, {"json": members["json"]})
+        found = [members[name] for name in ("npy", "views.npy") if name in members]
+        yield CodedSample(sample, *(read_array(content, f"sample {key}: its .npy") for content in found))
 
 
-def _array(key: str, content: bytes) -> NDArray[numpy.integer]:
-    try:
-        codes: NDArray[numpy.integer] = numpy.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"sample {key}: its .npy is no array of codes") from error
+def read_array(content: bytes, name: str) -> NDArray[numpy.integer]:
+    """The array in the bytes of a .npy file. Raises `DataError`, which begins with `name`, for anything else."""
+    try:  # not numpy.load, which opens an archive of arrays too, and gives something else
+        codes: NDArray[numpy.integer] = array_files.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError) as error:
+        raise DataError(f"{name} is no array of codes ({' '.join(str(error).split())[:200]})") from error
     return codes

@@ -23,6 +23,7 @@ from data.images import read_header
 from data.reading import MISSING_PICTURE, Skip
 from data.records import parse_json
 from data.sample import UNKNOWN_LANGUAGE, DataError, is_language
+from data.shards import MAX_NAME_BYTES
 
 PICTURE_SUFFIXES = frozenset(
     (".png", ".webp", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -36,7 +37,6 @@ TEXT_SUFFIXES = (".txt", ".json")
 PATH_COLUMNS = ("path", "image", "filepath", "file_name", "filename", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 SEPARATORS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}  # Excel writes ; where numbers have decimal commas
-MAX_ID_BYTES = 90  # a tar header holds 100 bytes of name, extension included
 
 BROKEN_ROW = "broken row"
 NO_PICTURE_FILE = "no picture file"
@@ -88,7 +88,7 @@ def sample_id(key: str) -> str:
     name = "/".join(re.sub(r"[^\w-]+", _marks_alone, part) for part in parts) or "_"
     if name.startswith("__"):  # webdataset takes names such as __MACOSX__ for its own
         name = f"x{name}"
-    return _with_digest(name, key) if len(name.encode()) > MAX_ID_BYTES else name
+    return _with_digest(name, key) if len(name.encode()) > MAX_NAME_BYTES else name
 
 
 def _marks_alone(match: re.Match[str]) -> str:
@@ -99,7 +99,7 @@ def _marks_alone(match: re.Match[str]) -> str:
 
 def _with_digest(name: str, key: str) -> str:
     digest = hashlib.sha256(key.encode("utf-8", "backslashreplace")).hexdigest()[:12]
-    return f"{name.encode()[: MAX_ID_BYTES - 13].decode(errors='ignore')}-{digest}"
+    return f"{name.encode()[: MAX_NAME_BYTES - 13].decode(errors='ignore')}-{digest}"
 
 
 def _distinct(entries: list[Entry]) -> list[Entry]:

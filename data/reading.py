@@ -18,7 +18,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext, tarfile_samples
 from webdataset.utils import make_seed, pytorch_worker_info
 
-from data.archives import DAMAGE, PlainSample, archive_problem, is_hidden, lacks_extension, plain_samples, read_plain
+from data.archives import DAMAGE, PlainSample, archive_problem, is_of_macos, lacks_extension, plain_samples, read_plain
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
 from data.sample import IMAGE_EXTENSIONS, DataError, DoubledMember, Needed, Sample
 
@@ -353,7 +353,7 @@ def _any_samples(
 
     def select(name: str) -> bool:
         left_out.extend([name] * lacks_extension(name))
-        return not is_hidden(name)
+        return not is_of_macos(name)
 
     for members in tarfile_samples([{"url": str(shard.absolute())}], handler=note, select_files=select):
         yield members["__key__"], {name: value for name, value in members.items() if not name.startswith("__")}

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy
 from webdataset.tariterators import base_plus_ext
 
-from data.archives import is_hidden
+from data.archives import is_of_macos
 from data.atomic import write_file
 from data.images import MAX_PIXELS, ImageTooLarge, open_image
 from data.reading import (
@@ -214,7 +214,7 @@ def scan_shard(shard: Path) -> tuple[list[IndexedSample], str | None]:
         with tarfile.open(shard, "r:") as archive:
             for entry in archive:
                 key, extension = base_plus_ext(entry.name)
-                if key is None or is_hidden(entry.name) or not entry.isreg() or entry.sparse is not None:
+                if key is None or is_of_macos(entry.name) or not entry.isreg() or entry.sparse is not None:
                     continue
                 if entry.offset_data + entry.size > size:
                     problem = f"the archive breaks off in {entry.name}"

@@ -43,6 +43,9 @@ class Manifest:
         return sum(shard.samples for shard in self.splits[split])
 
 
+MAX_NAME_BYTES = 90  # a tar header holds 100 bytes of name, extension included
+
+
 class ShardWriter:
     """Writes samples to `{split}-00000.tar`, ... of `samples_per_shard` samples each.
 
@@ -56,6 +59,7 @@ class ShardWriter:
         self.shards: list[ShardInfo] = []
         self._tar: tarfile.TarFile | None = None
         self._count = 0
+        self._last = ""  # name of a sample: two in a row would be read as one
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,12 +73,21 @@ class ShardWriter:
         self.write_members(sample.id, sample.to_members())
 
     def write_members(self, key: str, members: dict[str, bytes]) -> None:
-        """Write one sample as `key`.`extension` for each of `members`."""
+        """Write one sample as `key`.`extension` for each of `members`.
+
+        A key that no member can have, or that the sample before has, gets a digest; its record has its id as it is.
+        """
         if self._tar is None:
             self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT, encoding="utf-8")
+        name = key.replace(".", "_")  # webdataset splits a member's name at the first dot of its last part
+        if name.startswith("__"):  # which it takes for its own
+            name = f"x{name}"
+        if name == self._last or name.endswith("/") or len(name.encode()) > MAX_NAME_BYTES:
+            digest = hashlib.sha256(f"{key} {len(self.shards)} {self._count}".encode()).hexdigest()[:12]
+            name = f"{name.encode()[: MAX_NAME_BYTES - 13].decode(errors='ignore').rstrip('/')}-{digest}"
+        self._last = name
         for extension, content in sorted(members.items()):
-            # webdataset splits a member's name at the first dot of its last part
-            member = tarfile.TarInfo(f"{key.replace('.', '_')}.{extension}")
+            member = tarfile.TarInfo(f"{name}.{extension}")
             member.size, member.mode, member.mtime = len(content), 0o644, 0
             self._tar.addfile(member, io.BytesIO(content))
         self._count += 1

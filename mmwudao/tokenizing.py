@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from data.atomic import write_files
+from data.codes import read_array
 from data.shards import MANIFEST_NAME, Manifest, read_manifest
 from mmwudao.pictures import encode_png, unused_path
 from vqvae.tokenize import TokenizeSettings, tensor_to_image, tokenize_image, tokenize_shards
@@ -50,10 +51,7 @@ def tokenize_files(tokenizer: ImageTokenizer, sources: Sequence[Path], out: Path
 
 def read_code_file(path: Path) -> torch.Tensor:
     """Codes [h, w] int64 of a .npy file. Raises `ValueError` that names the file when it holds anything else."""
-    try:
-        codes = numpy.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is no array of codes: {error}") from error
+    codes = read_array(path.read_bytes(), str(path))
     if codes.ndim != 2 or codes.dtype.kind not in "iu" or not codes.size:
         raise ValueError(f"{path} must hold whole numbers [h, w], not {codes.dtype} {list(codes.shape)}")
     return torch.from_numpy(codes.astype("int64"))
