@@ -102,6 +102,7 @@ def test_a_training_that_was_stopped_twice_is_the_whole_one(kind, start, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("number", "code", "line"), SIGNALS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_that_is_stopped(kind, number, code, line, start, tmp_path):

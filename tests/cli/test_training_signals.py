@@ -47,6 +47,7 @@ def started(tmp_path: Path, processes: int) -> tuple[subprocess.Popen[str], Path
 @pytest.mark.parametrize(
     ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_training_that_is_stopped_saves_first(tmp_path, processes, number, code, line):
     process, out = started(tmp_path, processes)
