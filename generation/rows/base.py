@@ -60,6 +60,7 @@ class RowRecipe:
     code_mask: float = 0.0
     features: FeatureSource | None = None
     from_picture: float = 0.0
+    match_texts: int = 1
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from generation.rows.base import RowKind
 from generation.rows.describe import DescribeRows
 from generation.rows.draw import DrawRows
 from generation.rows.fill import FillRows
+from generation.rows.match import MatchRows
 
 # A new kind goes to the end: `Mixture.pick` starts there, and a kind of weight 0 changes no choice among the others.
-ROW_KINDS: dict[str, type[RowKind]] = {kind.name: kind for kind in (DrawRows, DescribeRows, FillRows, AnswerRows)}
+KINDS = (DrawRows, DescribeRows, FillRows, AnswerRows, MatchRows)
+ROW_KINDS: dict[str, type[RowKind]] = {kind.name: kind for kind in KINDS}
 
 
 class Mixture:

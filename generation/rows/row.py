@@ -29,7 +29,7 @@ class Row:
     has `segments` [T]: 0 for the picture and k for its k-th text. A text attends to the picture and to itself. A row
     with holes has `levels` [T], which say instead of the order who sees whom (`generation.transformer.visibility`).
     Without segments and levels, a token attends to all tokens before it. `features` [n, C] are the vectors of towers at
-    its n [ROI1], for a generator that reads such vectors.
+    its n [ROI1], for a generator that reads such vectors. A row that is matched has the `label` of what it shows.
     """
 
     tokens: Tensor
@@ -39,6 +39,7 @@ class Row:
     segments: Tensor | None = None
     features: Tensor | None = None
     levels: Tensor | None = None
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class RowBatch:
 
     `weights` (float32) are 1 where the target is an image code, the text weight at text and commands, and 0 at [PAD].
     Rows that describe have `segments` [B, T] and rows with holes `levels` [B, T], see `Row`. Packed rows have
-    `lengths`, see `pack`. `features` [F, C] are those of all rows, one row after another.
+    `lengths`, see `pack`. `features` [F, C] are those of all rows, one row after another. `labels` [rows] are those of
+    rows that are matched.
     """
 
     tokens: Tensor
@@ -59,6 +61,7 @@ class RowBatch:
     lengths: tuple[int, ...] | None = None
     features: Tensor | None = None
     levels: Tensor | None = None
+    labels: Tensor | None = None
     kind: str = ""  # of its rows, in batches to learn from
 
     def to(self, device: torch.device | str) -> RowBatch:
@@ -73,6 +76,7 @@ class RowBatch:
             self.lengths,
             None if self.features is None else self.features.to(device, non_blocking=True),
             None if self.levels is None else self.levels.to(device, non_blocking=True),
+            None if self.labels is None else self.labels.to(device, non_blocking=True),
             kind=self.kind,
         )
 
@@ -102,8 +106,8 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
         if levels is not None and row.levels is not None:
             levels[i, :end] = row.levels
     weights = torch.where(image_mask, 1.0, text_weight).masked_fill(targets == padding, 0.0)
-    features = _features(rows)
-    return RowBatch(tokens, positions, targets, image_mask, weights, segments, features=features, levels=levels)
+    told = {"features": _features(rows), "levels": levels, "labels": _labels(rows)}
+    return RowBatch(tokens, positions, targets, image_mask, weights, segments, **told)
 
 
 def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> RowBatch:
@@ -125,10 +129,17 @@ def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> Ro
         levels=torch.cat(levels) if levels else None,
     )
     lengths = tuple(len(row.tokens) for row in rows)
-    return replace(collate(vocab, [whole], text_weight), lengths=lengths, features=_features(rows))
+    batch = collate(vocab, [whole], text_weight)
+    return replace(batch, lengths=lengths, features=_features(rows), labels=_labels(rows))
 
 
 def _features(rows: Sequence[Row]) -> Tensor | None:
     found = [row.features for row in rows if row.features is not None]
     assert len(found) in (0, len(rows)), "all rows of a batch have prompt features, or none"
     return torch.cat(found) if found else None
+
+
+def _labels(rows: Sequence[Row]) -> Tensor | None:
+    found = [row.label for row in rows if row.label is not None]
+    assert len(found) in (0, len(rows)), "all rows of a batch are matched, or none"
+    return torch.tensor(found) if found else None

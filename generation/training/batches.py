@@ -58,7 +58,8 @@ class RowMaker:
         """How training rows are made."""
         config = self.config
         noise = config.code_noise, config.code_mask
-        return RowRecipe(self.text, config.captions, *noise, self.features, config.from_picture)
+        read = self.features, config.from_picture
+        return RowRecipe(self.text, config.captions, *noise, *read, config.match.texts)
 
     def batch(self, rows: Sequence[Row]) -> RowBatch:
         """One batch of `rows`: packed where the settings say so and attention is dense, otherwise padded."""
@@ -83,7 +84,7 @@ class RowBatches:
         name = Mixture(config.mix).pick(choice.random())
         given = choice.uniform(config.given_codes, 1.0)
         generator = torch.Generator().manual_seed(seed)
-        weights, size = self.weights[name], config.loop.batch_size
+        weights, size = self.weights[name], config.loop.batch_size * (config.match.batch if name == "match" else 1)
         drawn = torch.multinomial(weights, size, replacement=True, generator=generator).tolist()
         batches, ids = [], []
         # Each place in the batch has a random stream of its own, so that any number of processes draws the same rows

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from data.options import COUNT, check_options, option
 from generation.rows.mixture import Mixture
 from generation.rows.texts import CaptionMix
+from generation.training.matching import MatchTraining
 from generation.transformer.config import TransformerConfig
 from vqvae.training.config import LoopConfig, ParallelConfig
 
@@ -52,6 +53,7 @@ class GeneratorTrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # row kind -> weight, see `generation.rows.mixture`: how often a step learns rows of that kind
     mix: dict[str, float] = field(default_factory=lambda: {"draw": 1.0})
+    match: MatchTraining = field(default_factory=MatchTraining)  # how rows of the kind match are trained
     start_from: str = ""  # folder of a trained generator of the same sizes; empty = random weights
     upcycle: str = ""  # folder of one without experts, whose MLPs all experts start as; empty = no
     text_weight: float = option(
@@ -83,7 +85,13 @@ class GeneratorTrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        Mixture(self.mix)
+        shares = Mixture(self.mix).shares
+        if "match" in shares and not self.model.match.used:
+            raise ValueError("mix.match needs a head for the vectors: set model.match.width, such as 128")
+        if self.model.match.used and "match" not in shares:
+            raise ValueError("model.match.width is for vectors that mix.match trains: give it a weight, such as 0.1")
+        if "match" in shares and self.parallel.tensor > 1:
+            raise ValueError("mix.match compares the shares of a batch: use parallel.shard instead of parallel.tensor")
         if (self.from_picture > 0) != (self.model.prompt_features.kind == "both"):
             raise ValueError("from_picture above 0 and model.prompt_features.kind=both go together")
         if self.upcycle and self.start_from:

@@ -29,6 +29,7 @@ from generation.rows.row import RowBatch
 from generation.training.batches import RowBatches, RowMaker, answer_accuracy, held_out_batches, mean_bits
 from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
 from generation.training.features import FeatureEncoder, StoredFeatures, caption_names, picture_key, prepare_features
+from generation.training.matching import MatchObjective, match_figures, prepare_head
 from generation.training.pairs import CodedPairs, unigram_bits
 from generation.transformer.config import TransformerConfig
 from generation.transformer.expert_parallel import split_experts
@@ -44,18 +45,37 @@ from vqvae.training.task import Task
 
 SPARSE = {"sparse_window", "sparse_windows", "sparse_pivots"}
 CHANGEABLE = {"dropout", "pb_relax", "tokenizer_hash", "text_hash", "fills"} | SPARSE
-OTHER_KINDS = ("describe", "fill", "answer")  # of rows that a generator may learn beside drawing, as in `HeldOutSplit`
 
 
 class LossModule(nn.Module):
     """The model with its loss as `forward`, which is what DDP and torch.compile wrap."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, objective: MatchObjective | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.objective = model, objective
 
     def forward(self, batch: RowBatch, total: Tensor) -> dict[str, Tensor]:
         """The losses of `batch`; `total` is the mean sum of weights of this process's micro-batches."""
+        losses = self._predicted(batch, total) if batch.labels is None else self._matched(batch)
+        if self.model.config.match.used:
+            # no kind of rows needs all weights, and DDP waits for the gradient of each
+            losses["loss"] = losses["loss"] + 0 * sum(weight.sum() for weight in self._not_of_all_kinds())
+        return losses
+
+    def _not_of_all_kinds(self) -> list[Tensor]:
+        parts = ("match_head", "feature_map", "head", "code_head")
+        found = [getattr(self.model, part) for part in parts if hasattr(self.model, part)]
+        return [weight for part in found for weight in part.parameters()]
+
+    def _matched(self, batch: RowBatch) -> dict[str, Tensor]:
+        assert self.objective is not None
+        assert batch.labels is not None
+        (images, texts), scale = self.model.match(batch), self.model.match_head.scale
+        with torch.autocast(images.device.type, enabled=False):  # similarities need float32
+            loss = self.objective.loss(images, texts, batch.labels, scale)
+        return self.model.with_balance({"loss": loss, "match_loss": loss.detach(), "temperature": 1 / scale.detach()})
+
+    def _predicted(self, batch: RowBatch, total: Tensor) -> dict[str, Tensor]:
         if distributed():
             # DDP averages gradients: dividing by the mean weight of all processes gives those of one large batch
             total = total.clone()
@@ -64,16 +84,28 @@ class LossModule(nn.Module):
         return self.model.loss(batch, total)
 
 
-def train(config: GeneratorTrainConfig, resume: bool = False, encoder: FeatureEncoder | None = None) -> Path:
+def train(
+    config: GeneratorTrainConfig,
+    resume: bool = False,
+    encoder: FeatureEncoder | None = None,
+    objective: MatchObjective | None = None,
+) -> Path:
     """Train the generator and save its averaged weights; returns their folder, `out`/generator.
 
-    `encoder` makes the prompt features that are not on disk yet. Raises `ValueError` for settings that do not fit the
-    data.
+    `encoder` makes the prompt features that are not on disk yet; `objective` is that of rows that are matched. Raises
+    `ValueError` for settings that do not fit the data.
     """
-    return train_model(config.loop, lambda device: _task(config, device, encoder), resume, config.parallel)
+    if objective is None and "match" in Mixture(config.mix).shares:
+        raise ConfigError("mix.match needs an objective: train with `mmwudao train generator`, which brings one")
+    return train_model(config.loop, lambda device: _task(config, device, encoder, objective), resume, config.parallel)
 
 
-def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEncoder | None) -> Task:
+def _task(
+    config: GeneratorTrainConfig,
+    device: torch.device,
+    encoder: FeatureEncoder | None,
+    objective: MatchObjective | None,
+) -> Task:
     text = TextTokenizer(Path(config.data.text_model))
     pairs = CodedPairs(Path(config.data.codes), config.data.train, config.data.exclude_families)
     tests = _test_pairs(config.data)
@@ -86,13 +118,7 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
     if features is not None:
         found = {"width": features.width, "towers_hash": features.towers_hash}
         model_config.prompt_features = replace(model_config.prompt_features, **found)
-    model = _upcycled(config.upcycle, model_config) if config.upcycle else _start(config.start_from, model_config)
-    if config.checkpoint_gradients:
-        model.checkpoint_gradients()
-    if config.loop.compile:
-        for layer, block in enumerate(model.blocks):
-            if not model_config.experts.at(layer):  # what each expert is given differs from step to step
-                block.compile(dynamic=True)  # rows differ in length from batch to batch
+    model = _model(config, model_config)
     maker = RowMaker(text, model_config, config, features)
     batches = RowBatches(pairs, maker)
     held_out = _held_out_splits(pairs, tests, maker)
@@ -100,6 +126,8 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
     def loss_of(wrapped: nn.Module, micro_batch: tuple[RowBatch, Tensor]) -> dict[str, Tensor]:
         batch, total = micro_batch
         losses = wrapped(batch.to(device), total.to(device))
+        if batch.labels is not None:
+            return losses
         if batch.segments is not None:
             name = "answer_bits" if batch.kind == "answer" else "caption_bits"
             return {"loss": losses["loss"], name: losses["text_bits"]}
@@ -111,7 +139,7 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
         assert isinstance(averaged, LossModule)
         figures: dict[str, float] = {}
         for test in held_out:
-            figures |= test.figures(averaged.model, device)
+            figures |= test.figures(averaged.model, device, objective)
         if rank() == 0 and tokenizer is not None and config.sample_prompts and step % config.sample_every == 0:
             prompts = [
                 Prompt(tuple(text.encode(prompt)), features.of_text(shown) if features else None)
@@ -125,7 +153,7 @@ def _task(config: GeneratorTrainConfig, device: torch.device, encoder: FeatureEn
         save_part(averaged.model, folder)
 
     return Task(
-        LossModule(model), batches, loss_of, evaluate, "generator", save, origin=_origin(model_config),
+        LossModule(model, objective), batches, loss_of, evaluate, "generator", save, origin=_origin(model_config),
         plans={"tensor": _tensor_plan, "expert": _expert_plan},
         after_step=model.adjust_experts if model_config.experts.used else None,
     )  # fmt: skip
@@ -156,22 +184,24 @@ class HeldOutSplit:
     """Batches of one held-out split, and its bits per image token under the code frequencies of the training split."""
 
     name: str
-    draw: list[RowBatch]
-    describe: list[RowBatch]  # empty where the generator does not learn to describe
-    fill: list[RowBatch]  # the same of holes
-    answer: list[RowBatch]  # the same of questions
+    batches: dict[str, list[RowBatch]]  # by kind: "draw" and those others that the generator learns
     unigram_bits: float
 
-    def figures(self, model: Transformer, device: torch.device) -> dict[str, float]:
+    def figures(
+        self, model: Transformer, device: torch.device, objective: MatchObjective | None = None
+    ) -> dict[str, float]:
         """What the log says of `model` on this split."""
-        found = mean_bits(model, self.draw, device)
-        if self.describe:
-            found["caption_bits"] = mean_bits(model, self.describe, device)["text_bits"]
-        if self.fill:
-            found["fill_bits"] = mean_bits(model, self.fill, device)["image_bits"]
-        if self.answer:
-            found["answer_bits"] = mean_bits(model, self.answer, device)["text_bits"]
-            found["answer_accuracy"] = answer_accuracy(model, self.answer, device)
+        found = mean_bits(model, self.batches["draw"], device)
+        if describe := self.batches.get("describe"):
+            found["caption_bits"] = mean_bits(model, describe, device)["text_bits"]
+        if fill := self.batches.get("fill"):
+            found["fill_bits"] = mean_bits(model, fill, device)["image_bits"]
+        if answer := self.batches.get("answer"):
+            found["answer_bits"] = mean_bits(model, answer, device)["text_bits"]
+            found["answer_accuracy"] = answer_accuracy(model, answer, device)
+        if match := self.batches.get("match"):
+            assert objective is not None
+            found |= match_figures(model, match, objective, device)
         found["unigram_bits"] = self.unigram_bits
         return {f"{self.name}/{name}": value for name, value in found.items()}
 
@@ -216,11 +246,10 @@ def _held_out_splits(train_pairs: CodedPairs, tests: dict[str, CodedPairs], make
     learned = Mixture(maker.config.mix).shares
     splits = []
     for name, pairs in tests.items():
-        draw = held_out_batches(pairs, maker)
-        others = {kind: held_out_batches(pairs, maker, kind) for kind in OTHER_KINDS if kind in learned}
-        describe, fill, answer = (others.get(kind, []) for kind in OTHER_KINDS)
+        kinds = dict.fromkeys(["draw", *learned])
+        batches = {kind: held_out_batches(pairs, maker, kind, named_style=kind != "match") for kind in kinds}
         unigram = unigram_bits(train_pairs, pairs, maker.model.num_image_codes)
-        splits.append(HeldOutSplit(name, draw, describe, fill, answer, unigram))
+        splits.append(HeldOutSplit(name, batches, unigram))
     return splits
 
 
@@ -243,23 +272,40 @@ def _model_config(
     return completed
 
 
+def _model(config: GeneratorTrainConfig, sizes: TransformerConfig) -> Transformer:
+    """The model to train, of `sizes`, ready for it."""
+    model = _upcycled(config.upcycle, sizes) if config.upcycle else _start(config.start_from, sizes)
+    prepare_head(model, config.match)
+    if config.checkpoint_gradients:
+        model.checkpoint_gradients()
+    if config.loop.compile:
+        for layer, block in enumerate(model.blocks):
+            if not sizes.experts.at(layer):  # what each expert is given differs from step to step
+                block.compile(dynamic=True)  # rows differ in length from batch to batch
+    return model
+
+
 def _start(folder: str, config: TransformerConfig) -> Transformer:
     """A new model, with the weights of the trained one in `folder` if there is one."""
     model = Transformer(config)
     if folder:
         trained = load_part(Transformer, folder)
-        # it may go on with other kinds of rows, and with the vectors of other towers
+        # it may go on with other kinds of rows, with a first head to match, and with the vectors of other towers
         vectors = replace(trained.config.prompt_features, towers_hash=config.prompt_features.towers_hash)
-        if replace(trained.config, fills=config.fills, prompt_features=vectors) != config:
+        changed = replace(trained.config, fills=config.fills, prompt_features=vectors)
+        if not trained.config.match.used:
+            changed = replace(changed, match=config.match)
+        if changed != config:
             raise ConfigError(f"start_from={folder} is a generator of another configuration or of other parts")
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(model.state_dict() | trained.state_dict())
     return model
 
 
 def _upcycled(folder: str, config: TransformerConfig) -> Transformer:
     """A model with experts, each the MLP of the generator in `folder`, and the rest of it; routers start random."""
     model, dense = Transformer(config), load_part(Transformer, folder)
-    if replace(dense.config, fills=config.fills, experts=config.experts) != config or dense.config.experts.used:
+    changed = replace(dense.config, fills=config.fills, experts=config.experts)
+    if changed != config or dense.config.experts.used:
         raise ConfigError(f"upcycle={folder} is a generator of another configuration or of other parts, or has experts")
     own = model.state_dict()
     own |= {name: weight for name, weight in dense.state_dict().items() if name in own}

@@ -15,6 +15,7 @@ from generation.rows.frame import PromptFrame
 from generation.rows.row import COMMANDS_IN_ROW, PositionKind
 from generation.rows.vocabulary import Vocabulary
 from generation.transformer.experts import ExpertOptions
+from generation.transformer.match_head import MatchOptions
 from generation.transformer.prompt_features import PromptFeatures
 
 
@@ -80,6 +81,7 @@ class TransformerConfig:
     )
     fills: bool = False  # was trained on rows with holes, so that any codes may be given
     experts: ExpertOptions = field(default_factory=ExpertOptions, metadata=LATER)
+    match: MatchOptions = field(default_factory=MatchOptions, metadata=LATER)  # vectors of texts and pictures
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -91,6 +93,8 @@ class TransformerConfig:
             self.frame = PromptFrame(**self.frame)
         if isinstance(self.experts, dict):
             self.experts = ExpertOptions(**self.experts)
+        if isinstance(self.match, dict):
+            self.match = MatchOptions(**self.match)
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         if self.position in ("rotary_2d", "rotary_codes") and self.head_width % 4:
@@ -111,6 +115,8 @@ class TransformerConfig:
             raise ValueError(f"the marks of the frame must be text pieces, below {self.num_text_pieces}")
         if self.experts.used and self.experts.every > self.depth:
             raise ValueError(f"experts.every={self.experts.every}: with depth={self.depth} no block would have experts")
+        if self.match.used and self.frame.own:
+            raise ValueError("match.width is for a model whose rows are ours: leave it out beside a frame of its own")
 
     @classmethod
     def cogview(cls, **overrides: Any) -> TransformerConfig:

@@ -20,6 +20,7 @@ from generation.transformer.attention import DenseAttention, Rotation, rotate
 from generation.transformer.cache import KVCache
 from generation.transformer.config import TransformerConfig
 from generation.transformer.experts import Experts, balance
+from generation.transformer.match_head import MatchHead
 from generation.transformer.prompt_features import FeatureMap, PrefixMap
 from generation.transformer.views import Inputs, View, choose_view
 
@@ -186,6 +187,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             self.feature_map: FeatureMap | PrefixMap = FeatureMap(config.prompt_features, config.width)
         elif config.prefix_width:
             self.feature_map = PrefixMap(config.prefix_width, config.width)
+        if config.match.used:
+            self.match_head = MatchHead(config.match, config.width)
         self._initialise()
 
     angles_cos: Tensor
@@ -210,6 +213,8 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
                 nn.init.normal_(mlp.project.weight, std=deviation)
         if self.config.prompt_features.used or self.config.prefix_width:
             self.feature_map.initialise()
+        if self.config.match.used:
+            self.match_head.initialise()
 
     @property
     def expert_layers(self) -> list[Experts]:
@@ -314,11 +319,29 @@ class Transformer(nn.Module, PyTorchModelHubMixin, library_name="mmwudao", licen
             "image_bits": image.detach().mean() / math.log(2),
             "text_bits": text.detach().mean() / math.log(2),
         }
-        if self.training and self.config.experts.used:
-            figures = balance(self.expert_layers)
-            losses["loss"] = losses["loss"] + figures.pop("balance_loss")
-            losses |= figures
-        return losses
+        return self.with_balance(losses)
+
+    def with_balance(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of a pass with what `loss` adds in training to those of a model with experts."""
+        if not (self.training and self.config.experts.used):
+            return losses
+        figures = balance(self.expert_layers)
+        return losses | {"loss": losses["loss"] + figures.pop("balance_loss")} | figures
+
+    def match(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
+        """The vectors of the pictures [N, C] and of the texts [M, C] of rows that are matched, float32, of length 1.
+
+        The first text of every picture comes first, then the second of every one, and so on.
+        """
+        assert batch.labels is not None, "rows of the kind match"
+        hidden = self(batch.tokens, batch.positions, segments=batch.segments, lengths=batch.lengths)
+        found = self.vectors(hidden, batch.tokens).unflatten(0, (len(batch.labels), -1))
+        return found[:, 0], found[:, 1:].transpose(0, 1).flatten(0, 1)
+
+    def vectors(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The vectors [F, C] at the F places of [ENC] in `tokens` [B, T], from their hidden states [B, T, D]."""
+        places = (tokens == self.config.vocabulary.command("[ENC]")).flatten().nonzero()[:, 0]
+        return self.match_head(hidden.flatten(0, 1).index_select(0, places))
 
     def _cross_entropy(self, hidden: Tensor, batch: RowBatch, mask: Tensor, image_only: bool) -> tuple[Tensor, Tensor]:
         """Float32 cross entropy [n] at the n places of `mask` [B, T], and the weights there."""

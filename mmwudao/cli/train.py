@@ -84,7 +84,12 @@ def train_generator(config: Config, overrides: Overrides = None, resume: Resume 
 
     settings = load_config(GeneratorTrainConfig, config, overrides or [])
     named = settings.data.towers if settings.model.prompt_features.used else ""
-    train(settings, resume, FrozenTowers(named) if named else None)
+    objective = None
+    if settings.model.match.used:
+        from mmwudao.matching import ContrastiveMatch  # this imports open_clip
+
+        objective = ContrastiveMatch()
+    train(settings, resume, FrozenTowers(named) if named else None, objective)
 
 
 @app.command("style")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from data.concepts import concept_label
+
 RECALL_AT = (1, 5, 10)
-
-
-def concept_label(name: str) -> int:
-    """A label for a concept that is the same in every process: 63 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def concept_labels(names: Iterable[str]) -> Tensor:

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.atomic import new_file
+from data.concepts import concept_label, label_of
 from data.config import ConfigError
 from data.options import check_options, option
 from data.sample import Sample
 from retrieval.encoders.text_encoder import TextEncoder, load_text_encoder
-from retrieval.evaluation.metrics import concept_label
 from retrieval.towers.base import Towers, to_device
 from retrieval.towers.pretrained import VECTORS, HeadsConfig, PretrainedTowers
 from retrieval.training.objectives import NO_PAIR, Clip, ObjectiveConfig, cross_entropy, gather, pairs
-from retrieval.training.pairs import Pictures, RetrievalCaptionConfig, label_of, mirror
+from retrieval.training.pairs import Pictures, RetrievalCaptionConfig, mirror
 from vqvae.storage.parts import content_hash, disk_errors
 from vqvae.training.process import rank, replica, replicas, world_size
 from vqvae.trunk import Trunk, load_trunk

@@ -95,9 +95,7 @@ class Objective(nn.Module):
         """
         images = self.towers.encode_pixels(pixels)
         texts = self.towers.encode_tokens(tokens)
-        pair = torch.arange(len(images), device=images.device) + rank() * len(images)
-        ids = torch.stack([pair, labels], dim=1)
-        text_ids = ids.repeat(len(texts) // len(images), 1)
+        ids, text_ids = pair_ids(labels, len(texts))
         keys = self.encode_keys(pixels, tokens)
         with torch.autocast(images.device.type, enabled=False):  # logits need float32
             loss = self.loss(images, texts, ids, text_ids, keys)
@@ -120,10 +118,7 @@ class Clip(Objective):
     """CLIP's symmetric cross-entropy (Radford et al. 2021, section 2.3), with any number of positives."""
 
     def loss(self, images: Tensor, texts: Tensor, ids: Tensor, text_ids: Tensor, keys: Keys) -> Tensor:
-        across = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
-        to_texts, to_images = across.get_logits(images, texts, self.towers.scale)
-        image_loss = cross_entropy(to_texts, *pairs(ids, gather(text_ids), self.config))
-        return (image_loss + cross_entropy(to_images, *pairs(text_ids, gather(ids), self.config))) / 2
+        return clip_loss((images, ids), (texts, text_ids), self.towers.scale, self.config)
 
 
 class SigLip(Objective):
@@ -209,6 +204,25 @@ class Moco(Objective):
         self.image_queue[slots], self.text_queue[slots] = image_keys[kept], text_keys[kept]
         self.queue_ids[slots, 1] = ids[kept, 1]
         self.pushed += count
+
+
+def clip_loss(images: Labelled, texts: Labelled, scale: Tensor, config: ObjectiveConfig) -> Tensor:
+    """The loss of `Clip` of pictures and their texts: a scalar, whose mean over processes is that of the whole batch.
+
+    Those of all processes are compared, and gradients reach all of them.
+    """
+    (image_features, ids), (text_features, text_ids) = images, texts
+    across = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
+    to_texts, to_images = across.get_logits(image_features, text_features, scale)
+    image_loss = cross_entropy(to_texts, *pairs(ids, gather(text_ids), config))
+    return (image_loss + cross_entropy(to_images, *pairs(text_ids, gather(ids), config))) / 2
+
+
+def pair_ids(labels: Tensor, texts: int) -> tuple[Tensor, Tensor]:
+    """The `ids` of this process's N pictures of concepts `labels` [N], and of their `texts`: [N, 2] and [M, 2]."""
+    pair = torch.arange(len(labels), device=labels.device) + rank() * len(labels)
+    ids = torch.stack([pair, labels], dim=1)
+    return ids, ids.repeat(texts // len(labels), 1)
 
 
 def pairs(ids: Tensor, candidate_ids: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:

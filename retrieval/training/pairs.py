@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.augment import may_be_mirrored
+from data.concepts import label_of
 from data.config import ConfigError
 from data.images import to_square
 from data.options import COUNT, check_options, option
@@ -22,7 +23,6 @@ from data.reading import expand_shards, open_shards
 from data.sample import DataError, Sample
 from data.shard_index import ShuffledShards
 from data.styles import draw_text, with_style
-from retrieval.evaluation.metrics import concept_label
 
 
 @dataclass
@@ -108,11 +108,6 @@ def draw_captions(sample: Sample, config: RetrievalCaptionConfig, rng: random.Ra
             text = with_style(text, sample.family, language)
         captions.append(text)
     return captions
-
-
-def label_of(sample: Sample) -> int:
-    """The label of the sample's concept; a picture without one is a concept of its own."""
-    return concept_label(sample.concept if sample.concept else f"picture {sample.id}")
 
 
 def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.concepts import label_of
 from data.config import ConfigError
 from data.sample import Sample
 from data.text import TextTokenizer
@@ -49,7 +50,6 @@ from retrieval.training.pairs import (
     StreamedPairs,
     augment,
     draw_captions,
-    label_of,
     mirror,
 )
 from retrieval.training.split_recall import measure_split_recall, quiet

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from data.concepts import concept_label
 from data.config import ConfigError, load_config
 from data.images import to_square, to_tensor
 from data.text import TextTokenizer
-from retrieval.evaluation.metrics import concept_label, concept_labels, ranks, recall_figures
+from retrieval.evaluation.metrics import concept_labels, ranks, recall_figures
 from retrieval.towers.base import load_towers, save_towers
 from retrieval.towers.multiscale import MultiScaleConfig, MultiScaleTowers, PatchHead, grid_boxes
 from retrieval.training.train_towers import RetrievalTrainConfig
