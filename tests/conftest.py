@@ -102,6 +102,35 @@ def filling_model_dir(tiny_model_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def matching_model_dir(tiny_model_dir: Path) -> Path:
+    """The same model with a random head for vectors of texts and pictures."""
+    from dataclasses import replace
+
+    from generation.transformer.match_head import MatchOptions
+    from generation.transformer.model import Transformer
+    from mmwudao.loading.model_dir import assemble_model, read_model_config
+    from vqvae.storage.parts import load_part, save_part
+
+    parts = tiny_model_dir.parent / "tiny-parts"
+    plain, config = load_part(Transformer, parts / "generator"), read_model_config(tiny_model_dir)
+    torch.manual_seed(2)
+    headed = Transformer(replace(plain.config, match=MatchOptions(8)))
+    headed.load_state_dict(headed.state_dict() | plain.state_dict())
+    save_part(headed, parts / "matching")
+    return assemble_model(
+        parts / "tokenizer",
+        parts / "matching",
+        parts / "text.model",
+        tiny_model_dir.parent / "matching",
+        name="matching",
+        image_size=config.image_size,
+        styles=config.styles,
+        languages=config.languages,
+        default_sampling=config.default_sampling,
+    )
+
+
+@pytest.fixture(scope="session")
 def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes with other weights: every hash but the text model's differs."""
     return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)

@@ -11,7 +11,7 @@ import typer
 
 from mmwudao.cli.options import Device, Json, field_option
 from mmwudao.cli.output import output_folder
-from mmwudao.cli.vectors import TowersDtype
+from mmwudao.cli.vectors import By, TowersDtype
 from mmwudao.evaluation_settings import GeneratorEvalConfig
 from retrieval.evaluation.settings import RetrievalEvalConfig
 
@@ -33,18 +33,20 @@ def eval_retrieval(
     ),
     split: Annotated[str | None, typer.Option(help="Measure these splits (a,b); by default all but train.")] = None,
     limit: Annotated[int | None, field_option(RetrievalEvalConfig, "limit")] = None,
+    by: By = "towers",
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Measure recall in both directions, median rank and zero-shot accuracy for each language and split."""
-    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.evaluation.evaluate import evaluate, format_retrieval_table, held_out_splits, plot_recall
 
     config = RetrievalEvalConfig(tuple(split.split(",") if split else held_out_splits(shards)), limit)
     with output_folder(out):
+        towers = load_vector_maker(by, model, device, dtype)
         record = {"model": model, "shards": str(shards)} | evaluate(
-            load_model_towers(model, device, dtype), shards, config, progress=sys.stderr.isatty()
+            towers, shards, config, progress=sys.stderr.isatty()
         )
         plot_recall(record, out / "retrieval.png")
         _print(record, format_retrieval_table(record), out / "retrieval.json", as_json)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmwudao.cli.options import Device, Json, as_typed, option_groups
-from mmwudao.cli.photos import PhotoOptions, is_photo_folder, update_photos
-from mmwudao.cli.vectors import TowersDtype, TowersModel
+from mmwudao.cli.photos import Maker, PhotoOptions, is_photo_folder, update_photos
+from mmwudao.cli.vectors import By, TowersDtype, TowersModel
 
 if TYPE_CHECKING:
     from retrieval.towers.base import Towers
@@ -57,6 +57,7 @@ def build(
     kind: Kinds = "image",
     photos: PhotoOptions,
     model: TowersModel = "emoji",
+    by: By = "towers",
     durable: Durable = False,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
@@ -67,19 +68,19 @@ def build(
     FOLDER: run it again to add what is new or changed and to drop what is gone, or to continue an interrupted run.
     Shards: to finish an interrupted build, run `add --replace` and `optimise`.
     """
-    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.collections.building import build_collection, check_unfilled, open_source
     from retrieval.collections.opening import CollectionError
 
     progress = sys.stderr.isatty()
 
     def load_towers() -> Towers:
-        return load_model_towers(model, device, dtype)
+        return load_vector_maker(by, model, device, dtype)
 
     if is_photo_folder(sources):
         if kind != "image":
             raise CollectionError("a folder of pictures has no captions: --kind is image")
-        update_photos(Path(sources[0]), collection, photos, load_towers, model, as_json=as_json)
+        update_photos(Path(sources[0]), collection, photos, load_towers, Maker(model, by), as_json=as_json)
         return
     if collection is None:
         missing = next((source for source in sources if "{" not in source and not Path(source).exists()), None)
@@ -99,20 +100,21 @@ def add(
     kind: Kinds = "image",
     replace: Annotated[bool, typer.Option("--replace", help="Replace items that have the same ids.")] = False,
     model: TowersModel = "emoji",
+    by: By = "towers",
     durable: Durable = False,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Add items to a collection. Searches see them at once; `optimise` makes searches fast again."""
-    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.collections.building import add_vectors, open_source
     from retrieval.collections.opening import open_collection
 
     progress = sys.stderr.isatty()
     open_collection(collection, durable=durable).close()  # before hours of encoding, not after
     with (
-        open_source(sources, lambda: load_model_towers(model, device, dtype), kind, progress=progress) as vectors,
+        open_source(sources, lambda: load_vector_maker(by, model, device, dtype), kind, progress=progress) as vectors,
         open_collection(collection, dim=vectors.dim, model=vectors.model, durable=durable) as opened,
     ):
         count = add_vectors(opened, vectors, kind, replace=replace, progress=progress)

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from retrieval.towers.base import Towers
 
 
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What makes vectors, as the user names it: a model, and which part of it."""
+
+    model: str
+    by: str = "towers"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhotoOptions:
     """Which pictures of FOLDER are taken. Without any, a collection keeps what it was built with."""
@@ -50,7 +58,7 @@ def update_photos(
     collection: str | None,
     options: PhotoOptions,
     load_towers: Callable[[], Towers],
-    model: str,
+    maker: Maker,
     *,
     as_json: bool = False,
     quiet: bool = False,
@@ -62,8 +70,9 @@ def update_photos(
     if collection is not None and "://" in collection:
         raise CollectionError("the pictures of a folder are indexed on this machine: --collection is a folder")
     place = Path(collection).expanduser() if collection is not None else None
+    model = maker.model
     called = str(Path(model).absolute()) if Path(model).exists() else model  # for searches from other folders
-    request = PhotoRequest(folder, place, options.settings, called, options.rebuild)
+    request = PhotoRequest(folder, place, options.settings, called, options.rebuild, by=maker.by)
     report = index_photos(load_towers, request, progress=sys.stderr.isatty())
     if not quiet:
         print(json.dumps(dataclasses.asdict(report), ensure_ascii=False) if as_json else _summary(report))

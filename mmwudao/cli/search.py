@@ -19,8 +19,9 @@ import typer
 
 from mmwudao.cli.options import Device, Json, as_typed, option_groups
 from mmwudao.cli.output import check_png
-from mmwudao.cli.photos import PhotoOptions, update_photos
+from mmwudao.cli.photos import Maker, PhotoOptions, update_photos
 from mmwudao.cli.vectors import TowersDtype
+from mmwudao.loading.options import VectorMaker
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,6 +112,10 @@ def search_command(
     model: Annotated[
         str | None, typer.Option(help="Use this model or folder of towers; default: what a folder was indexed with.")
     ] = None,
+    by: Annotated[
+        VectorMaker | None,
+        typer.Option(help="Take the vectors of the model's towers, or of its generator; default: as for the folder."),
+    ] = None,
     device: Device = "auto",
     dtype: TowersDtype = "float32",
 ) -> None:
@@ -118,7 +123,7 @@ def search_command(
 
     In a folder that was indexed: search "a beach" + ./sunset.jpg - people
     """
-    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.collections.opening import open_collection
     from retrieval.collections.query import check_towers, embed_query
     from retrieval.collections.where import all_of
@@ -128,14 +133,16 @@ def search_command(
     query = _read_query(target.words, image)
     place = target.place
     called = model or (place.model if place else "") or "emoji"
+    made_by: VectorMaker = by or ("generator" if place and place.by == "generator" else "towers")
 
     def load_towers() -> Towers:
-        return load_model_towers(called, device, dtype)
+        return load_vector_maker(made_by, called, device, dtype)
 
     if where_to.update:
         if place is None:
             raise ValueError("--update is for the pictures of a folder")
-        update_photos(place.folder, str(place.collection), PhotoOptions(), load_towers, called, quiet=True)
+        maker = Maker(called, made_by)
+        update_photos(place.folder, str(place.collection), PhotoOptions(), load_towers, maker, quiet=True)
     own = {file.resolve() for file in query.files} if place else set()
     conditions = [part for part in (place.condition if place else None, where) if part]
     with open_collection(target.location) as opened:

@@ -11,11 +11,16 @@ from typing import Annotated
 import typer
 
 from mmwudao.cli.options import Device, Json, field_option
+from mmwudao.loading.options import VectorMaker
 from retrieval.vectors.settings import EmbedSettings, RaySettings
 
 export_app = typer.Typer(help="Export parts of a model to the formats of other programs.", no_args_is_help=True)
 
 TowersModel = Annotated[str, typer.Option(help="Use this shipped model, model directory, or folder of towers.")]
+By = Annotated[
+    VectorMaker,
+    typer.Option(help="Take the vectors of the model's towers, or of its generator, if that learned to match."),
+]
 TowersDtype = Annotated[str, typer.Option(help="Run the towers in float32, bfloat16 or float16.")]
 
 
@@ -28,6 +33,7 @@ def embed_command(
     shards: Annotated[list[str], typer.Argument(help="A folder of shards, tar files, or a brace pattern.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Write the Parquet files, one a shard, to this folder.")],
     model: TowersModel = "emoji",
+    by: By = "towers",
     images: Annotated[bool, typer.Option("--images", help="Embed pictures only; by default both.")] = False,
     texts: Annotated[bool, typer.Option("--texts", help="Embed captions only; by default both.")] = False,
     split: Annotated[str | None, field_option(EmbedSettings, "split")] = EmbedSettings.split,
@@ -44,7 +50,7 @@ def embed_command(
 
     Run an interrupted command again to continue it: complete files are kept. skipped.log names skipped samples.
     """
-    from mmwudao.loading.towers import load_model_towers
+    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.vectors.embed import embed_shards
 
     settings = EmbedSettings(split, images or not texts, texts or not images, vectors, batch_size, workers)
@@ -52,12 +58,13 @@ def embed_command(
     if ray is None:
         if replicas is not None:
             raise ValueError("--replicas is for --ray: this process has one copy of the towers")
-        report = embed_shards(load_model_towers(model, device, dtype), shards, out, settings, progress=progress)
+        towers = load_vector_maker(by, model, device, dtype)
+        report = embed_shards(towers, shards, out, settings, progress=progress)
     else:
         from retrieval.vectors.embed_ray import embed_shards_on_cluster
 
         cluster = RaySettings(ray, replicas, device)
-        towers = load_model_towers(model, "cpu", dtype)  # the actors move their copies
+        towers = load_vector_maker(by, model, "cpu", dtype)  # the actors move their copies
         report = embed_shards_on_cluster(towers, shards, out, cluster, settings, progress=progress)
     if as_json:
         print(json.dumps({"out": str(out), **asdict(report)}, ensure_ascii=False))

@@ -8,6 +8,7 @@ from typing import Literal
 from data.options import check_options, option
 
 JudgeName = Literal["caption", "towers", "both"]  # as in `mmwudao.tasks`, which imports PyTorch
+VectorMaker = Literal["towers", "generator"]
 EngineName = Literal["auto", "modules", "fused", "graph", "compile"]  # as in `generation.drawing.engines`
 
 

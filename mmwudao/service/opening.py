@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmwudao.loading.generator_towers import check_generator_vectors
 from mmwudao.loading.model_dir import find_model, read_model_config
-from mmwudao.loading.towers import load_model_towers
+from mmwudao.loading.vectors import load_vector_maker
 from mmwudao.pipeline import Pipeline, load
 from mmwudao.service.generators import Generator, LocalGenerator
 from mmwudao.service.queues import Served
@@ -28,17 +29,23 @@ def find_sources(settings: ServeSettings) -> ModelSources:
 
     Raises `ValueError` for options that do not go together, and `ModelError` for a model that is not there.
     """
-    model = settings.model
+    model, by_generator = settings.model, settings.by == "generator"
+    if by_generator and settings.towers:
+        raise ValueError("--by generator makes vectors without towers: leave out --towers")
     if settings.durable and settings.collection is None:
         raise ValueError("--durable is about the collection: give --collection")
     if (Path(model) / "model.safetensors").exists():
         if settings.towers or settings.adapter:
             raise ValueError(f"{model} holds towers alone: it takes neither --towers nor --adapter")
+        if by_generator:
+            check_generator_vectors(model)
         return ModelSources(None, model)
     parts = read_model_config(find_model(model)).parts
+    if by_generator:
+        check_generator_vectors(model)
     sources = ModelSources(
         generator=model if settings.generator_replicas else None,
-        towers=settings.towers or (model if "towers" in parts else None),
+        towers=settings.towers or (model if by_generator or "towers" in parts else None),
     )
     if settings.adapter and sources.generator is None:
         raise ValueError("a style is for a generator: without one there is no --adapter")
@@ -65,10 +72,10 @@ def open_served(settings: ServeSettings, remote: Generator | None = None) -> Ser
     generator = LocalGenerator(pipeline) if pipeline is not None else remote
     if sources.towers is None:
         towers = None
-    elif pipeline is not None and settings.towers is None:
+    elif pipeline is not None and settings.towers is None and settings.by == "towers":
         towers = pipeline.towers  # loaded once, also for captions and reranking
     else:
-        towers = load_model_towers(sources.towers, settings.device)
+        towers = load_vector_maker(settings.by, sources.towers, settings.device)
     collection = None
     if settings.collection is not None:
         assert towers is not None, "find_sources checks this"

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.config import ConfigError, load_config
 from data.options import check_options, option
-from mmwudao.loading.options import RunOptions
+from mmwudao.loading.options import RunOptions, VectorMaker
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+|null")  # RFC 6454, section 6.2
 
@@ -26,6 +26,9 @@ class SourceOptions(RunOptions):
         "emoji", "The model is a shipped name, a model directory, a hub id, or a folder of towers alone."
     )
     towers: str | None = option(None, "Use these towers for vectors and search instead of the model's own.")
+    by: VectorMaker = option(
+        "towers", "Take the vectors of the model's towers, or of its generator, if that learned to match."
+    )
     collection: str | None = option(
         None, "Search this collection, a folder, a bucket or a server; it is made if it is missing."
     )

@@ -132,8 +132,11 @@ class Collection(ABC):
 
 def check_identity(collection: Collection, location: str, dim: int, model: str) -> None:
     """Raise `CollectionError` unless the opened collection has this `dim` (0: any) and `model` ("": any)."""
-    if dim and dim != collection.dim:
-        raise CollectionError(f"{location} holds vectors of dimension {collection.dim}, not {dim}")
     if model and collection.model and model != collection.model:
         hashes = f"{collection.model[:12]}, not {model[:12]}"
-        raise CollectionError(f"{location} holds vectors of other towers ({hashes}): use the model that made them")
+        raise CollectionError(
+            f"{location} holds vectors of other towers ({hashes}): use the model that made them, by the part that made "
+            "them (--by)"
+        )
+    if dim and dim != collection.dim:
+        raise CollectionError(f"{location} holds vectors of dimension {collection.dim}, not {dim}")

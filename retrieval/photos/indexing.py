@@ -57,6 +57,7 @@ class PhotoRequest:
     model: str = ""  # how the user calls the towers, for the record
     rebuild: bool = False
     workers: int | None = None  # one a core
+    by: str = "towers"  # which part of the model makes the vectors, for the record
 
 
 @dataclass
@@ -113,7 +114,7 @@ def index_photos(load_towers: Callable[[], Towers], request: PhotoRequest, *, pr
         with FileLock(location / OWN_FOLDER / LOCK, timeout=0):
             if request.rebuild:
                 shutil.rmtree(location / TABLE_FOLDER, ignore_errors=True)
-            place = PhotoPlace(location, folder, settings, request.model)
+            place = PhotoPlace(location, folder, settings, request.model, by=request.by)
             report = _Update(place, load_towers, found, progress).run(request.workers or cores())
     except Timeout as error:
         raise CollectionError(f"{location} is being updated by another process: wait for its end") from error
@@ -188,9 +189,11 @@ class _Update:
     def _load(self) -> None:
         """Load the towers. Raises `CollectionError` if the collection holds vectors of others."""
         self.towers = self.load_towers()
-        if self.collection is not None and self.collection.model != content_hash(self.towers):
+        if self.collection is not None and self.collection.model != (found := content_hash(self.towers)):
+            hashes = f"{self.collection.model[:12]}, not {found[:12]}"
             raise CollectionError(
-                f"{self.place.collection} holds vectors of other towers: use the model that made them, or --rebuild"
+                f"{self.place.collection} holds vectors of other towers ({hashes}): use the model that made them, by "
+                "the part that made them (--by), or --rebuild"
             )
 
     def _embed(self, pending: list[str], workers: int) -> None:

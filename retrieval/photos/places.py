@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -37,6 +37,7 @@ class PhotoPlace:
     settings: PhotoSettings
     model: str  # how the user called the towers
     below: str = ""
+    by: str = "towers"  # which part of the model made the vectors
 
     @property
     def log(self) -> Path:
@@ -85,7 +86,8 @@ def read_place(collection: Path | str) -> PhotoPlace | None:
         if record["format"] != FORMAT:
             raise CollectionError(f"{path} is of the format {record['format']!r}, not {FORMAT!r}: use --rebuild")
         settings = from_dict(PhotoSettings, record["settings"])
-        return PhotoPlace(Path(collection), Path(path_of(record["folder"])), settings, str(record["model"]))
+        folder, by = Path(path_of(record["folder"])), str(record.get("by", "towers"))
+        return PhotoPlace(Path(collection), folder, settings, str(record["model"]), by=by)
     except (KeyError, TypeError, ConfigError) as error:
         raise CollectionError(f"{path} is damaged: build the collection anew with --rebuild") from error
 
@@ -96,6 +98,7 @@ def write_place(place: PhotoPlace) -> None:
         "format": FORMAT,
         "folder": stored_path(str(place.folder)),
         "model": place.model,
+        "by": place.by,
         "settings": asdict(place.settings),
     }
     (place.collection / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,7 @@ def find_place(folder: Path) -> PhotoPlace:
         place = read_place(default_place(above))
         if place is not None:
             below = folder.relative_to(above).as_posix() if folder != above else ""
-            return PhotoPlace(place.collection, place.folder, place.settings, place.model, below)
+            return replace(place, below=below)
     raise CollectionError(f"the pictures in {folder} have not been indexed: run `mmwudao index build {folder}`")
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from generation.training import train_generator
 from generation.transformer.model import Transformer
+from mmwudao.matching import ContrastiveMatch
 from tests.helpers.tiny_codes import make_config
 from vqvae.storage.parts import load_part
 from vqvae.training.config import ParallelConfig
@@ -29,7 +30,8 @@ def run(workspace: Path, job: dict[str, Any]) -> dict[str, Any]:
     """The losses, norms and weights of one training, or the error that refused it."""
     job = {"steps": 30, "log_every": 30, "eval_every": 30, "save_every": 30, "precision": "float32", **job}
     resume, parallel = job.pop("resume", False), ParallelConfig(**job.pop("parallel", {}))
-    whole = {name: job.pop(name) for name in ("checkpoint_gradients", "packing", "mix") if name in job}
+    whole = {name: job.pop(name) for name in ("checkpoint_gradients", "packing") if name in job}
+    objective = ContrastiveMatch() if "match" in job.get("mix", {}) else None
     config = replace(make_config(workspace, workspace / job.pop("name"), **job), parallel=parallel, **whole)
     found: dict[str, Any] = {"loss": [], "gradient_norm": []}
     step = Loop._step
@@ -42,7 +44,7 @@ def run(workspace: Path, job: dict[str, Any]) -> dict[str, Any]:
 
     Loop._step = recorded  # type: ignore[method-assign, assignment]
     try:
-        folder = train_generator.train(config, resume)
+        folder = train_generator.train(config, resume, objective=objective)
     except ValueError as error:
         return {"refused": str(error)}
     finally:

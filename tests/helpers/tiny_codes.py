@@ -12,6 +12,7 @@ from data.shards import Manifest, ShardWriter, write_manifest
 from data.text import TextTokenizer
 from generation.rows.texts import CaptionMix
 from generation.training.config import GeneratorDataConfig, GeneratorTrainConfig
+from generation.training.matching import MatchTraining
 from generation.transformer.config import TransformerConfig
 from vqvae.model import VQVAE, VQVAEConfig
 from vqvae.storage.parts import save_part
@@ -56,7 +57,9 @@ def write_workspace(folder: Path) -> Path:
     return folder
 
 
-def make_config(workspace: Path, out: Path, data=None, model=None, captions=None, **loop) -> GeneratorTrainConfig:
+def make_config(
+    workspace: Path, out: Path, data=None, model=None, captions=None, mix=None, match=None, **loop
+) -> GeneratorTrainConfig:
     files = {"codes": str(workspace / "codes"), "text_model": str(workspace / "text.model")}
     sizes = {"num_image_codes": CODES, "width": 16, "depth": 1, "heads": 2, "max_text": 12}
     steps = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "warmup": 2, "log_every": 1, "eval_every": 3}
@@ -64,6 +67,8 @@ def make_config(workspace: Path, out: Path, data=None, model=None, captions=None
         data=GeneratorDataConfig(**{**files, **(data or {})}),
         captions=CaptionMix(**(captions or {})),
         model=TransformerConfig(**{**sizes, **(model or {})}),
+        mix=mix or {"draw": 1.0},
+        match=MatchTraining(**(match or {})),
         loop=LoopConfig(**{"out": str(out), "precision": "float32", "device": "cpu", **steps, **loop}),
     )
 
