@@ -139,8 +139,12 @@ def test_a_training_row_has_captions_and_some_of_the_codes():
     assert not rows.suits(Sample("x", None, ""))
 
 
-def test_a_step_that_matches_has_its_own_number_of_pictures(tmp_path):
-    workspace = write_workspace(tmp_path)
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def test_a_step_that_matches_has_its_own_number_of_pictures(workspace, tmp_path):
     config = make_config(
         workspace, tmp_path / "out", model={"match": {"width": 8}}, mix={"match": 1}, match={"texts": 2, "batch": 3}
     )
@@ -184,8 +188,7 @@ def test_a_generator_without_a_head_is_stored_as_before(tmp_path):
         TransformerConfig(match=MatchOptions(-1))
 
 
-def test_training_goes_on_with_a_first_head(tmp_path):
-    workspace = write_workspace(tmp_path)
+def test_training_goes_on_with_a_first_head(workspace, tmp_path):
     start = train(make_config(workspace, tmp_path / "first", steps=2, eval_every=2))
     trained = load_part(Transformer, start)
     headed = make_config(
