@@ -96,6 +96,20 @@ def test_two_processes_learn_what_one_learns(workspace: Path) -> None:
     )
 
 
+def test_matching_compares_the_vectors_of_all_processes(workspace: Path) -> None:
+    model = {**SETTINGS["model"], "match": {"width": 8}}
+    settings = {**SETTINGS, "model": model, "mix": {"draw": 1, "match": 2}, "match": {"texts": 2, "batch": 2}}
+    short = {**settings, "steps": 4, "log_every": 4, "eval_every": 4, "save_every": 4}
+    run_jobs(workspace, 1, [{"name": "match-one", **short}])
+    run_jobs(workspace, 2, [{"name": "match-ddp", **short}, {"name": "match-fsdp", **short, "parallel": {"shard": 2}}])
+    for name in ("match-ddp", "match-fsdp"):
+        assert_same(workspace, name, "match-one", tolerance=1e-4)  # losses are scaled by 1 / temperature
+        for figure in ("train/match_loss", "train/image_bits", "test/test-family/text_recall@10"):
+            one, other = (logged(workspace / run, figure) for run in ("match-one", name))
+            assert len(one) == len(other) > 0
+            assert other == pytest.approx(one, rel=1e-4), figure
+
+
 BOTH = {
     "hybrid": {"data": 2, "shard": 2},
     "data-tensor": {"data": 2, "tensor": 2},
