@@ -70,9 +70,9 @@ class CocaTowers(Towers):
         pools = {"attentional_pool": True, "attn_pooler_queries": QUERIES, "attn_pooler_heads": width // HEAD}
         self.model = CoCa(
             width,
-            multimodal_cfg={**both, **words},  # type: ignore[arg-type]
-            text_cfg={**both, **words, "embed_cls": True, "output_tokens": True},  # type: ignore[arg-type]
-            vision_cfg={**both, **looks, **pools, "output_tokens": True},  # type: ignore[arg-type]
+            multimodal_cfg={**both, **words},
+            text_cfg={**both, **words, "embed_cls": True, "output_tokens": True},
+            vision_cfg={**both, **looks, **pools, "output_tokens": True},
         )
         self.model.text.correct_cls_mask = True  # "the original is wrong", says open_clip
 

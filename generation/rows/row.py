@@ -106,8 +106,10 @@ def collate(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) ->
         if levels is not None and row.levels is not None:
             levels[i, :end] = row.levels
     weights = torch.where(image_mask, 1.0, text_weight).masked_fill(targets == padding, 0.0)
-    told = {"features": _features(rows), "levels": levels, "labels": _labels(rows)}
-    return RowBatch(tokens, positions, targets, image_mask, weights, segments, **told)
+    features, labels = _features(rows), _labels(rows)
+    return RowBatch(
+        tokens, positions, targets, image_mask, weights, segments, features=features, levels=levels, labels=labels
+    )
 
 
 def pack(vocab: Vocabulary, rows: Sequence[Row], text_weight: float = 1.0) -> RowBatch:

@@ -36,8 +36,8 @@ CODES = torch.arange(16).view(4, 4)
 TEXTS = [[1, 2, 3], [], [7, 8, 9, 10, 11, 12, 13]]  # the last is cut
 
 
-def matching(preset: str = "modern", **changes: object) -> Transformer:
-    return make_model(replace(PRESETS[preset], match=MatchOptions(8), **changes))  # type: ignore[arg-type]
+def matching(preset: str = "modern") -> Transformer:
+    return make_model(replace(PRESETS[preset], match=MatchOptions(8)))
 
 
 def parts_of(rows: MatchRows, codes: Tensor = CODES) -> list[Row]:
@@ -107,20 +107,24 @@ def test_packed_as_padded_as_alone(preset):
     torch.testing.assert_close(found, expected_texts[::3], atol=1e-5, rtol=1e-5)
 
 
-def recipe(**changes: object) -> RowRecipe:
-    class Words:
-        def encode(self, text: str) -> list[int]:
-            return [len(word) for word in text.split()]
+class WordLengths:
+    """A piece for each word, its length."""
 
-    settings = {"text": Words(), "captions": CaptionMix(dropout=1.0), "match_texts": 3, **changes}
-    return RowRecipe(**settings)  # type: ignore[arg-type]
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+
+RECIPE = RowRecipe(WordLengths(), CaptionMix(dropout=1.0), match_texts=3)
+
+
+def other_codes(rng: random.Random) -> Tensor:
+    return torch.full((4, 4), 31)
 
 
 def test_a_training_row_has_captions_and_some_of_the_codes():
     rows = MatchRows(PRESETS["modern"])
     picture = CodedPicture(sample(3, concept="c"), CODES)
-    other = lambda rng: torch.full((4, 4), 31)  # noqa: E731
-    row = rows.training_row(picture, recipe(), Chance(random.Random(0), 0.5, other))
+    row = rows.training_row(picture, RECIPE, Chance(random.Random(0), 0.5, other_codes))
     assert row.label == label_of(picture.sample) == label_of(Sample("x", None, "", concept="c"))
     assert row.segments is not None
     # dropout of captions is for rows that draw: here each has its text
@@ -128,11 +132,11 @@ def test_a_training_row_has_captions_and_some_of_the_codes():
     assert counts[0] == 8 + 4
     assert all(count > 2 for count in counts[1:])
     assert int(row.segments.max()) == 4
-    noisy = rows.training_row(picture, recipe(code_noise=1.0), Chance(random.Random(0), 1.0, other))
+    noisy = rows.training_row(picture, replace(RECIPE, code_noise=1.0), Chance(random.Random(0), 1.0, other_codes))
     assert 0 < int((noisy.tokens[:20] == 31).sum()) < 16
     # the towers' own vector of a picture, which such a row must not read, is not even asked for
     assert row.features is None
-    held_out = [rows.held_out_row(picture, recipe(), named_style=False) for _ in range(2)]
+    held_out = [rows.held_out_row(picture, RECIPE, named_style=False) for _ in range(2)]
     assert torch.equal(held_out[0].tokens, held_out[1].tokens)
     assert held_out[0].segments is not None
     assert int(held_out[0].segments.max()) == 2

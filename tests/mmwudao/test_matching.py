@@ -21,6 +21,7 @@ from generation.training.pairs import CodedPairs
 from generation.transformer.model import Transformer
 from mmwudao.cli.app import run
 from mmwudao.loading.generator_towers import GeneratorTowers
+from mmwudao.loading.options import VectorMaker
 from mmwudao.loading.vectors import load_vector_maker
 from mmwudao.matching import ContrastiveMatch
 from retrieval.evaluation.metrics import ranks, recall_figures
@@ -153,13 +154,14 @@ def test_the_choice_has_one_home(towers, matching_model_dir, tiny_model_dir, tmp
     again = load_vector_maker("generator", matching_model_dir, "cpu", "bfloat16")
     assert again.encode_text(["x"]).dtype == torch.float32
     assert content_hash(again) != content_hash(towers)
-    for by, model, problem in (
+    cases: list[tuple[VectorMaker, Path | str, str]] = [
         ("generator", tiny_model_dir, "tiny' makes no vectors: leave out --by generator, or train one with"),
         ("generator", "emoji", "the generator of 'emoji' makes no vectors"),
         ("generator", matching_model_dir / "generator", "a part alone: --by generator takes a whole model"),
         ("generator", tmp_path / "nothing", "no model"),
         ("towers", matching_model_dir, "has no towers"),
-    ):
+    ]
+    for by, model, problem in cases:
         with pytest.raises(ModelError, match=problem):
             load_vector_maker(by, model, "cpu")
     with pytest.raises(ModelError, match="not in 'int8'"):
