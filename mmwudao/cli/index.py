@@ -68,19 +68,18 @@ def build(
     FOLDER: run it again to add what is new or changed and to drop what is gone, or to continue an interrupted run.
     Shards: to finish an interrupted build, run `add --replace` and `optimise`.
     """
-    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.collections.building import build_collection, check_unfilled, open_source
     from retrieval.collections.opening import CollectionError
 
-    progress = sys.stderr.isatty()
+    progress, maker = sys.stderr.isatty(), Maker(model, by)
 
     def load_towers() -> Towers:
-        return load_vector_maker(by, model, device, dtype)
+        return maker.load(device, dtype)
 
     if is_photo_folder(sources):
         if kind != "image":
             raise CollectionError("a folder of pictures has no captions: --kind is image")
-        update_photos(Path(sources[0]), collection, photos, load_towers, Maker(model, by), as_json=as_json)
+        update_photos(Path(sources[0]), collection, photos, load_towers, maker, as_json=as_json)
         return
     if collection is None:
         missing = next((source for source in sources if "{" not in source and not Path(source).exists()), None)
@@ -107,14 +106,13 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add items to a collection. Searches see them at once; `optimise` makes searches fast again."""
-    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.collections.building import add_vectors, open_source
     from retrieval.collections.opening import open_collection
 
     progress = sys.stderr.isatty()
     open_collection(collection, durable=durable).close()  # before hours of encoding, not after
     with (
-        open_source(sources, lambda: load_vector_maker(by, model, device, dtype), kind, progress=progress) as vectors,
+        open_source(sources, lambda: Maker(model, by).load(device, dtype), kind, progress=progress) as vectors,
         open_collection(collection, dim=vectors.dim, model=vectors.model, durable=durable) as opened,
     ):
         count = add_vectors(opened, vectors, kind, replace=replace, progress=progress)

@@ -13,6 +13,7 @@ import typer
 
 from data.options import help_of
 from data.photos.files import PhotoSettings
+from mmwudao.loading.options import VectorMaker
 
 if TYPE_CHECKING:
     from retrieval.photos.indexing import PhotoReport
@@ -24,7 +25,13 @@ class Maker:
     """What makes vectors, as the user names it: a model, and which part of it."""
 
     model: str
-    by: str = "towers"
+    by: VectorMaker = "towers"
+
+    def load(self, device: str, dtype: str) -> Towers:
+        """See `mmwudao.loading.vectors.load_vector_maker`."""
+        from mmwudao.loading.vectors import load_vector_maker
+
+        return load_vector_maker(self.by, self.model, device, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,11 @@ class _Target:
     place: PhotoPlace | None
     words: list[str]  # of the query
 
+    def maker(self, model: str | None, by: VectorMaker | None) -> Maker:
+        """What makes the query's vector: what the user names, else what a folder was indexed by."""
+        called = model or (self.place.model if self.place else "") or "emoji"
+        return Maker(called, by or ("generator" if self.place and self.place.by == "generator" else "towers"))
+
 
 @option_groups
 def search_command(
@@ -123,7 +128,6 @@ def search_command(
 
     In a folder that was indexed: search "a beach" + ./sunset.jpg - people
     """
-    from mmwudao.loading.vectors import load_vector_maker
     from retrieval.collections.opening import open_collection
     from retrieval.collections.query import check_towers, embed_query
     from retrieval.collections.where import all_of
@@ -131,17 +135,14 @@ def search_command(
     show.check()
     target = _find_target([as_typed(word) for word in words or []], where_to, image)
     query = _read_query(target.words, image)
-    place = target.place
-    called = model or (place.model if place else "") or "emoji"
-    made_by: VectorMaker = by or ("generator" if place and place.by == "generator" else "towers")
+    place, maker = target.place, target.maker(model, by)
 
     def load_towers() -> Towers:
-        return load_vector_maker(made_by, called, device, dtype)
+        return maker.load(device, dtype)
 
     if where_to.update:
         if place is None:
             raise ValueError("--update is for the pictures of a folder")
-        maker = Maker(called, made_by)
         update_photos(place.folder, str(place.collection), PhotoOptions(), load_towers, maker, quiet=True)
     own = {file.resolve() for file in query.files} if place else set()
     conditions = [part for part in (place.condition if place else None, where) if part]
