@@ -1,0 +1,82 @@
+"""bench/quality/one_model.py and beside_coca.py run at tiny size, and tell what they promise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bench.quality import beside_coca, one_model
+from data.sample import Question
+from data.shards import ShardWriter
+from mmwudao.cli.app import run
+from tests.helpers.tiny_towers import COLOURS, colour_sample
+
+SPLITS = ("train", "test-family", "test-concept", "test")
+
+
+@pytest.fixture(scope="module")
+def work(matching_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of plain colours with a question each, and their codes."""
+    folder = tmp_path_factory.mktemp("bench")
+    for split in SPLITS:
+        with ShardWriter(folder / "shards", split, len(COLOURS)) as writer:
+            for name in COLOURS:
+                asked = (Question("en", "what colour?", name),)
+                writer.write(replace(colour_sample(name, "noto"), id=f"{split}-{name}", questions=asked))
+    tokenizer = str(matching_model_dir / "tokenizer")
+    command = ["tokenize", str(folder / "shards"), "-o", str(folder / "codes"), "--model", tokenizer, "--size", "32"]
+    assert run([*command, "--device", "cpu"]) == 0
+    return folder
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return record
+
+
+def test_all_that_one_model_does(work, matching_model_dir, tiny_model_dir, monkeypatch, capsys):
+    codes = ["--codes", str(work / "codes"), "--shards", str(work / "shards")]
+    others = ["--questions", str(work / "codes"), "--answering", str(tiny_model_dir)]
+    monkeypatch.setattr("sys.argv", ["one_model.py", "--model", str(matching_model_dir), *codes, *others])
+    one_model.main()
+    record = last_line(capsys)
+    own = record["one model"]
+    for split in SPLITS[1:3]:
+        assert own[f"{split} bits a code"] > 0
+        assert 0 <= own[f"{split} recall text to image"] <= 1
+        assert f"{split} recall image to text, chance" in own
+    assert "questions answered" not in own
+    assert record["one that answers"] == {"questions answered": 0}  # random weights
+    assert record["sizes"]["one model"].endswith(" MB")
+
+
+def test_beside_coca(work, matching_model_dir, tmp_path, monkeypatch, capsys):
+    settings = {
+        "data": {
+            "codes": str(work / "codes"), "text_model": str(matching_model_dir / "text.model"),
+            "tokenizer": str(matching_model_dir / "tokenizer"),
+        },
+        "model": {"width": 32, "depth": 1, "heads": 2, "max_text": 24, "match": {"width": 8}},
+        "mix": {"draw": 1, "describe": 1, "match": 1},
+        "packing": False,
+        "loop": {
+            "out": str(tmp_path / "out"), "precision": "float32", "device": "cpu", "minutes": 0, "steps": 2,
+            "batch_size": 4, "warmup": 1, "log_every": 1, "eval_every": 2,
+        },
+    }  # fmt: skip
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings))
+    sizes = ["--shards", str(work / "shards"), "--layers", "1", "--patch", "16"]
+    monkeypatch.setattr("sys.argv", ["beside_coca.py", str(tmp_path / "one.yaml"), *sizes])
+    beside_coca.main()
+    record = last_line(capsys)
+    assert set(record["parameters"]) == {"one model", "CoCa"}
+    for split in SPLITS[1:3]:
+        ours, coca = record[split]["one model"], record[split]["CoCa"]
+        assert set(ours) - set(coca) == {"bits a code"}
+        assert coca["bits a piece"] > 0
+        assert 0 <= coca["recall text to image"] <= 1
