@@ -5,6 +5,7 @@ both are of one packed row. What a row is for decides its levels and segments:
 
 * a causal row: levels count up;
 * a row that describes (`generation.rows.describe`): levels count up, and each text is a segment of its own;
+* a row that is matched (`generation.rows.match`): levels count up, and the picture is such a segment, too;
 * a row with holes (`generation.rows.fill`): kept codes share a level, holes count up. So are the image of CogLM (Ding
   et al. 2022, arXiv:2204.14217, section 3) and its text, and Parts A and B of GLM (Du et al. 2022, arXiv:2103.10360,
   section 2.1).

@@ -84,6 +84,7 @@ def test_a_training_finds_pictures_by_their_texts(tmp_path, capsys):
         },
         "mix": {"draw": 0.2, "match": 0.8},
         "match": {"texts": 2},
+        "packing": False,
         "loop": {
             "out": str(tmp_path / "out"), "precision": "float32", "device": "cpu", "minutes": 0, "steps": 60,
             "batch_size": 16, "learning_rate": 1e-2, "warmup": 2, "log_every": 10, "eval_every": 60,
