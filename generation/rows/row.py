@@ -27,10 +27,10 @@ class Row:
     `tokens` [T] and `targets` [T] are int64; a target is the next token, or [PAD] where nothing is learned.
     `positions` are [T] or [T, 2], and `image_mask` [T] is true where the target is an image code. A row that describes
     has `segments` [T]: 0 for the picture and k for its k-th text. A text attends to the picture and to itself. In a row
-    that is matched the picture is 1, and its texts, which do not see it, count on from there. A row
-    with holes has `levels` [T], which say instead of the order who sees whom (`generation.transformer.visibility`).
-    Without segments and levels, a token attends to all tokens before it. `features` [n, C] are the vectors of towers at
-    its n [ROI1], for a generator that reads such vectors. A row that is matched has the `label` of what it shows.
+    that is matched the picture is 1, and its texts, which do not see it, count on from there. A row with holes has
+    `levels` [T], which say instead of the order who sees whom (`generation.transformer.visibility`). Without segments
+    and levels, a token attends to all tokens before it. `features` [n, C] are the vectors of towers at its n [ROI1], for
+    a generator that reads such vectors. A row that is matched has the `label` of what it shows.
     """
 
     tokens: Tensor
