@@ -29,8 +29,8 @@ class Row:
     has `segments` [T]: 0 for the picture and k for its k-th text. A text attends to the picture and to itself. In a row
     that is matched the picture is 1, and its texts, which do not see it, count on from there. A row with holes has
     `levels` [T], which say instead of the order who sees whom (`generation.transformer.visibility`). Without segments
-    and levels, a token attends to all tokens before it. `features` [n, C] are the vectors of towers at its n [ROI1], for
-    a generator that reads such vectors. A row that is matched has the `label` of what it shows.
+    and levels, a token attends to all tokens before it. `features` [n, C] are the vectors of towers at its n [ROI1],
+    for a generator that reads such vectors. A row that is matched has the `label` of what it shows.
     """
 
     tokens: Tensor
