@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.concepts import label_of
 from data.config import ConfigError, load_config, to_stored
 from data.sample import Sample
 from data.text import TextTokenizer
 from generation.rows.base import Chance, CodedPicture, Given, RowRecipe
+from generation.rows.draw import training_row
 from generation.rows.match import MatchRows, matched_row
 from generation.rows.row import Row, collate, pack
 from generation.rows.texts import CaptionMix
@@ -23,7 +26,7 @@ from generation.training.batches import RowBatches, RowMaker, held_out_batches
 from generation.training.config import GeneratorTrainConfig
 from generation.training.matching import MatchTraining, prepare_head
 from generation.training.pairs import CodedPairs
-from generation.training.train_generator import train
+from generation.training.train_generator import LossModule, train
 from generation.transformer.config import TransformerConfig
 from generation.transformer.match_head import MatchOptions
 from generation.transformer.model import Transformer
@@ -219,6 +222,26 @@ class Distances:
 
     def recall(self, images: Tensor, texts: Tensor, labels: Tensor) -> dict[str, float]:
         return {"near": float((images * texts).sum(1).mean())}
+
+
+def test_every_kind_of_step_gives_every_weight_a_gradient(tmp_path):
+    """DDP waits for all of them: steps that draw leave the head alone, steps that match the logits."""
+    model = Transformer(replace(PRESETS["learned-2d"], match=MatchOptions(8)))
+    rows, vocab, config = MatchRows(model.config), model.config.vocabulary, model.config
+    matched = collate(vocab, [matched_row(parts_of(rows), label) for label in range(2)])
+    drawn = collate(vocab, [training_row(vocab, [1, 2], CODES, config.max_text, config.position_kind)])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(LossModule(model, Distances()))
+        for batch in (drawn, matched, drawn, drawn, matched, matched):
+            model.zero_grad(set_to_none=True)
+            wrapped(batch, batch.weights.sum())["loss"].backward()
+            assert all(weight.grad is not None for weight in model.parameters())
+            head = model.match_head.weight.grad
+            assert head is not None
+            assert bool(head.any()) == (batch is matched)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_temperature_is_learned_or_fixed():

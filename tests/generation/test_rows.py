@@ -154,7 +154,7 @@ def test_weights_are_normalised_in_any_order():
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        ({"draw": 1.0, "sing": 1.0}, "mix: unknown kind of rows 'sing'; use draw, describe, fill, answer$"),
+        ({"draw": 1.0, "sing": 1.0}, "mix: unknown kind of rows 'sing'; use draw, describe, fill, answer, match$"),
         ({"draw": 1.0, "describe": -0.5}, r"mix\.describe must be a number of at least 0, not -0\.5$"),
         ({"draw": math.nan}, r"mix\.draw must be a number"),
         ({"draw": 0.0}, "mix needs a kind of rows with a weight above 0$"),
