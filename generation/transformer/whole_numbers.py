@@ -42,7 +42,8 @@ class WholeNumberLinear(nn.Module):
         halves = F.pad(torch.cat([high, whole.sub_(high, alpha=128)]), (0, 2))
         # what two more inputs with weights of zero are for: every call then rounds to steps of 1
         halves[:, -2], halves[:, -1] = LEAST, MOST
-        high, low = torch.ops.quantized.linear_dynamic(halves, self._packed, True).chunk(2)
+        product: Tensor = torch.ops.quantized.linear_dynamic(halves, self._packed, True)
+        high, low = product.chunk(2)
         return low.add_(high, alpha=128).mul_(step)
 
 
