@@ -214,7 +214,7 @@ def test_errors_are_one_line_and_leave_nothing(folder, tmp_path):
         (columns, {}, "needs a column caption or text or title; it has path, words"),
         (no_path, {}, "line 1: no path"),
         (tmp_path / "broken.jsonl", {}, "line 2: not JSON"),
-        (tmp_path / "list.jsonl", {}, "line 1: not a JSON object"),
+        (tmp_path / "list.jsonl", {}, "line 1: a JSON list: write one object a line"),
         (tmp_path / "latin.csv", {}, "not UTF-8"),
         (tmp_path / "header.csv", {}, "holds no row"),
         (twice, {}, r"b\.png \(line 2\) and b\.png \(line 3\) both get the id 'b'"),
