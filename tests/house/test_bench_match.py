@@ -12,7 +12,7 @@ import yaml
 
 from bench.quality import beside_coca, one_model
 from data.sample import Question
-from data.shards import ShardWriter
+from data.shards import Manifest, ShardWriter, write_manifest
 from mmwudao.cli.app import run
 from tests.helpers.tiny_towers import COLOURS, colour_sample
 
@@ -22,12 +22,14 @@ SPLITS = ("train", "test-family", "test-concept", "test")
 @pytest.fixture(scope="module")
 def work(matching_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of plain colours with a question each, and their codes."""
-    folder = tmp_path_factory.mktemp("bench")
+    folder, written = tmp_path_factory.mktemp("bench"), {}
     for split in SPLITS:
         with ShardWriter(folder / "shards", split, len(COLOURS)) as writer:
             for name in COLOURS:
                 asked = (Question("en", "what colour?", name),)
                 writer.write(replace(colour_sample(name, "noto"), id=f"{split}-{name}", questions=asked))
+        written[split] = writer.shards
+    write_manifest(folder / "shards", Manifest("colours", 16, written, {}))
     tokenizer = str(matching_model_dir / "tokenizer")
     command = ["tokenize", str(folder / "shards"), "-o", str(folder / "codes"), "--model", tokenizer, "--size", "32"]
     assert run([*command, "--device", "cpu"]) == 0
