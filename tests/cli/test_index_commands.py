@@ -113,7 +113,7 @@ def test_one_line_for_whatever_is_wrong(place, shards, tmp_path, capsys, monkeyp
         (["search", str(place), "  "], "an empty text"),
         (["search", str(place), "red", "-k", "0"], "returns 1 to 10000"),
         (["search", str(place), "red", "--where", "colour = 1"], "no column 'colour'"),
-        (["search", str(place), "red", "--where", "family = 'x') OR (family = 'noto'"], "cannot read ')"),
+        (["search", str(place), "red", "--where", "family = 'x') OR (family = 'noto'"], 'cannot read ") OR'),
         (["search", str(place), "--image", str(tmp_path / "none.png")], "no picture at"),
         (["search", str(place), "red", "--where", "family = 'x'", "--sheet", f"{tmp_path}/s.png"], "returned nothing"),
     ]

@@ -164,7 +164,7 @@ def test_one_generator_learns_both_directions(workspace, tmp_path):
 
 def test_the_mixture_is_read_and_checked_with_the_configuration():
     assert load_config(GeneratorTrainConfig, None, ["mix={draw: 1, describe: 3}"]).mix == {"draw": 1, "describe": 3}
-    with pytest.raises(ConfigError, match="unknown kind of rows 'sing'; use draw, describe, fill, answer$"):
+    with pytest.raises(ConfigError, match="unknown kind of rows 'sing'; use draw, describe, fill, answer, match$"):
         load_config(GeneratorTrainConfig, None, ["mix.sing=1"])
     with pytest.raises(ConfigError, match=r"unknown key captions\.image_first"):
         load_config(GeneratorTrainConfig, None, ["captions.image_first=0.5"])

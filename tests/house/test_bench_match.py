@@ -1,4 +1,4 @@
-"""bench/quality/one_model.py and beside_coca.py run at tiny size, and tell what they promise."""
+"""bench/quality/one_model.py runs at tiny size, and tells what it promises."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from bench.quality import beside_coca, one_model
+from bench.quality import one_model
 from data.sample import Question
 from data.shards import Manifest, ShardWriter, write_manifest
 from mmwudao.cli.app import run
@@ -55,30 +54,3 @@ def test_all_that_one_model_does(work, matching_model_dir, tiny_model_dir, monke
     assert "questions answered" not in own
     assert record["one that answers"] == {"questions answered": 0}  # random weights
     assert record["sizes"]["one model"].endswith(" MB")
-
-
-def test_beside_coca(work, matching_model_dir, tmp_path, monkeypatch, capsys):
-    settings = {
-        "data": {
-            "codes": str(work / "codes"), "text_model": str(matching_model_dir / "text.model"),
-            "tokenizer": str(matching_model_dir / "tokenizer"),
-        },
-        "model": {"width": 32, "depth": 1, "heads": 2, "max_text": 24, "match": {"width": 8}},
-        "mix": {"draw": 1, "describe": 1, "match": 1},
-        "packing": False,
-        "loop": {
-            "out": str(tmp_path / "out"), "precision": "float32", "device": "cpu", "minutes": 0, "steps": 2,
-            "batch_size": 4, "warmup": 1, "log_every": 1, "eval_every": 2,
-        },
-    }  # fmt: skip
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings))
-    sizes = ["--shards", str(work / "shards"), "--layers", "1", "--patch", "16"]
-    monkeypatch.setattr("sys.argv", ["beside_coca.py", str(tmp_path / "one.yaml"), *sizes])
-    beside_coca.main()
-    record = last_line(capsys)
-    assert set(record["parameters"]) == {"one model", "CoCa"}
-    for split in SPLITS[1:3]:
-        ours, coca = record[split]["one model"], record[split]["CoCa"]
-        assert set(ours) - set(coca) == {"bits a code"}
-        assert coca["bits a piece"] > 0
-        assert 0 <= coca["recall text to image"] <= 1
