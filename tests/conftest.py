@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,16 @@ def matching_model_dir(tiny_model_dir: Path) -> Path:
 def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes with other weights: every hash but the text model's differs."""
     return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture
+def loggers_as_they_were() -> Iterator[None]:
+    """`mmwudao serve` quiets loggers for its process, which here is that of all tests."""
+    from mmwudao.service.server import QUOTING_LOGGERS
+
+    root = logging.getLogger()
+    levels, handlers = {name: logging.getLogger(name).level for name in ("", *QUOTING_LOGGERS)}, list(root.handlers)
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    root.handlers[:] = handlers

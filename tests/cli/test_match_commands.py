@@ -108,6 +108,7 @@ def test_eval_measures_the_generator(shards, matching_model_dir, tmp_path, capsy
     assert "recall@10" in record["splits"]["test"]["mean"]["text_to_image"]
 
 
+@pytest.mark.usefixtures("loggers_as_they_were")
 @pytest.mark.parametrize("command", ["embed", "index", "search", "eval", "serve"])
 def test_a_model_that_only_draws_is_refused_in_one_line(command, place, shards, tiny_model_dir, tmp_path, capsys):
     capsys.readouterr()

@@ -80,7 +80,7 @@ def test_a_signal_ends_a_command_and_leaves_nothing(number, code, said, tmp_path
         Image.new("RGB", (64, 64), (k % 256, k // 256, 0)).save(folder / f"{k}.bmp")
     command = [*COMMAND, "data", "pack", str(folder), "-o", str(tmp_path / "out"), "--uncaptioned", "--size", "512"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not list(tmp_path.glob(".out-*/*.tar")):
+    while not list(tmp_path.glob(".out.part-*/*.tar")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)

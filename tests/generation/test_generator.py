@@ -148,7 +148,7 @@ def test_padding_and_a_split_batch_do_not_change_the_loss():
         end = int((batch.weights[i] > 0).sum())
         parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         # rows that draw, padded, of a model that reads no features; of no kind, as they were not drawn to learn from
-        assert not any(parts.pop(name) for name in ("segments", "levels", "lengths", "features", "kind"))
+        assert not any(parts.pop(name) for name in ("segments", "levels", "lengths", "features", "labels", "kind"))
         halves.append(type(batch)(**{name: part[i : i + 1, :end] for name, part in parts.items()}))
     assert halves[1].tokens.shape[1] < batch.tokens.shape[1]
     assert vocab.command("[PAD]") not in halves[1].tokens

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -22,7 +21,7 @@ from mmwudao.cli.app import run
 from mmwudao.service.errors import BadInput, ServiceError
 from mmwudao.service.keys import KeyRing, check_binding, read_keys
 from mmwudao.service.queues import Served
-from mmwudao.service.server import QUOTING_LOGGERS, configure_logging
+from mmwudao.service.server import configure_logging
 from mmwudao.service.settings import ServeSettings, ServiceConfig
 from tests.helpers.http import CLIENT
 from tests.helpers.service_server import MemoryCollection, data_uri, png, running
@@ -31,15 +30,7 @@ from tests.helpers.tiny_towers import ColourTowers
 KEYS = ("first-key-0123456789", "second-key-0123456789")
 
 
-@pytest.fixture(autouse=True)
-def _loggers_as_they_were() -> Iterator[None]:
-    """`mmwudao serve` quiets loggers for its process, which here is that of all tests."""
-    root = logging.getLogger()
-    levels, handlers = {name: logging.getLogger(name).level for name in ("", *QUOTING_LOGGERS)}, list(root.handlers)
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    root.handlers[:] = handlers
+pytestmark = pytest.mark.usefixtures("loggers_as_they_were")
 
 
 class SlowTowers(ColourTowers):
