@@ -105,7 +105,7 @@ def _check_size(value: Any, most: int | None) -> None:
     level = [value]
     held = 0
     for _ in range(MAX_DEPTH):
-        inner = []
+        inner: list[Any] = []
         for one in level:
             if isinstance(one, dict):
                 inner += one.values()

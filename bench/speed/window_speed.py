@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--sharpness", type=float, default=12.0)
     arguments = parser.parse_args()
     if arguments.janus:
-        model, options, grid = random_janus(*arguments.janus, arguments.sharpness), JANUS, (SIDE, SIDE)
+        width, layers = arguments.janus
+        model, options, grid = random_janus(width, layers, arguments.sharpness), JANUS, (SIDE, SIDE)
         texts: Sequence[Sequence[int]] = [[7 + k] * PROMPT for k in range(len(PROMPTS))]
     else:
         pipe = load(arguments.model, arguments.device, arguments.dtype)

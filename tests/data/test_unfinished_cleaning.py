@@ -122,8 +122,8 @@ command(sys.argv[1:])
 def test_a_killed_run_goes_on(source, tmp_path):
     settings = [f"--set={name}.on=false" for name in ("language", "script", "words", "near_pictures")]
     arguments = ["data", "clean", str(source), "-o", str(tmp_path / "out"), *settings]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
     assert len([path for path in tmp_path.iterdir() if path.name.startswith(".out.part-")]) == 1
     done = subprocess.run([sys.executable, "-m", "mmwudao", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
