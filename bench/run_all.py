@@ -81,7 +81,7 @@ def main() -> None:
         record["results"] = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
     for name in arguments.only or (CPU if arguments.where == "cpu" else GPU):
         limit, command = known[name]
-        print(f"== {name}: python bench/{command}", flush=True)
+        print(f"== {name}: {shown(command)}", flush=True)
         started = time.perf_counter()
         outcome = measure(command, limit, arguments.where)
         kind = "failed" if isinstance(outcome, str) else "results"
@@ -95,9 +95,10 @@ def main() -> None:
 def measure(command: str, limit: int, where: str) -> dict[str, Any] | str:
     """What a script's last line holds, with its command; or what went wrong."""
     script, *options = command.split()
+    module = f"bench.speed.{script.removesuffix('.py')}"  # a script alone would not find `bench`
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else None
     with subprocess.Popen(
-        [sys.executable, str(BENCH / "speed" / script), *options], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", module, *options], stdout=subprocess.PIPE, text=True, env=environment, cwd=BENCH.parent
     ) as process:
         try:
             out, _ = process.communicate(timeout=limit)
@@ -111,7 +112,13 @@ def measure(command: str, limit: int, where: str) -> dict[str, Any] | str:
     if process.returncode:
         return f"ended with {process.returncode}"
     result = json.loads(lines[-1])
-    return {"command": f"python bench/{command}", "result": result}
+    return {"command": shown(command), "result": result}
+
+
+def shown(command: str) -> str:
+    """As a user types it."""
+    script, _, options = command.partition(" ")
+    return f"python -m bench.speed.{script.removesuffix('.py')} {options}".rstrip()
 
 
 def machine(where: str) -> dict[str, Any]:

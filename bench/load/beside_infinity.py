@@ -1,6 +1,6 @@
 """CPU time of a request of one text beyond the tower's own: `mmwudao serve` beside infinity-emb's server.
 
-    python bench/load/beside_infinity.py [--infinity PATH/bin/infinity_emb] [--clients 1 32] [--seconds 5] [--rounds 3]
+    python -m bench.load.beside_infinity [--infinity PATH/bin/infinity_emb] [--clients 1 32] [--seconds 5] [--rounds 3]
 
 Both serve /v1/embeddings to the same client, one text a request, base64, one thread for the tower (OMP_NUM_THREADS=1),
 in turns. Ours has the shipped towers; infinity a BERT of the same width, depth and number of pieces with random weights

@@ -1,6 +1,6 @@
 """Does a collection keep what it acknowledged when its processes are killed? `--kills` times kill -9 at random moments.
 
-    python bench/load/collection_kills.py [--kills 20] [--items 100000] [--dim 64] [--batch 2000] [--durable]
+    python -m bench.load.collection_kills [--kills 20] [--items 100000] [--dim 64] [--batch 2000] [--durable]
 
 A writer adds, replaces and deletes batches, and notes each in a journal (with fsync) before it starts and after it was
 acknowledged; beside it another process optimises over and over. Both are killed together at a random moment. Then the

@@ -1,6 +1,6 @@
 """Does an import refuse what is damaged, in one line? Thousands of hostile checkpoints, each imported in a process.
 
-    python bench/load/hostile_imports.py [--cases 2000] [--seed 0] [--memory 2] [--seconds 20] [--out RECORD.json]
+    python -m bench.load.hostile_imports [--cases 2000] [--seed 0] [--memory 2] [--seconds 20] [--out RECORD.json]
 
 A case is one model (`imported_models.py`) and one way to damage it (`mutations.py`), both drawn from the seed and the
 number of the case. A forked process imports it; it may take `--memory` GB beyond what it had before, and `--seconds`.

@@ -1,6 +1,6 @@
 """CPU time that the server takes to refuse a request, beside one that it answers.
 
-    python bench/load/refusal_cost.py [--requests 2000] [--rounds 3]
+    python -m bench.load.refusal_cost [--requests 2000] [--rounds 3]
 
 `mmwudao serve` with a key and the shipped towers; one client on one connection, with a small body and with one of 1 or
 3 MB, which it sends to its end whatever the answer is: the server takes the bytes off the connection and drops them.

@@ -1,6 +1,6 @@
 """Vectors a second of `mmwudao serve` against the bare forward pass, and what becomes of it at several times the load.
 
-    python bench/load/serve_load.py [--towers FOLDER] [--kind image] [--inputs 1] [--clients 32] [--seconds 20]
+    python -m bench.load.serve_load [--towers FOLDER] [--kind image] [--inputs 1] [--clients 32] [--seconds 20]
         [--factor 10] [--limit NAME=NUMBER ...]
 
 Without --towers, our default architecture with random weights. Three measurements:

@@ -1,4 +1,4 @@
-"""How many questions a generator answers exactly: `python bench/quality/answering.py --codes codes/easy-vqa --generator
+"""How many questions a generator answers exactly: `python -m bench.quality.answering --codes codes/easy-vqa --generator
 runs/easy-vqa/generator --text shards/easy-vqa/text.model`.
 
 For each language and kind of question of the test split: the share that greedy search answers exactly, free and with

@@ -1,6 +1,6 @@
 """What choosing among candidates brings: R-precision and nearness to training pictures against their number.
 
-    python bench/quality/candidates_curve.py emoji shards/emoji --judges runs/judge/towers old-towers
+    python -m bench.quality.candidates_curve emoji shards/emoji --judges runs/judge/towers old-towers
 
 Of each prompt the most candidates are drawn once; of the first n of them the model's own towers choose one. Columns:
 candidates; by each judge the R-precision in % of what was chosen (mean over languages), real pictures in the last row;

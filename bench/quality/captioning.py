@@ -1,4 +1,4 @@
-"""How often the caption of a held-out picture is its name: `python bench/quality/captioning.py --shards shards/emoji`.
+"""How often the caption of a held-out picture is its name: `python -m bench.quality.captioning --shards shards/emoji`.
 
 For each language, by the generator alone and judged by the towers (where the model has them): the share of captions
 that equal the picture's name; that begin with it up to the colon, where skin tones follow ("man: dark skin tone"); and

@@ -1,6 +1,6 @@
 """Planted faults against the filters of `mmwudao data clean`: how many each finds, and how much it takes wrongly.
 
-    python bench/quality/clean_faults.py --shards shards/emoji --limit 1500 --towers emoji
+    python -m bench.quality.clean_faults --shards shards/emoji --limit 1500 --towers emoji
 
 Samples of the training split, chosen by hash, are the good ones. Into them are planted: copies of pictures (encoded
 again, resized, cropped by 5 %, recoloured), captions under another language's tag, captions of another picture,

@@ -1,6 +1,6 @@
 """The three objectives of the towers at equal wall time: a Markdown table of recall on a held-out split.
 
-    python bench/quality/compare_objectives.py --minutes 1.5 --batch-sizes 64 16
+    python -m bench.quality.compare_objectives --minutes 1.5 --batch-sizes 64 16
 """
 
 from __future__ import annotations

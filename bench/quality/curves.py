@@ -1,6 +1,6 @@
 """Plot a run's log.
 
-    python bench/quality/curves.py runs/emoji-tokenizer docs/tokenizer-curves.webp test/psnr test/usage
+    python -m bench.quality.curves runs/emoji-tokenizer docs/tokenizer-curves.webp test/psnr test/usage
 
 One panel for each figure named, against minutes of training.
 """

@@ -1,6 +1,6 @@
 """A generator with a plain MLP beside two with 8 experts, at equal active parameters and equal steps.
 
-    python bench/quality/dense_and_experts.py mmwudao/configs/emoji-generator.yaml --out runs/experts --steps 300 \
+    python -m bench.quality.dense_and_experts mmwudao/configs/emoji-generator.yaml --out runs/experts --steps 300 \
         data.codes=codes/emoji data.text_model=shards/emoji/text.model 'data.tokenizer=""' model.width=128
 
 The same configuration, seed and batches: `dense`; `switch`, one expert as wide as the MLP; `bias`, two of half the

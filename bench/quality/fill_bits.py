@@ -1,6 +1,6 @@
 """Bits a hidden code: of a generator that fills holes, of one that draws row by row, and of the same by [MASK].
 
-    python bench/quality/fill_bits.py --codes codes/emoji --model DIR [--fills GENERATOR] [--pictures 600]
+    python -m bench.quality.fill_bits --codes codes/emoji --model DIR [--fills GENERATOR] [--pictures 600]
 
 Holes of each kind hide the same share of each picture. "fill" sees all that is kept and the holes before; "before" sees
 all that comes before in raster order, hidden or not, and nothing behind; "masked" is "before" with [MASK] for what is

@@ -1,7 +1,7 @@
 """Bits per image token of a model on held-out splits, beside the unigram baseline.
 
     mmwudao tokenize shards/emoji -o codes/emoji
-    python bench/quality/held_out_bits.py --codes codes/emoji [--model emoji] [--dtype int8]
+    python -m bench.quality.held_out_bits --codes codes/emoji [--model emoji] [--dtype int8]
 
 Every picture of the split is used once, with its name and style in a language chosen by its id. The last line is JSON.
 """

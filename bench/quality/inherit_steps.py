@@ -1,6 +1,6 @@
 """How much inheritance shortens training: steps to equal recall, with and without a trained text encoder.
 
-    python bench/quality/inherit_steps.py mmwudao/configs/emoji-towers.yaml --text parts/e5 --out runs/inherit \
+    python -m bench.quality.inherit_steps mmwudao/configs/emoji-towers.yaml --text parts/e5 --out runs/inherit \
         --steps 600 data.shards=shards/emoji text_model=shards/emoji/text.model
 
 Both runs have the same configuration, seed and number of steps; one has `inherit.text`. Printed for each split and as

@@ -1,6 +1,6 @@
 """All that one model does, in one table, beside the parts that do one thing each. Trains nothing.
 
-    python bench/quality/one_model.py --model DIR --codes codes/emoji --shards shards/emoji [--beside emoji]
+    python -m bench.quality.one_model --model DIR --codes codes/emoji --shards shards/emoji [--beside emoji]
         [--questions codes/easy-vqa] [--answering DIR] [--pictures 600]
 
 Of held-out pictures: bits an image code, bits a piece of their names, recall at 10 by the generator's own vectors, and

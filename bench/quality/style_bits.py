@@ -1,7 +1,7 @@
 """Bits per image token on a family's held-out pictures, without and with adapters that learned its style.
 
     mmwudao train style mmwudao/configs/emoji-style.yaml adapter.method=lora loop.out=runs/style-lora
-    python bench/quality/style_bits.py --codes codes/emoji runs/style-lora/adapter [ADAPTER...] [--model emoji]
+    python -m bench.quality.style_bits --codes codes/emoji runs/style-lora/adapter [ADAPTER...] [--model emoji]
 
 Every picture is used once, with its name in a language chosen by its id and without the family. The last line is JSON.
 """

@@ -1,4 +1,4 @@
-"""How much a generator uses the text: `python bench/quality/text_use.py --codes codes/emoji [--model emoji]`.
+"""How much a generator uses the text: `python -m bench.quality.text_use --codes codes/emoji [--model emoji]`.
 
 Bits per image token with the picture's own name and style, with those of another picture, and without text; first as
 in drawing, then with every given code hidden behind [MASK], where text and place are all there is. The gain is what

@@ -1,6 +1,6 @@
 """What tokenizers keep of pictures, in one table.
 
-    python bench/quality/tokenizer_quality.py SHARDS emoji@128 runs/emoji-tokenizer/tokenizer@96 \\
+    python -m bench.quality.tokenizer_quality SHARDS emoji@128 runs/emoji-tokenizer/tokenizer@96 \\
         --towers emoji --trunk trunks/lite2 --sheet docs/tokenizers.png
 
 Each tokenizer is a shipped model, a model directory or a tokenizer's folder, with the side of its pictures behind @.

@@ -1,6 +1,6 @@
 """Enlarging measured.
 
-    python bench/quality/upscale_psnr.py MODEL SHARDS256 --split test-family --sheet docs/upscale.webp
+    python -m bench.quality.upscale_psnr MODEL SHARDS256 --split test-family --sheet docs/upscale.webp
 
 Mean PSNR and SSIM of the model's upscaler, bicubic and Lanczos (Pillow) against the pictures of SHARDS256, from the
 same pictures at half the size: scaled down, and scaled down and then coded and decoded by the image tokenizer, as

@@ -1,6 +1,6 @@
 """What averaging a tuned trunk with the untouched one is worth: WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903).
 
-    python bench/quality/wise_curve.py mmwudao/models/emoji/towers --untouched parts/lite0 \
+    python -m bench.quality.wise_curve mmwudao/models/emoji/towers --untouched parts/lite0 \
         --splits shards/emoji:test-family shards/emoji:test-concept shards/photographs:dev --shares 1 0.8 0.6
 
 The trunk is share * tuned + (1 - share) * untouched; heads, texts and the vectors of the classes stay. Each row: the

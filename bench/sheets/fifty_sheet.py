@@ -1,4 +1,4 @@
-"""Fifty fixed prompts in seven languages, one picture of each: `python bench/sheets/fifty_sheet.py --out docs/fifty`.
+"""Fifty fixed prompts in seven languages, one picture of each: `python -m bench.sheets.fifty_sheet --out docs/fifty`.
 
 OUT.webp holds the pictures, ten in a row, by the model's defaults and seed 0; OUT.md lists the prompts. Prompts were
 written before the first look and are not changed. The pictures are to be named by somebody who has not seen the list:
@@ -48,7 +48,7 @@ def main() -> None:
         f"# Fifty prompts, by `{arguments.model}`",
         "",
         f"One picture of each, seed {arguments.seed}, {chosen} candidates a picture, nothing picked; rows of ten.",
-        f"Made by `python bench/sheets/fifty_sheet.py` in {seconds:.0f} s.",
+        f"Made by `python -m bench.sheets.fifty_sheet` in {seconds:.0f} s.",
         "",
         f"![]({arguments.out.name}.webp)",
         "",

@@ -1,4 +1,4 @@
-"""The uncurated sheet of docs/: `python bench/sheets/held_out_sheet.py --shards shards/emoji --out docs/held-out`.
+"""The uncurated sheet of docs/: `python -m bench.sheets.held_out_sheet --shards shards/emoji --out docs/held-out`.
 
 The first prompts of `test-family` in each of the seven languages, drawn with seed 0: a row is the real picture (which
 was never trained on), then the drawn ones. Writes OUT.webp and OUT.md, which lists the prompts.
@@ -55,7 +55,7 @@ def main() -> None:
         f"# Held-out prompts, drawn by `{arguments.model}`\n\n"
         f"The first prompts of `{arguments.split}` in each language, seed 0, nothing picked by hand. On the left the\n"
         "real picture, which the model never saw (it saw the concept in other families). Made by\n"
-        f"`python bench/sheets/held_out_sheet.py --shards shards/{arguments.shards.name}`.\n\n"
+        f"`python -m bench.sheets.held_out_sheet --shards shards/{arguments.shards.name}`.\n\n"
         f"![]({arguments.out.name}.webp)\n\n"
     )
     arguments.out.with_suffix(".md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What towers find for thirty queries: `python bench/sheets/search_sheet.py --shards shards/emoji --out docs/found`.
+"""What towers find for thirty queries: `python -m bench.sheets.search_sheet --shards shards/emoji --out docs/found`.
 
 The pictures are those of the splits that no training saw, one of each concept and family. A row of OUT.webp holds the
 six nearest pictures to a query; OUT.md lists the queries and the English names of what was found. Queries were written

@@ -1,4 +1,4 @@
-"""The uncurated sheet of a learned style: `python bench/sheets/style_sheet.py --shards shards/emoji --adapter DIR`.
+"""The uncurated sheet of a learned style: `python -m bench.sheets.style_sheet --shards shards/emoji --adapter DIR`.
 
 A row is a real picture of the family that was not trained on, then the same prompt and seeds drawn without and with the
 adapter. The first prompts of the splits, seed 0, languages in turn; nothing in a prompt names the family.

@@ -1,4 +1,4 @@
-"""Every task on held-out pictures: `python bench/sheets/tasks_sheet.py --shards shards/emoji --out docs/tasks`.
+"""Every task on held-out pictures: `python -m bench.sheets.tasks_sheet --shards shards/emoji --out docs/tasks`.
 
 Ten pictures of `test-family`, one a base concept, nothing picked by hand. A row of OUT.webp: the real picture; its top
 half completed; its left half completed; of 16 pictures drawn from its name, the best and the worst by `rerank`; the
@@ -64,7 +64,7 @@ def main() -> None:
         f"# The tasks on ten held-out pictures, by `{arguments.model}`\n\n"
         f"Pictures of `{arguments.split}` that the model never saw, one a base concept, nothing picked, seed 0.\n"
         f"Columns: {', '.join(COLUMNS)}. Made by\n"
-        f"`python bench/sheets/tasks_sheet.py --shards shards/{arguments.shards.name}`.\n\n"
+        f"`python -m bench.sheets.tasks_sheet --shards shards/{arguments.shards.name}`.\n\n"
         f"![]({arguments.out.name}.webp)\n\n"
         "| row | picture | language | its name | caption | English caption |\n|---|---|---|---|---|---|\n"
     )

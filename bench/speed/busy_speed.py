@@ -1,6 +1,6 @@
 """Seconds for one drawing on a machine that does other work, by the number of threads and by how they wait.
 
-    python bench/speed/busy_speed.py [--model emoji] [--busy 2] [--rounds 7] [--variants program,spinning,single]
+    python -m bench.speed.busy_speed [--model emoji] [--busy 2] [--rounds 7] [--variants program,spinning,single]
 
 Each variant is a process of its own that has the model loaded; in every round each draws once on the machine as it is
 and once beside `--busy` processes that never rest, in turn, so that what else the machine does falls on all alike.

@@ -1,7 +1,7 @@
 """What a collection's search finds and costs: recall@10 against exact search, latency and CPU a query, with filters.
 
-    python bench/speed/collection_speed.py [--items 1000000] [--dim 512] [--queries 200] [--place FOLDER] [--exact]
-    python bench/speed/collection_speed.py --items 1000000 --place FOLDER --steps add,optimise   # then --steps query
+    python -m bench.speed.collection_speed [--items 1000000] [--dim 512] [--queries 200] [--place FOLDER] [--exact]
+    python -m bench.speed.collection_speed --items 1000000 --place FOLDER --steps add,optimise   # then --steps query
 
 Items are noisy points around `--clusters` centres, queries likewise, so that there are neighbours to be found (vectors
 that are uniformly random have none, and no model makes such). Filters allow 10 %, 1 % and 0.1 % of the items. `--place`

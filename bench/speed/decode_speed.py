@@ -1,8 +1,8 @@
 """Drawing codes, side by side: our engines, Hugging Face `generate()` on the same shape, and the original's way.
 
-    python bench/speed/decode_speed.py [--shape emoji] [--dtype bfloat16] [--batches 1 8] [--runs 3]
-    python bench/speed/decode_speed.py --shape 12x512 --batches 1 --contenders auto original --original-steps 64
-    python bench/speed/decode_speed.py --shape cogview-4b --device cuda --batches 1 64 \
+    python -m bench.speed.decode_speed [--shape emoji] [--dtype bfloat16] [--batches 1 8] [--runs 3]
+    python -m bench.speed.decode_speed --shape 12x512 --batches 1 --contenders auto original --original-steps 64
+    python -m bench.speed.decode_speed --shape cogview-4b --device cuda --batches 1 64 \
         --contenders graph compile int8 llama
 
 All have random weights (but `emoji`), the same layers, width, heads, vocabulary and dtype, a prompt as long as the

@@ -1,6 +1,6 @@
 """Seconds and memory for 8 pictures of one prompt on the CPU: the whole command, and calls of a loaded pipeline.
 
-    python bench/speed/draw_speed.py [--model emoji] [--runs 3]
+    python -m bench.speed.draw_speed [--model emoji] [--runs 3]
 
 The last line is JSON. Times are medians; memory is the peak of the whole process (resident set).
 """

@@ -1,6 +1,6 @@
 """Pictures a second of `embed` over shards against the bare forward pass on the same pictures in memory.
 
-    python bench/speed/embed_speed.py [--shards data/samples/emoji] [--towers FOLDER] [--repeat 4]
+    python -m bench.speed.embed_speed [--shards data/samples/emoji] [--towers FOLDER] [--repeat 4]
     pip install --no-deps --target FOLDER clip-retrieval    # then --clip-retrieval FOLDER
 
 Without --towers, our default architecture with random weights. Measured in turn, `--runs` times: the bare pass as it

@@ -1,6 +1,6 @@
 """Pictures a minute while a share of a generator's experts is in memory, and whether they are the same pictures.
 
-    python bench/speed/expert_speed.py --folder parts/many-experts --pictures 8 --shares 100 50 25 10
+    python -m bench.speed.expert_speed --folder parts/many-experts --pictures 8 --shares 100 50 25 10
 
 Makes a generator with random weights (once, in the folder), draws with all of it resident, and then with each share of
 its experts in memory, each in a process of its own. `--limit MB` is set as RLIMIT_DATA (all private memory, that of

@@ -1,6 +1,6 @@
 """How time and memory of drawing grow with the codes of a picture, the pictures and the layers, in float32.
 
-    python bench/speed/growth_speed.py [--full] [--device cpu]
+    python -m bench.speed.growth_speed [--full] [--device cpu]
 
 Each point is a process of its own that draws once with random weights, 256 wide, 6 layers, 256 codes, 1 picture but for
 what varies. `ms a code` is the mean of a step, early and late in the picture (its second and its last eighth):

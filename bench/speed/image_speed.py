@@ -1,6 +1,6 @@
 """CPU time that a picture takes from encoded bytes to a square tensor, by decoder; and shard reading in MB/s.
 
-    python bench/speed/image_speed.py [--shards data/samples/emoji] [--pictures 64] [--photos 12] [--sizes 128 224]
+    python -m bench.speed.image_speed [--shards data/samples/emoji] [--pictures 64] [--photos 12] [--sizes 128 224]
 
 Decoders, on one thread: ours (`open_image`, `to_square`, `to_tensor`: Pillow); ours with `least_side`, that is JPEGs
 decoded at a half, a quarter or an eighth by their DCT, no smaller than twice (or once) the square; simplejpeg

@@ -1,7 +1,7 @@
 """Drawing with Janus' shapes and random weights, beside transformers' own `generate` of the same model.
 
-    python bench/speed/janus_speed.py [--size 1b] [--layers 3 8] [--steps 12]
-    python bench/speed/janus_speed.py --size 7b --layers 1 2
+    python -m bench.speed.janus_speed [--size 1b] [--layers 3 8] [--steps 12]
+    python -m bench.speed.janus_speed --size 7b --layers 1 2
 
 Guidance 5, one picture: two rows a step. A model of the published depth does not fit every machine's time, so a step is
 timed in the middle of a picture (288 codes of 576 are given) with each number of `--layers`, and **scaled**: what

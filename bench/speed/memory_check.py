@@ -1,7 +1,7 @@
 """The memory plan against the measured peak of the process (resident set) on the CPU, Linux only.
 
-    python bench/speed/memory_check.py [--model emoji] [--width 512 --depth 12]
-    python bench/speed/memory_check.py --janus 2 [--dtype bfloat16 int8]
+    python -m bench.speed.memory_check [--model emoji] [--width 512 --depth 12]
+    python -m bench.speed.memory_check --janus 2 [--dtype bfloat16 int8]
 
 Each model draws in a process of its own: one that is on disk, and one with random weights. With `--janus LAYERS` it is
 a model directory of Janus-1B's widths, vocabularies and picture tokenizer, with so many layers, written to a temporary

@@ -1,7 +1,7 @@
 """What Muon costs a training step on a CPU, in bfloat16 and in float32: milliseconds, and tokens a second.
 
-    OMP_NUM_THREADS=1 python bench/speed/muon_speed.py [--rows 16] [--rounds 5]
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 python bench/speed/muon_speed.py   # without AMX
+    OMP_NUM_THREADS=1 python -m bench.speed.muon_speed [--rows 16] [--rounds 5]
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 python -m bench.speed.muon_speed   # without AMX
 
 The shipped generator's shape, packed rows, float32. Each figure is the least of the rounds, in seconds of this
 process's CPU time over all its threads, which other work on the machine hardly changes; with one thread that is the

@@ -1,6 +1,6 @@
 """Pictures a second of `mmwudao index build FOLDER`, beside other shapes of image towers.
 
-    python bench/speed/photo_speed.py [--models emoji open_clip:ViT-B-32 open_clip:MobileCLIP-S1] [--photos FOLDER]
+    python -m bench.speed.photo_speed [--models emoji open_clip:ViT-B-32 open_clip:MobileCLIP-S1] [--photos FOLDER]
 
 A model is a shipped name, a model directory, a folder of towers, or `open_clip:NAME` with random weights. Without
 --photos, `--count` JPEG files of `--size` pixels are made, with detail as fine as a camera's. Of each model: reading

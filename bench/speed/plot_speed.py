@@ -1,6 +1,6 @@
 """The plots of docs/speed.md from a file of results.
 
-    python bench/speed/plot_speed.py bench/results/DATE-NAME.json -o docs/speed.webp
+    python -m bench.speed.plot_speed bench/results/DATE-NAME.json -o docs/speed.webp
 
 Panels: milliseconds a code for each way of drawing, by batch; how a step's time grows within pictures of more codes;
 seconds by pictures and layers; planned and measured memory. What a file does not hold is left out.

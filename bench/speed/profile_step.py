@@ -1,6 +1,6 @@
 """Where the time of one decoding step goes, by torch.profiler: calls and microseconds of each operation a step.
 
-    python bench/speed/profile_step.py [--engines modules fused] [--rows 2] [--dtype float32] [--steps 100] [--top 12]
+    python -m bench.speed.profile_step [--engines modules fused] [--rows 2] [--dtype float32] [--steps 100] [--top 12]
 
 The model is `emoji`, half through a picture. The profiler itself costs some microseconds a call, so the sum is larger
 than the `ms` beside it, which is the median without it.

@@ -1,6 +1,6 @@
 """What three-region sparse attention saves in training.
 
-    python bench/speed/sparse_attention.py        # half a minute on a CPU
+    python -m bench.speed.sparse_attention        # half a minute on a CPU
 
 A transformer of one layer, 128 wide, on a row of image codes: the time of forward and backward (median), and the bytes
 that are kept for the backward pass, dense and sparse, with the fused kernel and with PB-relax. The last line is JSON.

@@ -1,6 +1,6 @@
 """Pictures a second of `tokenize` over shards against the bare forward pass on the same pictures in memory.
 
-    python bench/speed/tokenize_speed.py [--shards data/samples/emoji] [--model emoji] [--repeat 2]
+    python -m bench.speed.tokenize_speed [--shards data/samples/emoji] [--model emoji] [--repeat 2]
 
 Measured in turn, `--runs` times: the bare pass as it comes, one batch after the other on all of PyTorch's threads; the
 same batches side by side, as `tokenize` encodes them; and `tokenize_shards`, from tar files to tar files. `share_cpu`

@@ -1,6 +1,6 @@
 """Pictures a second and model-FLOPs utilisation (MFU) of training the shipped tokenizer and towers, as configured.
 
-    python bench/speed/train_pictures_speed.py [--parts tokenizer towers] [--shards data/samples/emoji] [--minutes 0.3]
+    python -m bench.speed.train_pictures_speed [--parts tokenizer towers] [--shards data/samples/emoji] [--minutes 0.3]
 
 Runs the training itself, but for evaluation and checkpoints. FLOPs are those that PyTorch counts in one step (products
 and convolutions, forward and backward); the peak is that of `bench/speed/flops.py`. The last line is JSON.

@@ -1,7 +1,7 @@
 """Tokens a second and model-FLOPs utilisation (MFU) of training: ours, and Hugging Face's Trainer at the same shape.
 
-    python bench/speed/train_speed.py [--shape emoji] [--variants plain packed peer]
-    python bench/speed/train_speed.py --shape 1b --device cuda --variants plain compiled compiled+packed peer
+    python -m bench.speed.train_speed [--shape emoji] [--variants plain packed peer]
+    python -m bench.speed.train_speed --shape 1b --device cuda --variants plain compiled compiled+packed peer
 
 A variant is `plain`, or of these joined by +: packed (rows behind one another, not padded), compiled, checkpointed,
 unfused (AdamW), muon, muon-bfloat16, muon-float32. With `peer` first it is the Trainer with SDPA and padded rows,

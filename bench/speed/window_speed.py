@@ -1,7 +1,7 @@
 """Passes of the model and seconds for a picture, by the window of codes tried at once (`generation/drawing/jacobi.py`).
 
-    python bench/speed/window_speed.py [--model emoji] [--windows 1 8 16 32 64] [--batches 1 8]
-    python bench/speed/window_speed.py --janus 256 4 [--sharpness 12]
+    python -m bench.speed.window_speed [--model emoji] [--windows 1 8 16 32 64] [--batches 1 8]
+    python -m bench.speed.window_speed --janus 256 4 [--sharpness 12]
 
 For each window the same pictures, at temperature 1 with the model's top-k and guidance; `same` is the share of codes
 that equal those of window 1, as rounding may turn a near tie. Last the passes that the rule of Teng et al. (2024) takes

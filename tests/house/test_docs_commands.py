@@ -92,6 +92,17 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
     for path in set(PATH_IN_CODE.findall(text)) - {"bench/results/gpu.json"}:  # written where there is a GPU
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for module in re.findall(r"python -m\s+(bench\.[\w.]+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page.name} calls {module}"
+
+
+SCRIPTS = sorted((ROOT / "bench").glob("*/*.py"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
+def test_benches_are_called_as_modules(page: Path) -> None:
+    """A script alone does not find the package `bench`, from which some of them import."""
+    assert not re.findall(r"python\s+bench/\w+/", page.read_text(encoding="utf-8"))
 
 
 def test_the_readme_is_short() -> None:
