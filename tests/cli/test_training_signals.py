@@ -70,7 +70,7 @@ def test_a_training_that_is_stopped_saves_first(tmp_path, processes, number, cod
         assert "Traceback" not in error
     else:
         assert left == 1, "torchrun's own code after a signal"
-        assert error.splitlines().count(line) == 2, error
+        assert error.count(line) >= 2, error  # the lines of two processes may run into one another
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     steps = len(logged(out, "train/loss"))
